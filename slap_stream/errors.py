@@ -1,0 +1,35 @@
+"""The errors that slap_stream raises by name; each is also the builtin a caller would expect."""
+
+from __future__ import annotations
+
+
+class SlapStreamError(Exception):
+    """Base of every error that slap_stream defines."""
+
+
+class ConfigError(SlapStreamError, ValueError):
+    """A setting is out of range, or two settings contradict each other."""
+
+
+class CorpusError(SlapStreamError, ValueError):
+    """A corpus, or a file it is made from, cannot be used."""
+
+
+class AlignmentError(SlapStreamError, ValueError):
+    """Embeddings and dataset do not describe the same samples."""
+
+
+class FeedbackError(SlapStreamError, ValueError):
+    """Losses or sketches were handed over for samples that did not ask for them."""
+
+
+class StateError(SlapStreamError, ValueError):
+    """A saved state does not belong to this run, or was written by another version."""
+
+
+class ShardError(SlapStreamError, RuntimeError):
+    """A shard could not be fetched, or what was fetched is not what its index promised."""
+
+
+class HeadError(SlapStreamError, TypeError):
+    """The probe cannot read this model without being told more about it."""

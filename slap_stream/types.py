@@ -1,0 +1,77 @@
+"""Shapes that travel between modules: arrays, rows of the embedding store, protocols."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+Float32Array = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+State = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """What the store knows about a contiguous range of samples.
+
+    Attributes:
+        embedding: (rows, dim) float16 or float32.
+        length: (rows,) int32, in the store's `length_unit`.
+        feature: (rows, num_features) float16 or float32; may have zero columns.
+        source: (rows,) int16 index into the store's `source_names`; zeros if unknown.
+    """
+
+    embedding: NDArray[Any]
+    length: NDArray[np.int32]
+    feature: NDArray[Any]
+    source: NDArray[np.int16]
+
+    def __len__(self) -> int:
+        return int(self.embedding.shape[0])
+
+
+class RowStore(Protocol):
+    """Anything that hands out `Rows` by contiguous range of sample ids."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(num_samples, dim)."""
+        ...
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of the feature columns, in order."""
+        ...
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources; at least one."""
+        ...
+
+    def read(self, start: int, stop: int) -> Rows:
+        """Rows `start` to `stop` (half-open), one contiguous read."""
+        ...
+
+
+class ShardGate(Protocol):
+    """Who makes sure that shards are on disk before their candidates are offered."""
+
+    def hint(self, shard_ids: IntArray) -> None:
+        """Start fetching these shards in the background; returns at once."""
+        ...
+
+    def require(self, shard_ids: IntArray) -> IntArray:
+        """Wait until these shards are on disk and verified.
+
+        Returns:
+            (num_bad,) ids of shards to withdraw; empty unless bad shards are to be skipped.
+
+        Raises:
+            ShardError: If a shard is bad and bad shards are not to be skipped.
+        """
+        ...
