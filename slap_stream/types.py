@@ -57,6 +57,10 @@ class RowStore(Protocol):
         """Rows `start` to `stop` (half-open), one contiguous read."""
         ...
 
+    def read_ids(self, ids: IntArray) -> Rows:
+        """Rows of (n,) sample ids in any order, grouped into few contiguous reads."""
+        ...
+
 
 class ShardGate(Protocol):
     """Who makes sure that shards are on disk before their candidates are offered."""

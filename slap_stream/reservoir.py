@@ -1,0 +1,219 @@
+"""The candidates that wait in a lane: a bounded pool for each stratum, and what was trained lately.
+
+Both hold each candidate's design row, so that a refresh can predict it anew. Design rows are a pure
+function of the sample id, so a checkpoint holds ids and small numbers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, State
+
+EMPTY = -1
+
+# What is kept of each pooled candidate, with its dtype; all of it is in a checkpoint.
+COLUMNS: dict[str, type] = {
+    "sample_id": np.int64,
+    "occurrence": np.int64,
+    "block": np.int64,
+    "stratum": np.int64,
+    "offered_at": np.int64,
+    "gumbel": np.float64,
+    # Current estimate of the loss.
+    "loss": np.float64,
+    # The candidate's own probed loss, NaN if none, and the refresh it is from.
+    "own_loss": np.float64,
+    "own_since": np.int64,
+    "utility": np.float64,
+}
+
+
+class Reservoirs:
+    """Bounded pools of a lane's candidates, one per stratum, in one set of arrays.
+
+    Args:
+        capacity: Candidates held at most.
+        columns: Columns of a design row.
+        metric_dim: Dimensions of the metric space.
+
+    Attributes:
+        x: (capacity, columns) float32 design rows.
+        z: (capacity, metric_dim) float32 unit vectors of the metric space.
+        data: (capacity,) arrays by the names in `COLUMNS`; `sample_id` is -1 where a slot is free.
+    """
+
+    def __init__(self, *, capacity: int, columns: int, metric_dim: int) -> None:
+        self.capacity = capacity
+        self.x: Float32Array = np.zeros((capacity, columns), np.float32)
+        self.z: Float32Array = np.zeros((capacity, metric_dim), np.float32)
+        self.data: dict[str, NDArray[np.generic]] = {
+            name: np.zeros(capacity, dtype) for name, dtype in COLUMNS.items()
+        }
+        self.data["sample_id"][:] = EMPTY
+
+    def __len__(self) -> int:
+        return int(np.count_nonzero(self.data["sample_id"] != EMPTY))
+
+    def slots(self) -> IntArray:
+        """(n,) slots in use, ascending."""
+        return np.flatnonzero(self.data["sample_id"] != EMPTY)
+
+    def ints(self, name: str) -> IntArray:
+        """(capacity,) an integer column, not a copy."""
+        return self.data[name]  # type: ignore[return-value]
+
+    def floats(self, name: str) -> FloatArray:
+        """(capacity,) a floating-point column, not a copy."""
+        return self.data[name]  # type: ignore[return-value]
+
+    def offer(self, x: Float32Array, **columns: NDArray[np.generic]) -> IntArray:
+        """Take in candidates; columns that are not given become zero, `own_loss` NaN.
+
+        Args:
+            x: (n, columns) design rows.
+            **columns: (n,) values by the names in `COLUMNS`.
+
+        Returns:
+            (n,) the slots they were put in.
+
+        Raises:
+            ValueError: If there is no room; pruning comes first.
+        """
+        free = np.flatnonzero(self.data["sample_id"] == EMPTY)
+        if len(x) > len(free):
+            raise ValueError(
+                f"candidates offered must fit into {len(free)} free slots, got {len(x)}; prune "
+                "first."
+            )
+        slots = free[: len(x)]
+        self.x[slots] = x
+        self.floats("own_loss")[slots] = np.nan
+        for name in COLUMNS:
+            if name in columns:
+                self.data[name][slots] = columns[name]
+            elif name != "own_loss":
+                self.data[name][slots] = 0
+        return slots
+
+    def remove(self, slots: IntArray) -> None:
+        """Free these slots."""
+        self.data["sample_id"][slots] = EMPTY
+
+    def clear(self) -> None:
+        """Free every slot."""
+        self.data["sample_id"][:] = EMPTY
+
+    def lowest(
+        self, score: FloatArray, quota: IntArray | int, due: BoolArray, slots: IntArray
+    ) -> IntArray:
+        """Who leaves: candidates that are due first, then the lowest scores.
+
+        Args:
+            score: (n,) scores of the candidates in `slots`.
+            quota: (num_strata,) how many leave each stratum, or how many over all strata.
+            due: (n,) whether a candidate's time in the pool is over.
+            slots: (n,) slots of the candidates to choose from.
+
+        Returns:
+            (sum of quota,) slots; the pool itself is not changed.
+        """
+        # Ties are broken by identity, not by slot, so that the result is the same after a resume.
+        identity = self.ints("sample_id")[slots], self.ints("occurrence")[slots]
+        if isinstance(quota, int):
+            order: IntArray = np.lexsort((*identity, score, ~due))
+            return slots[order[:quota]]
+        stratum = self.ints("stratum")[slots]
+        order = np.lexsort((*identity, score, ~due, stratum))
+        leaving: IntArray = slots[first_of_each(stratum[order], quota, order)]
+        return leaving
+
+    def state_dict(self) -> State:
+        """Columns of the slots in use, and which slots these are."""
+        slots = self.slots()
+        return {"slots": slots, **{name: self.data[name][slots] for name in COLUMNS}}
+
+    def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
+        """Take over saved candidates; `rows_of` gives (n, columns) design rows of (n,) ids."""
+        self.clear()
+        slots = np.asarray(state["slots"], np.int64)
+        for name, dtype in COLUMNS.items():
+            self.data[name][slots] = np.asarray(state[name], dtype)
+        self.x[slots] = rows_of(self.ints("sample_id")[slots])
+
+
+class RecentlyTrained:
+    """The samples of each stratum that were trained on last, oldest overwritten first.
+
+    Args:
+        num_strata: Strata.
+        per_stratum: Samples kept for each.
+        columns: Columns of a design row.
+        metric_dim: Dimensions of the metric space.
+    """
+
+    def __init__(self, *, num_strata: int, per_stratum: int, columns: int, metric_dim: int) -> None:
+        self._per_stratum = per_stratum
+        self.sample_id: IntArray = np.full((num_strata, per_stratum), EMPTY, np.int64)
+        self.x: Float32Array = np.zeros((num_strata, per_stratum, columns), np.float32)
+        self.z: Float32Array = np.zeros((num_strata, per_stratum, metric_dim), np.float32)
+        self.cursor: IntArray = np.zeros(num_strata, np.int64)
+
+    def add(self, sample_id: IntArray, stratum: IntArray, x: Float32Array, z: Float32Array) -> None:
+        """Remember (n,) samples with their rows, in the order trained on."""
+        for name in np.unique(stratum):
+            inside = np.flatnonzero(stratum == name)[-self._per_stratum :]
+            at = (self.cursor[name] + np.arange(len(inside))) % self._per_stratum
+            self.sample_id[name, at] = sample_id[inside]
+            self.x[name, at], self.z[name, at] = x[inside], z[inside]
+            self.cursor[name] = (self.cursor[name] + len(inside)) % self._per_stratum
+
+    def project(self, onto: Callable[[Float32Array], Float32Array]) -> None:
+        """Renew all metric vectors; `onto` maps (n, columns) rows to (n, metric_dim)."""
+        used = self.sample_id != EMPTY
+        self.z[used] = onto(self.x[used])
+
+    def nearest(self, z: Float32Array, stratum: IntArray) -> FloatArray:
+        """(n,) distance to the nearest of the same stratum trained on lately; inf if none was.
+
+        Args:
+            z: (n, metric_dim) unit vectors.
+            stratum: (n,) strata.
+        """
+        result = np.full(len(z), np.inf)
+        for name in np.unique(stratum):
+            known = self.z[name][self.sample_id[name] != EMPTY]
+            if len(known):
+                inside = np.flatnonzero(stratum == name)
+                cosine = (z[inside] @ known.T).max(axis=1)
+                result[inside] = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * cosine))
+        return result
+
+    def state_dict(self) -> State:
+        """Sample ids and cursors."""
+        return {"sample_id": self.sample_id.copy(), "cursor": self.cursor.copy()}
+
+    def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
+        """Take over saved ids; `rows_of` gives (n, columns) design rows of (n,) ids."""
+        self.sample_id[:] = np.asarray(state["sample_id"], np.int64).reshape(self.sample_id.shape)
+        self.cursor[:] = np.asarray(state["cursor"], np.int64)
+        used = self.sample_id != EMPTY
+        self.x[used] = rows_of(self.sample_id[used])
+
+
+def first_of_each(stratum: IntArray, quota: IntArray, order: IntArray) -> IntArray:
+    """The first `quota` entries of each stratum.
+
+    Args:
+        stratum: (n,) ascending.
+        quota: (num_strata,) how many of each.
+        order: (n,) what is returned of each entry.
+
+    Returns:
+        (m,) entries of `order`; fewer than the quota where a stratum has fewer.
+    """
+    place = np.arange(len(stratum)) - np.searchsorted(stratum, stratum, side="left")
+    return order[place < quota[stratum]]
