@@ -1,0 +1,214 @@
+"""Who was asked for a loss and has not answered yet, and the answers since the last refresh."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from slap_stream.learnability import Moments
+from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, State
+
+
+@dataclass(kw_only=True, slots=True)
+class Asked:
+    """Samples whose losses are awaited, in the order asked.
+
+    Attributes:
+        step: Batches composed in the run before; orders the questions.
+        sample_id: (n,) sample ids.
+        x: (n, columns) design rows.
+        open: (n,) whether the loss is still awaited.
+    """
+
+    step: int
+    sample_id: IntArray
+    x: Float32Array
+    open: BoolArray
+
+
+class Awaiting:
+    """The last questions that were asked; older ones are forgotten.
+
+    Args:
+        depth: Questions remembered.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self._asked: deque[Asked] = deque(maxlen=depth)
+
+    def ask(self, step: int, sample_id: IntArray, x: Float32Array) -> None:
+        """Remember that losses of (n,) samples with (n, columns) rows are awaited."""
+        self._asked.append(
+            Asked(step=step, sample_id=sample_id, x=x, open=np.ones(len(sample_id), bool))
+        )
+
+    def entries(self) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+        """Every open question: ids, steps, index of the question, position in it; each (n,)."""
+        ids, steps, questions, positions = [], [], [], []
+        for index, asked in enumerate(self._asked):
+            at = np.flatnonzero(asked.open)
+            ids.append(asked.sample_id[at])
+            steps.append(np.full(len(at), asked.step, np.int64))
+            questions.append(np.full(len(at), index, np.int64))
+            positions.append(at)
+        if not ids:
+            none = np.zeros(0, np.int64)
+            return none, none, none, none
+        return (
+            np.concatenate(ids),
+            np.concatenate(steps),
+            np.concatenate(questions),
+            np.concatenate(positions),
+        )
+
+    def answer(self, question: IntArray, position: IntArray) -> Float32Array:
+        """Close (n,) questions.
+
+        Returns:
+            (n, columns) design rows of the samples, in the order given.
+        """
+        rows = [self._asked[q].x[p] for q, p in zip(question, position, strict=True)]
+        for q, p in zip(question, position, strict=True):
+            self._asked[q].open[p] = False
+        return np.stack(rows)
+
+    def state_dict(self) -> State:
+        """Ids, steps and what is open, flattened."""
+        sizes = [len(asked.sample_id) for asked in self._asked]
+        joined = [asked.sample_id for asked in self._asked]
+        open_ = [asked.open for asked in self._asked]
+        return {
+            "sizes": np.asarray(sizes, np.int64),
+            "steps": np.asarray([asked.step for asked in self._asked], np.int64),
+            "sample_id": np.concatenate(joined) if joined else np.zeros(0, np.int64),
+            "open": np.concatenate(open_) if open_ else np.zeros(0, bool),
+        }
+
+    def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
+        """Take over saved questions; `rows_of` gives (n, columns) design rows of (n,) ids."""
+        self._asked.clear()
+        cuts = np.cumsum(np.asarray(state["sizes"], np.int64))
+        ids = np.asarray(state["sample_id"], np.int64)
+        x = rows_of(ids)
+        start = 0
+        for step, stop in zip(np.asarray(state["steps"], np.int64), cuts, strict=True):
+            self._asked.append(
+                Asked(
+                    step=int(step),
+                    sample_id=ids[start:stop],
+                    x=x[start:stop],
+                    open=np.array(state["open"], bool)[start:stop],
+                )
+            )
+            start = int(stop)
+
+
+def match_oldest(wanted: IntArray, ids: IntArray, steps: IntArray) -> tuple[IntArray, BoolArray]:
+    """Find the oldest open question for each answer; repeated ids take one question each.
+
+    Args:
+        wanted: (n,) sample ids of the answers.
+        ids: (m,) sample ids of the open questions.
+        steps: (m,) when they were asked.
+
+    Returns:
+        (n,) indices of questions, and (n,) whether there was one; without one the index is 0.
+    """
+    order = np.lexsort((steps, ids))
+    ordered = ids[order]
+    by_id = np.argsort(wanted, kind="stable")
+    asked = wanted[by_id]
+    repeat = np.arange(len(asked)) - np.searchsorted(asked, asked, side="left")
+    place = np.searchsorted(ordered, asked, side="left") + repeat
+    inside = np.minimum(place, max(0, len(ordered) - 1))
+    found = np.zeros(len(asked), bool)
+    index = np.zeros(len(asked), np.int64)
+    if len(ordered):
+        found = (place < len(ordered)) & (ordered[inside] == asked)
+        index = np.where(found, order[inside], 0)
+    matches, known = np.empty_like(index), np.empty_like(found)
+    matches[by_id], known[by_id] = index, found
+    return matches, known
+
+
+class Answers:
+    """Finite losses and sketches since the last refresh.
+
+    Ids and numbers are kept rather than sums: they are fewer, and the design rows follow from ids.
+    """
+
+    def __init__(self, *, columns: int, sketch_dim: int) -> None:
+        self._columns = columns
+        self._sketch_dim = sketch_dim
+        self.clear()
+
+    def __len__(self) -> int:
+        return sum(len(ids) for ids in self._ids)
+
+    def clear(self) -> None:
+        """Forget them: a refresh has taken them in."""
+        self._ids: list[IntArray] = []
+        self._x: list[Float32Array] = []
+        self._losses: list[FloatArray] = []
+        self._sketched: list[BoolArray] = []
+        self._sketches: list[Float32Array] = []
+
+    def add(
+        self,
+        sample_id: IntArray,
+        x: Float32Array,
+        losses: FloatArray,
+        sketches: Float32Array | None = None,
+    ) -> None:
+        """Add (n,) finite losses, with (n, sketch_dim) sketches if there are any.
+
+        Sketches that are zero or not finite carry no direction and are left out.
+        """
+        sketched = np.zeros(len(sample_id), bool)
+        if sketches is not None:
+            sketched = np.isfinite(sketches).all(axis=1) & np.any(sketches != 0, axis=1)
+            self._sketches.append(np.asarray(sketches[sketched], np.float32))
+        self._ids.append(sample_id)
+        self._x.append(x)
+        self._losses.append(losses)
+        self._sketched.append(sketched)
+
+    def moments(self) -> Moments:
+        """Sums over all of them, in the order they came."""
+        moments = Moments.zeros(columns=self._columns, sketch_dim=self._sketch_dim)
+        if self._ids:
+            x = np.concatenate(self._x)
+            moments.add_losses(x, np.concatenate(self._losses))
+            if self._sketches:
+                sketched = np.concatenate(self._sketched)
+                if np.any(sketched):
+                    moments.add_sketches(x[sketched], np.concatenate(self._sketches))
+        return moments
+
+    def state_dict(self) -> State:
+        """Ids, losses and sketches."""
+        if not self._ids:
+            return {"sample_id": [], "losses": [], "sketched": [], "sketches": []}
+        sketches = self._sketches or [np.zeros((0, self._sketch_dim), np.float32)]
+        return {
+            "sample_id": np.concatenate(self._ids),
+            "losses": np.concatenate(self._losses),
+            "sketched": np.concatenate(self._sketched),
+            "sketches": np.concatenate(sketches),
+        }
+
+    def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
+        """Take over saved answers; `rows_of` gives (n, columns) design rows of (n,) ids."""
+        self.clear()
+        ids = np.asarray(state["sample_id"], np.int64)
+        if not len(ids):
+            return
+        self._ids = [ids]
+        self._x = [rows_of(ids)]
+        self._losses = [np.asarray(state["losses"], np.float64)]
+        self._sketched = [np.asarray(state["sketched"], bool)]
+        sketches = np.asarray(state["sketches"], np.float32).reshape(-1, self._sketch_dim)
+        self._sketches = [sketches] if len(sketches) else []

@@ -1,0 +1,156 @@
+"""A lane's candidates as they arrive: blocks opened in order, their rows read once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from slap_stream.learnability import design_rows
+from slap_stream.order import Block, LaneOrder, ShardTable
+from slap_stream.types import Float32Array, IntArray, Rows, RowStore, ShardGate, State
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offered:
+    """Candidates taken from the order.
+
+    Attributes:
+        sample_id: (n,) sample ids.
+        occurrence: (n,) which copy of the sample each is.
+        source: (n,) sources.
+        x: (n, columns) design rows.
+        block: Block they belong to.
+    """
+
+    sample_id: IntArray
+    occurrence: IntArray
+    source: IntArray
+    x: Float32Array
+    block: int
+
+
+class Intake:
+    """Reads a lane's order block by block; holds the rows of one block at a time.
+
+    Args:
+        table: The dataset's shards.
+        store: Embeddings, lengths, features and sources by sample id.
+        gate: Who makes sure that shards are on disk before their candidates are offered.
+        order_options: Arguments of `LaneOrder` that stay the same over the run.
+
+    Attributes:
+        position: Candidates of the epoch's order that were taken or withdrawn.
+        withdrawn: Candidates withdrawn this epoch because their shard is bad.
+        block_index: Block being read; -1 before the first.
+    """
+
+    def __init__(
+        self,
+        table: ShardTable,
+        store: RowStore,
+        gate: ShardGate | None,
+        order_options: dict[str, int],
+    ) -> None:
+        self.gate = gate
+        self._table, self._store, self._options = table, store, order_options
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Begin an epoch."""
+        self.order = LaneOrder(self._table, epoch=epoch, **self._options)
+        self.position = 0
+        self.withdrawn = 0
+        self.block_index = -1
+        self._bad_shards: IntArray = np.zeros(0, np.int64)
+
+    @property
+    def remaining(self) -> int:
+        """Candidates of the epoch that were not taken yet."""
+        return self.order.num_candidates - self.position
+
+    @property
+    def next_block(self) -> int:
+        """Block that the next candidate belongs to."""
+        return int(np.searchsorted(self.order.block_start, self.position, side="right")) - 1
+
+    @property
+    def left_in_block(self) -> int:
+        """Candidates between the position and the next block; none before the first block."""
+        return int(self.order.block_start[self.block_index + 1]) - self.position
+
+    @property
+    def in_last_block(self) -> bool:
+        """Whether no block follows the one being read."""
+        return self.block_index + 1 == self.order.num_blocks
+
+    def take(self, most: int) -> Offered:
+        """Take at most `most` candidates, all of one block; opens the block if it is the next.
+
+        Raises:
+            ShardError: If a shard of the block is bad and bad shards are not to be skipped.
+        """
+        if self.next_block != self.block_index:
+            self._open(self.next_block)
+        start = self.position - int(self.order.block_start[self.block_index])
+        stop = start + min(most, self.left_in_block)
+        self.position += stop - start
+        ids = self._block.sample_id[start:stop]
+        occurrence = self._block.occurrence[start:stop]
+        if len(self._bad_shards):
+            shard = np.searchsorted(self._table.first_id, ids, side="right") - 1
+            fine = ~np.isin(shard, self._bad_shards)
+            self.withdrawn += int(np.count_nonzero(~fine))
+            ids, occurrence = ids[fine], occurrence[fine]
+        at = np.searchsorted(self._ids, ids)
+        rows = Rows(
+            embedding=self._rows.embedding[at],
+            length=self._rows.length[at],
+            feature=self._rows.feature[at],
+            source=self._rows.source[at],
+        )
+        return Offered(
+            sample_id=ids,
+            occurrence=occurrence,
+            source=rows.source.astype(np.int64),
+            x=design_rows(rows),
+            block=self.block_index,
+        )
+
+    def rows_of(self, ids: IntArray) -> Float32Array:
+        """(n, columns) design rows of (n,) sample ids, read from the store."""
+        return design_rows(self._store.read_ids(ids))
+
+    def first_embeddings(self) -> Float32Array:
+        """(n, dim) embeddings of the epoch's first block, at most 4096 of them."""
+        ids = np.sort(self.order.block(0).sample_id[:4096])
+        return np.asarray(self._store.read_ids(np.unique(ids)).embedding, np.float32)
+
+    def _open(self, index: int) -> None:
+        if self.gate is not None:
+            if index + 1 < self.order.num_blocks:
+                self.gate.hint(self.order.shards_of_block(index + 1))
+            bad = self.gate.require(self.order.shards_of_block(index))
+            self._bad_shards = np.union1d(self._bad_shards, bad)
+        self._block: Block = self.order.block(index)
+        self._ids = np.unique(self._block.sample_id)
+        self._rows = self._store.read_ids(self._ids)
+        self.block_index = index
+
+    def state_dict(self) -> State:
+        """Position, and what was withdrawn."""
+        return {
+            "position": self.position,
+            "withdrawn": self.withdrawn,
+            "block_index": self.block_index,
+            "bad_shards": self._bad_shards,
+        }
+
+    def load_state_dict(self, state: State, epoch: int) -> None:
+        """Go to a saved position; reads the block it is in."""
+        self.start_epoch(epoch)
+        self.position = int(state["position"])
+        self._bad_shards = np.asarray(state["bad_shards"], np.int64)
+        if int(state["block_index"]) >= 0:
+            self._open(int(state["block_index"]))
+        self.withdrawn = int(state["withdrawn"])

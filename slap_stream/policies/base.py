@@ -1,0 +1,97 @@
+"""What a policy is given and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from slap_stream.reservoir import RecentlyTrained, first_of_each
+from slap_stream.types import Float32Array, FloatArray, IntArray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolView:
+    """Candidates that may enter a batch, as parallel arrays.
+
+    Attributes:
+        sample_id: (n,) sample ids, all different.
+        occurrence: (n,) which copy of the sample each is.
+        stratum: (n,) strata.
+        offered_at: (n,) number of candidates that the lane was offered before.
+        gumbel: (n,) noise of the candidate in this epoch.
+        loss: (n,) predicted loss, or the candidate's own where it was probed lately.
+        utility: (n,) utility u as `Policy.utility` made it.
+        z: (n, metric_dim) float32 unit vectors of the metric space.
+        recent: What was trained on lately, by stratum.
+        typical: Typical distance to the nearest neighbour of the same stratum.
+        rng: Makes the generator of this batch; only policies that draw call it.
+    """
+
+    sample_id: IntArray
+    occurrence: IntArray
+    stratum: IntArray
+    offered_at: IntArray
+    gumbel: FloatArray
+    loss: FloatArray
+    utility: FloatArray
+    z: Float32Array
+    recent: RecentlyTrained
+    typical: float
+    rng: Callable[[], np.random.Generator]
+
+    def __len__(self) -> int:
+        return len(self.sample_id)
+
+
+class Policy(Protocol):
+    """A pure rule; all state lives in the lane.
+
+    Attributes:
+        proportional: Whether strata get slots in proportion to what was offered. If not, quotas
+            are ignored and only their sum counts.
+        needs_losses: Whether batches are drawn uniformly until losses can be predicted.
+    """
+
+    proportional: bool
+    needs_losses: bool
+
+    def utility(
+        self, *, rank: FloatArray, loss: FloatArray, distance: FloatArray, evidence: FloatArray
+    ) -> FloatArray:
+        """What one candidate is worth on its own, before noise.
+
+        Args:
+            rank: (n,) rank in [0, 1] of the excess loss inside the stratum.
+            loss: (n,) predicted loss.
+            distance: (n,) relative distance to what was trained on lately; inf if nothing was.
+            evidence: (n,) evidence of corruption, in standard deviations.
+        """
+        ...
+
+    def score(self, view: PoolView) -> FloatArray:
+        """(n,) the one number that decides: the lowest are pruned."""
+        ...
+
+    def select(self, view: PoolView, quota: IntArray) -> IntArray:
+        """(sum of quota,) positions in the view, all different.
+
+        Args:
+            view: Candidates to choose from.
+            quota: (num_strata,) slots of each stratum, each at most what the view has of it.
+        """
+        ...
+
+
+def top_of_each_stratum(score: FloatArray, view: PoolView, quota: IntArray) -> IntArray:
+    """The highest scores of each stratum, as many as its quota (or all there are)."""
+    order = np.lexsort((view.occurrence, view.sample_id, -score, view.stratum))
+    return first_of_each(view.stratum[order], quota, order)
+
+
+def top(score: FloatArray, view: PoolView, count: int) -> IntArray:
+    """The highest scores over all strata."""
+    order: IntArray = np.lexsort((view.occurrence, view.sample_id, -score))
+    return order[:count]

@@ -1,0 +1,117 @@
+"""SLAP: a stratum's candidates by learnability, a batch by what its members add to each other."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from slap_stream.config import SlapConfig
+from slap_stream.kernels import compose_greedily
+from slap_stream.policies.base import PoolView, top_of_each_stratum
+from slap_stream.types import Float32Array, FloatArray, IntArray
+
+# A candidate this close to something trained on lately, in typical distances, is a near-copy.
+COPY_DISTANCE = 0.5
+# Evidence of corruption up to here, in standard deviations, is not held against a candidate; more
+# than MAX_SUSPICION above it makes no difference.
+TOLERATED_EVIDENCE = 2.0
+MAX_SUSPICION = 3.0
+# Relative distances beyond the typical one are not worth more: outliers would win every slot.
+DISTANCE_CAP = 1.0
+
+
+class Slap:
+    """Score candidates one by one, then compose the batch greedily from a shortlist.
+
+    s = u / temperature + Gumbel noise, where u rewards the rank of the length-residual loss and
+    charges near-copies of what is learnt and what looks corrupted;
+
+        U(S) = sum_i s_i - curvature * sum_{i<j} relu(<z_i, z_j>) / |S|
+               + diversity * sum_i min(rd_i(S), cap)
+
+    Reference: SLAP, arXiv:2605.23969, for strata, relative distance and Hessian-approximated
+        gradients in one composition; the formulas are this project's.
+    """
+
+    proportional = True
+    needs_losses = True
+
+    def __init__(self, config: SlapConfig) -> None:
+        self._config = config
+
+    def utility(
+        self, *, rank: FloatArray, loss: FloatArray, distance: FloatArray, evidence: FloatArray
+    ) -> FloatArray:
+        """u = rank_weight * min(rank, cap) - copies that are learnt - what looks corrupted."""
+        config = self._config
+        copy = np.maximum(0.0, 1.0 - distance / COPY_DISTANCE) * (1.0 - rank)
+        suspect = np.clip(evidence - TOLERATED_EVIDENCE, 0.0, MAX_SUSPICION)
+        utility: FloatArray = (
+            config.rank_weight * np.minimum(rank, config.rank_cap)
+            - config.copy_weight * copy
+            - config.suspect_weight * suspect
+        )
+        return utility
+
+    def score(self, view: PoolView) -> FloatArray:
+        """s = u / temperature + Gumbel noise."""
+        return view.utility / self._config.temperature + view.gumbel
+
+    def select(self, view: PoolView, quota: IntArray) -> IntArray:
+        """Greedy maximisation of U over a shortlist of the highest s in each stratum."""
+        score = self.score(view)
+        # Who is on the shortlist does not depend on its order; the order decides ties only.
+        shortlist = top_of_each_stratum(score, view, quota * self._config.shortlist)
+        s, stratum = score[shortlist], view.stratum[shortlist]
+        z = view.z[shortlist]
+        gram: Float32Array = z @ z.T
+        distance = view.recent.nearest(z, stratum)
+        curvature, diversity = self._weights(s, gram, distance / view.typical)
+        chosen = compose_greedily(
+            s,
+            gram,
+            distance,
+            stratum,
+            quota,
+            curvature=curvature,
+            diversity=diversity,
+            typical=view.typical,
+            cap=DISTANCE_CAP,
+        )
+        return shortlist[chosen]
+
+    def learnability(self, view: PoolView, batch: IntArray, scale: IntArray) -> float:
+        """U of a batch per member, in units of s.
+
+        Args:
+            view: Candidates.
+            batch: (n,) positions of the batch in the view.
+            scale: (m,) positions over which the weights of the terms are set; the same for two
+                batches that are compared.
+        """
+        score = self.score(view)
+        curvature, diversity = self._weights(
+            score[scale],
+            view.z[scale] @ view.z[scale].T,
+            view.recent.nearest(view.z[scale], view.stratum[scale]) / view.typical,
+        )
+        z = view.z[batch]
+        pairs = (z @ z.T).astype(np.float64)
+        np.fill_diagonal(pairs, -1.0)
+        inside = np.sqrt(2.0 - 2.0 * np.clip(pairs.max(axis=1), -1.0, 1.0))
+        recent = view.recent.nearest(z, view.stratum[batch])
+        relative = np.minimum(np.minimum(recent, inside) / view.typical, DISTANCE_CAP)
+        shared = np.maximum(pairs, 0.0).sum() / 2.0 / len(batch)
+        total = score[batch].sum() - curvature * shared + diversity * relative.sum()
+        return float(total) / len(batch)
+
+    def _weights(
+        self, s: FloatArray, gram: Float32Array, relative: FloatArray
+    ) -> tuple[float, float]:
+        """Absolute weights that give each term its share of the spread of s."""
+        spread = float(s.std()) if len(s) else 0.0
+        shared = float(np.maximum(gram, 0.0).mean(axis=1).std()) if len(s) else 0.0
+        near = float(np.minimum(relative, DISTANCE_CAP).std()) if len(s) else 0.0
+        return (
+            self._config.curvature * spread / shared if shared > 1e-6 else 0.0,
+            self._config.diversity * spread / near if near > 1e-6 else 0.0,
+        )
