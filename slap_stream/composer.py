@@ -1,0 +1,206 @@
+"""Who of a lane's pool enters the next batch, and who leaves it untrained."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from slap_stream.appraisal import Appraiser
+from slap_stream.intake import Intake
+from slap_stream.learnability import LearnabilityModel
+from slap_stream.plan import LanePlan, Progress
+from slap_stream.policies import Policy, PoolView, Slap, Uniform
+from slap_stream.policies.base import top_of_each_stratum
+from slap_stream.quota import apportion, apportion_pruning
+from slap_stream.repeats import Turns, copy_number, pressing
+from slap_stream.reservoir import RecentlyTrained, Reservoirs
+from slap_stream.rng import Purpose, generator, uniforms
+from slap_stream.types import BoolArray, IntArray
+
+
+class Composer:
+    """Chooses from a lane's pool; changes nothing but its own gauges.
+
+    Args:
+        index: The lane.
+        plan: What all lanes have in common.
+        policy: Rule that picks a batch, once losses can be predicted.
+        model: Shared model.
+        intake: The lane's candidates to come.
+        pool: The lane's pool.
+        recent: What the lane trained on lately.
+        appraiser: The lane's yardsticks.
+        progress: How far the lane is; the lane moves it.
+
+    Attributes:
+        compare: Whether the next batch is compared with one drawn uniformly.
+        gauges: Learnability of the last batch that was compared, and of the other.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        plan: LanePlan,
+        policy: Policy,
+        model: LearnabilityModel,
+        *,
+        intake: Intake,
+        pool: Reservoirs,
+        recent: RecentlyTrained,
+        appraiser: Appraiser,
+        progress: Progress,
+    ) -> None:
+        self._index, self._plan, self._model = index, plan, model
+        self._trained_policy = policy
+        self._intake, self._pool, self._recent = intake, pool, recent
+        self._appraiser, self._progress = appraiser, progress
+        self.compare = False
+        self.gauges: dict[str, float] = {}
+
+    @property
+    def policy(self) -> Policy:
+        """The policy now in force: uniform until losses can be predicted."""
+        if self._trained_policy.needs_losses and not self._model.fitted:
+            return Uniform()
+        return self._trained_policy
+
+    def _turns(self, step: int) -> Turns:
+        return Turns(
+            lane=self._index, step=step, steps=self._plan.steps, shared=self._intake.order.turns
+        )
+
+    def _copy_number(self, slots: IntArray) -> IntArray:
+        pool = self._pool
+        return copy_number(pool.ints("sample_id")[slots], pool.ints("occurrence")[slots])
+
+    def open_slots(self) -> tuple[IntArray, BoolArray]:
+        """Slots in use, and which of their candidates may enter the next batch."""
+        slots = self._pool.slots()
+        if self._plan.table.max_occurrences == 1:
+            return slots, np.ones(len(slots), bool)
+        now = self._turns(self._progress.step).now(self._pool.ints("sample_id")[slots])
+        return slots, now & (self._copy_number(slots) == 0)
+
+    def _due(self, slots: IntArray) -> tuple[BoolArray, bool]:
+        """(n,) candidates that must leave for a later block to begin, and whether it waits."""
+        intake = self._intake
+        old = self._pool.ints("block")[slots] < intake.block_index
+        if intake.in_last_block:
+            return np.zeros(len(slots), bool), False
+        leaving = -(-self._intake.order.num_candidates // self._plan.steps)
+        pressing_now = intake.left_in_block <= int(np.count_nonzero(old)) + leaving
+        return old & pressing_now, intake.left_in_block == 0
+
+    def choose(self, slots: IntArray, open_: BoolArray) -> IntArray:
+        """Slots of the batch: first what must go, then what is due, then the rest."""
+        policy = self.policy
+        open_, wanted = open_.copy(), self._plan.batch_size
+        strata = self._pool.ints("stratum")[slots]
+        taken = np.zeros_like(self._progress.offered)
+        chosen: list[IntArray] = []
+
+        def take(group: BoolArray, most: int, *, within_quota: bool) -> None:
+            nonlocal wanted, taken
+            at = np.flatnonzero(open_ & group)
+            have = self._progress.by_stratum(strata[at])
+            part = np.array([min(most, wanted, len(at))])
+            if policy.proportional:
+                trained = self._progress.trained + taken
+                if within_quota:
+                    stock = self._progress.by_stratum(strata[open_])
+                    part = np.minimum(
+                        apportion(self._progress.offered, trained, stock, wanted), have
+                    )
+                else:
+                    part = apportion(self._progress.offered, trained, have, int(part[0]))
+            if not part.sum():
+                return
+            picked = at[policy.select(self.view(slots[at]), part)]
+            chosen.append(picked)
+            open_[picked] = False
+            wanted -= len(picked)
+            taken = taken + self._progress.by_stratum(strata[picked])
+
+        everyone = np.ones(len(slots), bool)
+        if self._plan.table.max_occurrences > 1 and not self._intake.remaining:
+            must, needed = pressing(
+                self._pool.ints("sample_id")[slots],
+                self._copy_number(slots),
+                self._turns(self._progress.step),
+                wanted,
+            )
+            take(must, needed, within_quota=False)
+        due, held = self._due(slots)
+        take(due, wanted, within_quota=not held)
+        take(everyone, wanted, within_quota=False)
+        positions = np.concatenate(chosen)
+        if self.compare and isinstance(policy, Slap):
+            self._compare_with_uniform(policy, slots, positions)
+        return slots[positions]
+
+    def view(self, slots: IntArray) -> PoolView:
+        pool = self._pool
+        return PoolView(
+            sample_id=pool.ints("sample_id")[slots],
+            occurrence=pool.ints("occurrence")[slots],
+            stratum=pool.ints("stratum")[slots],
+            offered_at=pool.ints("offered_at")[slots],
+            gumbel=pool.floats("gumbel")[slots],
+            loss=pool.floats("loss")[slots],
+            utility=pool.floats("utility")[slots],
+            z=pool.z[slots],
+            recent=self._recent,
+            typical=self._appraiser.typical,
+            rng=lambda: generator(
+                self._plan.config.seed,
+                Purpose.POLICY,
+                self._progress.epoch,
+                self._index,
+                self._progress.step,
+            ),
+        )
+
+    def _compare_with_uniform(self, policy: Slap, slots: IntArray, positions: IntArray) -> None:
+        """Learnability of a batch beside that of one drawn uniformly with the same quotas."""
+        view = self.view(slots)
+        draws = uniforms(
+            self._plan.config.seed,
+            Purpose.BASELINE,
+            self._progress.epoch,
+            view.sample_id,
+            view.occurrence,
+        )
+        quota = self._progress.by_stratum(view.stratum[positions])
+        drawn = top_of_each_stratum(draws, view, quota)
+        both = np.concatenate([positions, drawn])
+        self.gauges["batch_learnability"] = policy.learnability(view, positions, both)
+        self.gauges["uniform_learnability"] = policy.learnability(view, drawn, both)
+        self.compare = False
+
+    def leaving(self) -> IntArray:
+        """(n,) slots to prune after a batch, so that the pool is at its planned level."""
+        plan, pool, progress = self._plan, self._pool, self._progress
+        candidates = self._intake.order.num_candidates
+        slots = pool.slots()
+        surplus = len(slots) - plan.pooled_after(progress.step, candidates)
+        if surplus <= 0:
+            return slots[:0]
+        useless = slots[:0]
+        if plan.table.max_occurrences > 1 and not self._intake.remaining:
+            # Copies that can no longer enter a batch of their own go first.
+            left = self._turns(progress.step + 1).left(pool.ints("sample_id")[slots])
+            useless = slots[self._copy_number(slots) >= left][:surplus]
+            slots, surplus = np.setdiff1d(slots, useless), surplus - len(useless)
+        policy = self.policy
+        quota: IntArray | int = surplus
+        if policy.proportional:
+            trained = plan.steps * plan.batch_size
+            quota = apportion_pruning(
+                progress.trained,
+                progress.pruned + progress.by_stratum(pool.ints("stratum")[useless]),
+                progress.by_stratum(pool.ints("stratum")[slots]),
+                surplus,
+                ratio=(candidates - trained) / trained,
+            )
+        score = policy.score(self.view(slots))
+        due, _ = self._due(slots)
+        return np.concatenate([useless, pool.lowest(score, quota, due, slots)])

@@ -1,0 +1,394 @@
+"""One lane: candidate order -> strata -> reservoirs -> policy -> lane batches.
+
+A plain state machine without threads, torch or files of its own: what it does next follows from its
+state, the shared model and the store.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from slap_stream.appraisal import Appraiser
+from slap_stream.composer import Composer
+from slap_stream.feedback import Answers, Awaiting
+from slap_stream.intake import Intake
+from slap_stream.learnability import LearnabilityModel
+from slap_stream.plan import LanePlan, Progress
+from slap_stream.policies import Policy
+from slap_stream.policies.base import top_of_each_stratum
+from slap_stream.quota import apportion
+from slap_stream.repeats import copy_number
+from slap_stream.reservoir import RecentlyTrained, Reservoirs
+from slap_stream.rng import Purpose, gumbels, uniforms
+from slap_stream.strata import Strata, cluster_sums
+from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, ShardGate, State
+
+# Refreshes after which a measured loss gives way to the prediction: the model has moved on.
+FRESH_REFRESHES = 3
+# Samples trained on lately, over all strata; bounds the lane's memory where strata are many.
+MAX_RECENT = 2048
+
+
+class Lane:
+    """Composes one lane's batches.
+
+    Its state: position in the epoch; candidates of each stratum offered, trained and pruned; the
+    pool; samples trained on lately; questions asked and answers since the last refresh.
+
+    Args:
+        index: Which lane, in [0, num_lanes).
+        plan: What all lanes have in common.
+        policy: Rule that picks a batch.
+        strata: Shared strata; whoever owns them moves them.
+        model: Shared model; whoever owns it refreshes it.
+        gate: Who makes sure that shards are on disk before their candidates are offered.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        plan: LanePlan,
+        policy: Policy,
+        strata: Strata,
+        model: LearnabilityModel,
+        gate: ShardGate | None = None,
+    ) -> None:
+        config = plan.config
+        shape = {"columns": plan.columns, "metric_dim": model.metric.shape[1]}
+        self.index = index
+        self._plan, self._policy, self._strata, self._model = plan, policy, strata, model
+        self.progress = Progress(num_strata=strata.num_strata)
+        self.intake = Intake(
+            plan.table,
+            plan.store,
+            gate,
+            {
+                "seed": config.seed,
+                "lane": index,
+                "num_lanes": plan.num_lanes,
+                "shards_per_block": config.shards_per_block,
+                "min_block": plan.pool_size,
+            },
+        )
+        self.pool = Reservoirs(capacity=plan.pool_size, **shape)
+        per_stratum = min(config.recent_per_stratum, max(1, MAX_RECENT // strata.num_strata))
+        self._recent = RecentlyTrained(
+            num_strata=strata.num_strata, per_stratum=per_stratum, **shape
+        )
+        self._appraiser = Appraiser(model, plan.store.feature_names, plan.columns)
+        self.awaiting_trained, self.awaiting_probed = Awaiting(plan.patience), Awaiting(2)
+        self._answers = Answers(columns=plan.columns, sketch_dim=config.sketch_dim)
+        self._centroid_sum = np.zeros(strata.centroids.shape)
+        self._centroid_count = np.zeros(len(strata.centroids))
+        self._refreshes = self._composed = 0
+        self.counters: Counter[str] = Counter()
+        self._composer = Composer(
+            index,
+            plan,
+            policy,
+            model,
+            intake=self.intake,
+            pool=self.pool,
+            recent=self._recent,
+            appraiser=self._appraiser,
+            progress=self.progress,
+        )
+        # Sums over observed samples of 1, p, y, p p, y y and p y, p the loss predicted for y.
+        self._agreement = np.zeros(6)
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Begin an epoch; what was learnt about the data stays."""
+        self.progress.begin(epoch)
+        self._probed = 0
+        self.pool.clear()
+        self.intake.start_epoch(epoch)
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates of this lane in an epoch."""
+        return self.intake.order.num_candidates
+
+    @property
+    def gauges(self) -> dict[str, float]:
+        """Learnability of the batch compared last, and of a uniformly drawn one."""
+        return self._composer.gauges
+
+    def compose(self) -> IntArray | None:
+        """Compose the next lane batch.
+
+        Returns:
+            (batch_size,) sample ids; None if so many candidates were withdrawn that what is left
+            does not fill a batch.
+
+        Raises:
+            ShardError: If a shard cannot be fetched and bad shards are not to be skipped.
+        """
+        size = self._plan.batch_size
+        self._refill(self._plan.offered_before(self.progress.step, self.num_candidates))
+        slots, open_ = self._composer.open_slots()
+        while np.count_nonzero(open_) < size and self._refill(
+            self.intake.position + size, force=True
+        ):
+            slots, open_ = self._composer.open_slots()
+        if len(slots) < size:
+            return None
+        if np.count_nonzero(open_) < size:
+            # A sample repeated in nearly every batch of a tiny epoch cannot leave another way.
+            self.counters["repeats_in_batch"] += size - int(np.count_nonzero(open_))
+            open_ = np.ones(len(slots), bool)
+        chosen = self._composer.choose(slots, open_)
+        ids = self.pool.ints("sample_id")[chosen].copy()
+        self._train(chosen, ids)
+        self._drop(self._composer.leaving())
+        self.progress.step += 1
+        self._composed += 1
+        return ids
+
+    def _refill(self, target: int, *, force: bool = False) -> bool:
+        """Offer candidates up to `target` of the lane's order; whether any was taken.
+
+        A block begins only when no candidate of two blocks before it is left in the pool, unless
+        there is no other way to fill a batch.
+        """
+        intake, before = self.intake, self.intake.position
+        target = min(target, self.num_candidates)
+        while intake.position < target:
+            room = self.pool.capacity - len(self.pool)
+            next_block = intake.next_block
+            if not room:
+                break
+            if next_block != intake.block_index and not force:
+                blocks = self.pool.ints("block")[self.pool.slots()]
+                if np.any(blocks <= next_block - 2):
+                    break
+            self._offer(min(room, target - intake.position))
+        return intake.position > before
+
+    def _offer(self, most: int) -> None:
+        offered = self.intake.take(most)
+        ids, count = offered.sample_id, len(offered.sample_id)
+        embedding = offered.x[:, -self._plan.store.shape[1] :]
+        stratum = self._strata.assign(embedding, offered.source)
+        clusters = len(self._strata.centroids)
+        sums, counts = cluster_sums(embedding, stratum % clusters, clusters)
+        self._centroid_sum += sums
+        self._centroid_count += counts
+        self._appraiser.watch(ids, offered.x, stratum)
+        slots = self.pool.offer(
+            offered.x,
+            sample_id=ids,
+            occurrence=offered.occurrence,
+            block=np.full(count, offered.block),
+            stratum=stratum,
+            offered_at=np.arange(count) + int(self.progress.offered.sum()),
+            gumbel=gumbels(self._plan.config.seed, self.progress.epoch, ids, offered.occurrence),
+        )
+        self._appraise(slots)
+        self.progress.offered += self.progress.by_stratum(stratum)
+
+    def _appraise(self, slots: IntArray) -> None:
+        """Judge pooled candidates by the model of the last refresh."""
+        if not self._model.fitted or not len(slots):
+            return
+        pool = self.pool
+        stratum, own = pool.ints("stratum")[slots], pool.floats("own_loss")[slots]
+        stale = self._refreshes - pool.ints("own_since")[slots] >= FRESH_REFRESHES
+        judged = self._appraiser.appraise(pool.x[slots], stratum, np.where(stale, np.nan, own))
+        pool.z[slots] = judged.z
+        distance = self._recent.nearest(judged.z, stratum) / self._appraiser.typical
+        pool.floats("loss")[slots] = judged.loss
+        pool.floats("utility")[slots] = self._policy.utility(
+            rank=judged.rank, loss=judged.loss, distance=distance, evidence=judged.evidence
+        )
+
+    def _train(self, slots: IntArray, ids: IntArray) -> None:
+        """Book a batch: its samples leave the pool, their losses are awaited."""
+        stratum, x = self.pool.ints("stratum")[slots], self.pool.x[slots]
+        self.awaiting_trained.ask(self._composed, ids, x)
+        self._recent.add(ids, stratum, x, self.pool.z[slots])
+        self.progress.trained += self.progress.by_stratum(stratum)
+        self.pool.remove(slots)
+
+    def _drop(self, slots: IntArray) -> None:
+        stratum = self.pool.ints("stratum")[slots]
+        self.progress.pruned += self.progress.by_stratum(stratum)
+        self.pool.remove(slots)
+
+    def probe_candidates(self, count: int) -> IntArray:
+        """Choose candidates whose losses would tell most: half uniformly in strata, so that means
+        stay unbiased, half where the prediction is least certain.
+
+        Args:
+            count: How many; ids repeat if the pool holds fewer.
+
+        Returns:
+            (count,) sample ids; their losses are awaited.
+
+        Raises:
+            ValueError: If the pool is empty.
+        """
+        slots = self.pool.slots()
+        slots = slots[
+            copy_number(self.pool.ints("sample_id")[slots], self.pool.ints("occurrence")[slots])
+            == 0
+        ]
+        if not len(slots):
+            raise ValueError(
+                "probe_candidates needs candidates in the pool; compose a batch first."
+            )
+        unknown = slots[np.isnan(self.pool.floats("own_loss")[slots])]
+        # Where little is unknown, what was measured before is measured again.
+        slots = unknown if len(unknown) >= count else slots
+        count_now = min(count, len(slots))
+        uncertain = count_now // 2 if self._model.fitted else 0
+        view = self._composer.view(slots)
+        draws = uniforms(
+            self._plan.config.seed,
+            Purpose.PROBE,
+            self.progress.epoch,
+            view.sample_id,
+            view.occurrence,
+        )
+        stock = self.progress.by_stratum(view.stratum)
+        quota = apportion(stock, np.zeros_like(stock), stock, count_now - uncertain)
+        picked = top_of_each_stratum(draws, view, quota)
+        if uncertain:
+            rest = np.setdiff1d(np.arange(len(slots)), picked)
+            variance = self._model.variance(self.pool.x[slots[rest]])
+            picked = np.concatenate(
+                [picked, rest[np.argsort(-variance, kind="stable")[:uncertain]]]
+            )
+        self._probed += count
+        picked = np.resize(picked, count)
+        self.awaiting_probed.ask(self._composed, view.sample_id[picked], self.pool.x[slots[picked]])
+        return view.sample_id[picked]
+
+    def probe_budget(self, candidates: int) -> int:
+        """Probes due now for a lane with so many candidates; the smallest lane's count makes it
+        equal on all lanes."""
+        plan = self._plan
+        if not 0 < self.progress.step < plan.steps:
+            return 0
+        offered = plan.offered_before(self.progress.step - 1, candidates)
+        due = int(plan.config.probe_fraction * offered) - self._probed
+        return max(0, min(due, plan.pooled_after(self.progress.step - 1, candidates)))
+
+    def take_probed(
+        self, ids: IntArray, x: Float32Array, losses: FloatArray, sketches: Float32Array | None
+    ) -> None:
+        """Take in what the probe measured of (n,) samples with design rows x (n, columns)."""
+        fine = self._finite(ids, losses)
+        part = None if sketches is None else sketches[fine]
+        self._answers.add(ids[fine], x[fine], losses[fine], part)
+        order = np.argsort(ids[fine], kind="stable")
+        known, measured = ids[fine][order], losses[fine][order]
+        slots = self.pool.slots()
+        pooled = self.pool.ints("sample_id")[slots]
+        at = np.minimum(np.searchsorted(known, pooled), max(0, len(known) - 1))
+        hit = known[at] == pooled if len(known) else np.zeros(len(slots), bool)
+        self.pool.floats("own_loss")[slots[hit]] = measured[at[hit]]
+        self.pool.ints("own_since")[slots[hit]] = self._refreshes
+
+    def take_trained(self, ids: IntArray, x: Float32Array, losses: FloatArray) -> None:
+        """Take in the losses of (n,) samples that were trained on, with rows x (n, columns)."""
+        fine = self._finite(ids, losses)
+        ids, x, losses = ids[fine], x[fine], losses[fine]
+        self._answers.add(ids, x, losses)
+        if self._model.fitted and len(ids):
+            p = x.astype(np.float64) @ self._model.coefficient.astype(np.float64)
+            sums = [len(p), p.sum(), losses.sum(), p @ p, losses @ losses, p @ losses]
+            self._agreement += np.asarray(sums, np.float64)
+
+    def _finite(self, ids: IntArray, losses: FloatArray) -> BoolArray:
+        """(n,) finite losses; the others are counted and their samples withdrawn."""
+        fine = np.isfinite(losses)
+        self.counters["observed"] += int(np.count_nonzero(fine))
+        if not fine.all():
+            self.counters["nonfinite"] += int(np.count_nonzero(~fine))
+            slots = self.pool.slots()
+            gone = slots[np.isin(self.pool.ints("sample_id")[slots], ids[~fine])]
+            self.counters["withdrawn"] += len(gone)
+            self.pool.remove(gone)
+        return fine
+
+    def statistics(self) -> State:
+        """Sums since the last refresh, float64; those of all lanes can be added in lane order."""
+        return {
+            "lane": self.index,
+            "moments": self._answers.moments().to_dict(),
+            "centroid_sum": self._centroid_sum.copy(),
+            "centroid_count": self._centroid_count.copy(),
+        }
+
+    def refresh(self) -> None:
+        """Judge everything anew: model and strata have just been refreshed."""
+        self._refreshes += 1
+        self._answers.clear()
+        self._centroid_sum[:] = 0.0
+        self._centroid_count[:] = 0.0
+        self._agreement *= self._plan.config.forgetting
+        self._appraiser.refresh()
+        if self._model.fitted:
+            self._recent.project(self._appraiser.project)
+            self._appraise(self.pool.slots())
+            self._composer.compare = True
+
+    def agreement(self) -> FloatArray:
+        """(6,) sums over observed samples of 1, p, y, p p, y y, p y; p was predicted for y."""
+        return self._agreement
+
+    def state_dict(self) -> State:
+        """All that the next batches follow from, besides the shared model; only reads."""
+        return {
+            "lane": self.index,
+            "epoch": self.progress.epoch,
+            "step": self.progress.step,
+            "offered": self.progress.offered.copy(),
+            "trained": self.progress.trained.copy(),
+            "pruned": self.progress.pruned.copy(),
+            "probed": self._probed,
+            "refreshes": self._refreshes,
+            "composed": self._composed,
+            "compare": self._composer.compare,
+            "agreement": self._agreement.copy(),
+            "counters": dict(self.counters),
+            "gauges": dict(self._composer.gauges),
+            "centroid_sum": self._centroid_sum.copy(),
+            "centroid_count": self._centroid_count.copy(),
+            **{name: part.state_dict() for name, part in self._parts().items()},
+            "intake": self.intake.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a saved state; model and strata must have been loaded before."""
+        progress = self.progress
+        progress.epoch, progress.step = int(state["epoch"]), int(state["step"])
+        for name in ("offered", "trained", "pruned"):
+            setattr(progress, name, np.array(state[name], np.int64))
+        self._probed, self._refreshes = int(state["probed"]), int(state["refreshes"])
+        self._composed = int(state["composed"])
+        self._composer.compare = bool(state["compare"])
+        self._agreement = np.array(state["agreement"], np.float64)
+        self.counters, self._composer.gauges = Counter(state["counters"]), dict(state["gauges"])
+        self._centroid_sum = np.array(state["centroid_sum"], np.float64)
+        self._centroid_count = np.array(state["centroid_count"], np.float64)
+        self.intake.load_state_dict(state["intake"], progress.epoch)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name], self.intake.rows_of)
+        if self._model.fitted:
+            slots = self.pool.slots()
+            self.pool.z[slots] = self._appraiser.project(self.pool.x[slots])
+            self._recent.project(self._appraiser.project)
+
+    def _parts(self) -> dict[str, Reservoirs | RecentlyTrained | Appraiser | Awaiting | Answers]:
+        return {
+            "pool": self.pool,
+            "recent": self._recent,
+            "appraiser": self._appraiser,
+            "awaiting_trained": self.awaiting_trained,
+            "awaiting_probed": self.awaiting_probed,
+            "answers": self._answers,
+        }

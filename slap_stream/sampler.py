@@ -1,0 +1,500 @@
+"""SlapSampler: this rank's lanes -> batches of sample ids, without torch and streaming."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from slap_stream.config import SlapConfig
+from slap_stream.embeddings import ArrayStore
+from slap_stream.errors import AlignmentError, ConfigError, FeedbackError, StateError
+from slap_stream.feedback import Awaiting, match_oldest
+from slap_stream.lane import Lane
+from slap_stream.learnability import (
+    NUM_OWN_COLUMNS,
+    LearnabilityModel,
+    Moments,
+    single_threaded,
+)
+from slap_stream.order import ShardTable
+from slap_stream.plan import LanePlan, steps_of_epoch
+from slap_stream.policies import make_policy
+from slap_stream.strata import Strata
+from slap_stream.types import IntArray, RowStore, ShardGate, State
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+
+class SlapSampler:
+    """Composes batches of sample ids while a model trains.
+
+    Iterating yields one epoch of lists of `batch_size` sample ids; breaking off and iterating
+    again goes on with the epoch. Feed losses back with `observe` and `update`.
+
+    State: the shared model and centroids, and this rank's lanes.
+
+    Args:
+        shard_sizes: (num_shards,) samples in each shard; sample ids count through them.
+        embeddings: (num_samples, dim), anything with `shape`, `dtype` and row slices (NumPy, a
+            memory map, a Zarr array, a virtual one), or an `EmbeddingStore`.
+        batch_size: Samples of this rank's batch; the global batch is batch_size * world_size.
+        shard_counts: (num_shards,) candidates an epoch offers from each shard; default: its size.
+        lengths: (num_samples,) lengths in tokens or characters / 4.
+        features: (num_samples, num_features) columns that say something about a sample.
+        sources: (num_samples,) source of each sample, counted from 0.
+        config: Settings; default `SlapConfig()`.
+        rank: This rank.
+        world_size: Ranks; must divide the number of lanes.
+
+    Raises:
+        ConfigError: If batch size, lanes and ranks do not fit together, or an epoch is too short.
+        AlignmentError: If there are fewer rows than samples.
+    """
+
+    def __init__(
+        self,
+        shard_sizes: ArrayLike,
+        embeddings: Any,
+        *,
+        batch_size: int,
+        shard_counts: ArrayLike | None = None,
+        lengths: Any = None,
+        features: Any = None,
+        sources: Any = None,
+        config: SlapConfig | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        gate: ShardGate | None = None,
+    ) -> None:
+        self.config = config = config or SlapConfig()
+        sizes = np.asarray(shard_sizes, np.int64)
+        counts = None if shard_counts is None else np.asarray(shard_counts, np.int64)
+        self.table = ShardTable.of(sizes, counts)
+        self._store = _open_store(embeddings, lengths, features, sources)
+        self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
+        self.num_lanes = self._check_lanes()
+        self._check_store()
+        global_batch = batch_size * world_size
+        self.steps = steps_of_epoch(self.table.num_candidates, global_batch, config.keep)
+        self._check_steps(global_batch)
+
+        self._plan = LanePlan(
+            table=self.table,
+            store=self._store,
+            config=config,
+            num_lanes=self.num_lanes,
+            batch_size=global_batch // self.num_lanes,
+            steps=self.steps,
+        )
+        dim = self._store.shape[1]
+        names = list(self._store.feature_names)
+        reference = None
+        if "reference_loss" in names:
+            reference = NUM_OWN_COLUMNS + names.index("reference_loss")
+        self._model = LearnabilityModel(
+            columns=self._plan.columns,
+            dim=dim,
+            metric_dim=config.metric_dim,
+            sketch_dim=config.sketch_dim,
+            warmup_losses=config.warmup_losses,
+            reference_column=reference,
+        )
+        self._strata = Strata(
+            num_sources=len(self._store.source_names),
+            num_clusters=config.num_clusters,
+            pool_size=self._plan.pool_size,
+            dim=dim,
+        )
+        policy = make_policy(config)
+        per_rank = self.num_lanes // world_size
+        self.lanes = [
+            Lane(index, self._plan, policy, self._strata, self._model, gate)
+            for index in range(rank * per_rank, (rank + 1) * per_rank)
+        ]
+        self.epoch = 0
+        self._seeded = False
+        # Until somebody else merges; then a second clock would refresh twice.
+        self.refreshes_itself = True
+        self._cut_short = 0
+
+    @property
+    def step(self) -> int:
+        """Batches composed in this epoch."""
+        return self.lanes[0].progress.step
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the rest of this epoch's batches."""
+        if self.exhausted:
+            self.start_next_epoch()
+        while not self.exhausted:
+            batch = self.compose()
+            if batch is None:
+                break
+            yield batch.tolist()
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every batch of this epoch has been composed."""
+        return self.step >= self.steps
+
+    def start_next_epoch(self) -> None:
+        """Begin the next epoch; what was learnt stays."""
+        self.epoch += 1
+        for lane in self.lanes:
+            lane.start_epoch(self.epoch)
+
+    def compose(self) -> IntArray | None:
+        """Compose this rank's next batch.
+
+        Returns:
+            (batch_size,) sample ids, lane by lane; None if so many candidates were withdrawn that
+            the epoch ends early.
+
+        Raises:
+            ShardError: If a shard cannot be fetched and bad shards are not to be skipped.
+        """
+        with single_threaded():
+            if not self._seeded:
+                self._seed_strata()
+            due = self.step and self.step % self.config.probe_every == 0
+            if due and self.refreshes_itself:
+                self._merge(self.statistics())
+            batches = []
+            for lane in self.lanes:
+                batch = lane.compose()
+                if batch is None:
+                    self._cut_epoch_short()
+                    return None
+                batches.append(batch)
+        return np.concatenate(batches)
+
+    def observe(self, ids: ArrayLike, losses: ArrayLike) -> None:
+        """Feed back the losses of samples that were trained on.
+
+        Args:
+            ids: (n,) sample ids of batches that were yielded lately.
+            losses: (n,) mean loss per supervised token; not finite ones are counted and left out.
+
+        Raises:
+            FeedbackError: If shapes differ, or an id was not yielded lately or already observed.
+        """
+        ids, values = _check_feedback(ids, losses)
+        owner, question, position = self._find(
+            ids, [lane.awaiting_trained for lane in self.lanes], "observe", "yielded lately"
+        )
+        for index in np.unique(owner):
+            lane, mine = self.lanes[index], owner == index
+            x = lane.awaiting_trained.answer(question[mine], position[mine])
+            lane.take_trained(ids[mine], x, values[mine])
+
+    def update(self, ids: ArrayLike, losses: ArrayLike, sketches: ArrayLike | None = None) -> None:
+        """Feed back what the probe measured of the ids that `probe_candidates` gave.
+
+        Args:
+            ids: (n,) sample ids.
+            losses: (n,) mean loss per supervised token.
+            sketches: (n, sketch_dim) gradient sketches.
+
+        Raises:
+            FeedbackError: If shapes differ or an id was not given by `probe_candidates`.
+        """
+        ids, values = _check_feedback(ids, losses)
+        rows = None if sketches is None else np.asarray(sketches, np.float32)
+        if rows is not None and rows.shape != (len(ids), self.config.sketch_dim):
+            raise FeedbackError(
+                f"sketches must be (n, sketch_dim) = {(len(ids), self.config.sketch_dim)}, got "
+                f"{rows.shape}."
+            )
+        owner, question, position = self._find(
+            ids, [lane.awaiting_probed for lane in self.lanes], "update", "given by the probe"
+        )
+        for index in np.unique(owner):
+            lane, mine = self.lanes[index], owner == index
+            x = lane.awaiting_probed.answer(question[mine], position[mine])
+            lane.take_probed(ids[mine], x, values[mine], None if rows is None else rows[mine])
+
+    def probe_budget(self) -> int:
+        """Candidates due to be probed now on this rank, equally many per lane; 0 if none."""
+        smallest = self.table.num_candidates // self.num_lanes
+        return len(self.lanes) * min(lane.probe_budget(smallest) for lane in self.lanes)
+
+    def probe_candidates(self, count: int) -> IntArray:
+        """Ids whose losses and sketches would tell most about the candidates at hand.
+
+        Args:
+            count: How many, over this rank's lanes; a multiple of their number.
+
+        Returns:
+            (count,) sample ids, lane by lane, equally many per lane.
+
+        Raises:
+            FeedbackError: If `count` is not a multiple of this rank's lanes.
+        """
+        if count < 0 or count % len(self.lanes):
+            raise FeedbackError(
+                f"count must be a multiple of this rank's {len(self.lanes)} lanes, got {count!r}."
+            )
+        with single_threaded():
+            each = count // len(self.lanes)
+            ids = [lane.probe_candidates(each) for lane in self.lanes if each]
+        return np.concatenate(ids) if ids else np.zeros(0, np.int64)
+
+    def statistics(self) -> list[State]:
+        """Sums of this rank's lanes since the last refresh; plain arrays, only reads."""
+        return [lane.statistics() for lane in self.lanes]
+
+    def merge(self, statistics_in_lane_order: Sequence[State]) -> None:
+        """Refresh from the statistics of all lanes of all ranks.
+
+        From the first call on the sampler no longer refreshes itself.
+
+        Raises:
+            FeedbackError: If the lanes are not all there, once each and in order.
+        """
+        lanes = [int(state["lane"]) for state in statistics_in_lane_order]
+        if lanes != list(range(self.num_lanes)):
+            raise FeedbackError(
+                f"statistics_in_lane_order must hold lanes 0 to {self.num_lanes - 1} once each, "
+                f"in order, got {lanes[:8]}; gather them over all ranks."
+            )
+        self.refreshes_itself = False
+        with single_threaded():
+            self._merge(statistics_in_lane_order)
+
+    def _merge(self, statistics: Sequence[State]) -> None:
+        moments = [Moments.from_dict(state["moments"]) for state in statistics]
+        self._model.refresh(moments, self.config.forgetting)
+        sums = np.zeros(self._strata.centroids.shape)
+        counts = np.zeros(len(self._strata.centroids))
+        for state in statistics:
+            sums += np.asarray(state["centroid_sum"], np.float64)
+            counts += np.asarray(state["centroid_count"], np.float64)
+        self._strata.move(sums, counts, self.config.forgetting)
+        for lane in self.lanes:
+            lane.refresh()
+
+    def metrics(self) -> dict[str, float]:
+        """Counts over this rank's lanes in this epoch, and how well losses are predicted."""
+        lanes = self.lanes
+        result = {
+            "epoch": float(self.epoch),
+            "step": float(self.step),
+            "offered": float(sum(int(lane.progress.offered.sum()) for lane in lanes)),
+            "trained": float(sum(int(lane.progress.trained.sum()) for lane in lanes)),
+            "pruned": float(sum(int(lane.progress.pruned.sum()) for lane in lanes)),
+            "pooled": float(sum(len(lane.pool) for lane in lanes)),
+            "withdrawn": float(
+                sum(lane.intake.withdrawn + lane.counters["withdrawn"] for lane in lanes)
+            ),
+            "strata": float(self._strata.num_strata),
+            "strata_by_source": float(self._strata.by_source),
+            "fitted": float(self._model.fitted),
+            "metric_from_sketches": float(self._model.metric_from_sketches),
+            "loss_noise": self._model.noise,
+            "epochs_cut_short": float(self._cut_short),
+        }
+        for name in ("observed", "nonfinite", "repeats_in_batch"):
+            result[name] = float(sum(lane.counters[name] for lane in lanes))
+        total = sum((lane.agreement() for lane in lanes), np.zeros(6))
+        result["prediction_correlation"] = _correlation(*total.tolist())
+        for name in ("batch_learnability", "uniform_learnability"):
+            known = [lane.gauges[name] for lane in lanes if name in lane.gauges]
+            if known:
+                result[name] = float(np.mean(known))
+        return result
+
+    def state_dict(self) -> State:
+        """Everything the next batches follow from: arrays, numbers and strings; only reads."""
+        return {
+            "version": STATE_VERSION,
+            "config": self.config.to_dict(),
+            "run": self._run(),
+            "epoch": self.epoch,
+            "seeded": self._seeded,
+            "refreshes_itself": self.refreshes_itself,
+            "cut_short": self._cut_short,
+            "model": self._model.state_dict(),
+            "strata": self._strata.state_dict(),
+            "lanes": [lane.state_dict() for lane in self.lanes],
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a saved state; nothing is changed unless it fits.
+
+        Arrays may come back as nested lists.
+
+        Raises:
+            StateError: If the state is of another version, config, dataset or batch size; the
+                message lists the differences.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise StateError(
+                f"version must be {STATE_VERSION}, got {state.get('version')!r}; the state was "
+                "written by another version of slap_stream."
+            )
+        saved, now = state["run"], self._run()
+        differences = self.config.differences(state["config"]) + [
+            f"{name}: {saved.get(name)!r} -> {now[name]!r}"
+            for name in now
+            if saved.get(name) != now[name]
+        ]
+        lanes = [lane.index for lane in self.lanes]
+        theirs = {int(lane["lane"]): lane for lane in state["lanes"]}
+        if not set(lanes) <= set(theirs):
+            differences.append(f"lanes: {sorted(theirs)} -> {lanes}")
+        if differences:
+            raise StateError(
+                "state must belong to this run, got one that differs (saved -> current) in "
+                + "; ".join(differences)
+                + "."
+            )
+        self.epoch = int(state["epoch"])
+        self._seeded = bool(state["seeded"])
+        self.refreshes_itself = bool(state["refreshes_itself"])
+        self._cut_short = int(state["cut_short"])
+        self._model.load_state_dict(state["model"])
+        self._strata.load_state_dict(state["strata"])
+        for lane in self.lanes:
+            lane.load_state_dict(theirs[lane.index])
+
+    @property
+    def shards_at_hand(self) -> int:
+        """Shards that this rank's lanes work on at a time: two blocks each, and a third hinted."""
+        blocks = sum(3 * lane.intake.order.visits_per_block for lane in self.lanes)
+        return min(blocks, len(self.table.sizes))
+
+    def _run(self) -> dict[str, Any]:
+        """What must be the same for a state to be taken over; the world size is free."""
+        shards = np.stack([self.table.sizes, self.table.counts]).tobytes()
+        return {
+            "num_samples": self.table.num_samples,
+            "num_candidates": self.table.num_candidates,
+            "shards": hashlib.sha256(shards).hexdigest()[:16],
+            "embedding_dim": self._store.shape[1],
+            "feature_names": list(self._store.feature_names),
+            "source_names": list(self._store.source_names),
+            "global_batch": self.batch_size * self.world_size,
+            "num_lanes": self.num_lanes,
+        }
+
+    def _seed_strata(self) -> None:
+        # From lane 0's first block on every rank: all lanes share the centroids.
+        first = self.lanes[0].intake if self.lanes[0].index == 0 else None
+        if first is None:
+            lane = Lane(0, self._plan, make_policy(self.config), self._strata, self._model)
+            first = lane.intake
+        self._strata.seed(first.first_embeddings(), self.config.seed)
+        self._seeded = True
+
+    def _cut_epoch_short(self) -> None:
+        self._cut_short += 1
+        logger.warning(
+            "epoch %d ends after %d of %d batches: too many candidates were withdrawn.",
+            self.epoch,
+            self.step,
+            self.steps,
+        )
+        for lane in self.lanes:
+            lane.progress.step = self.steps
+
+    def _find(
+        self, ids: IntArray, awaiting: Sequence[Awaiting], verb: str, origin: str
+    ) -> tuple[IntArray, IntArray, IntArray]:
+        """Lane, question and position of each id; the oldest open question over all lanes."""
+        entries = [a.entries() for a in awaiting]
+        owner = np.repeat(np.arange(len(entries)), [len(entry[0]) for entry in entries])
+        names, steps, questions, positions = (
+            np.concatenate([entry[part] for entry in entries]) for part in range(4)
+        )
+        index, known = match_oldest(ids, names, steps)
+        if not known.all():
+            wrong = ids[~known]
+            raise FeedbackError(
+                f"{verb}: ids must have been {origin} and not answered yet, got {len(wrong)} "
+                f"others, first {wrong[:5].tolist()}; losses are awaited for "
+                f"{self._plan.patience} batches."
+            )
+        return owner[index], questions[index], positions[index]
+
+    def _check_lanes(self) -> int:
+        rank, world_size, batch_size = self.rank, self.world_size, self.batch_size
+        if not (isinstance(batch_size, int) and batch_size > 0):
+            raise ConfigError(f"batch_size must be a positive whole number, got {batch_size!r}.")
+        if not (world_size >= 1 and 0 <= rank < world_size):
+            raise ConfigError(f"rank must be in [0, {world_size}), got {rank!r}.")
+        num_lanes = self.config.num_lanes
+        if num_lanes is None:
+            num_lanes = world_size
+            logger.info("num_lanes is %d, the world size; it stays so for the run.", num_lanes)
+        if num_lanes % world_size:
+            raise ConfigError(
+                f"num_lanes must be a multiple of the world size {world_size}, got {num_lanes}; "
+                "each rank hosts as many lanes as the others."
+            )
+        if batch_size * world_size % num_lanes:
+            raise ConfigError(
+                f"the global batch must be divisible by num_lanes, got {batch_size} * {world_size} "
+                f"samples and {num_lanes} lanes; each lane composes an equal part of it."
+            )
+        return num_lanes
+
+    def _check_store(self) -> None:
+        rows, samples = self._store.shape[0], self.table.num_samples
+        if rows != samples:
+            raise AlignmentError(
+                f"embeddings must have one row per sample, got {rows} rows for {samples} samples; "
+                "make them again for this dataset."
+            )
+
+    def _check_steps(self, global_batch: int) -> None:
+        candidates, keep = self.table.num_candidates, self.config.keep
+        if not self.steps:
+            raise ConfigError(
+                f"keep * candidates must fill a global batch of {global_batch}, got "
+                f"{keep} * {candidates}; use a smaller batch or more data."
+            )
+        if self.table.max_occurrences > self.steps:
+            raise ConfigError(
+                f"a sample must not be offered more often than an epoch has batches, got "
+                f"{self.table.max_occurrences} times in {self.steps} batches; lower `repeat`."
+            )
+
+
+def _open_store(embeddings: Any, lengths: Any, features: Any, sources: Any) -> RowStore:
+    if hasattr(embeddings, "read_ids"):
+        if any(extra is not None for extra in (lengths, features, sources)):
+            raise AlignmentError(
+                "lengths, features and sources must not be given with an EmbeddingStore; it "
+                "brings its own."
+            )
+        store: RowStore = embeddings
+        return store
+    return ArrayStore(embeddings, lengths=lengths, features=features, sources=sources)
+
+
+def _check_feedback(ids: ArrayLike, losses: ArrayLike) -> tuple[IntArray, Any]:
+    names, values = np.asarray(ids), np.asarray(losses, np.float64)
+    if names.ndim != 1 or names.shape != values.shape or names.dtype.kind not in "iu":
+        raise FeedbackError(
+            f"ids and losses must be (n,) whole numbers and (n,) losses, got {names.dtype} "
+            f"{names.shape} and {values.shape}."
+        )
+    return names.astype(np.int64), values
+
+
+def _correlation(n: float, p: float, y: float, pp: float, yy: float, py: float) -> float:
+    if n < 2:
+        return 0.0
+    spread = (pp - p * p / n) * (yy - y * y / n)
+    return (py - p * y / n) / spread**0.5 if spread > 1e-12 else 0.0
