@@ -1,0 +1,406 @@
+"""SlapDataLoader: torch's DataLoader over batches that are composed while a model trains."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from torch.utils.data import DataLoader, default_collate
+
+from slap_stream.config import SlapConfig
+from slap_stream.embeddings import StackedStore, open_embeddings
+from slap_stream.errors import AlignmentError, ConfigError, StateError
+from slap_stream.probe import LearnabilityProbe
+from slap_stream.sampler import SlapSampler
+from slap_stream.shards import (
+    ShardFetcher,
+    ShardView,
+    index_digests,
+    min_cache_bytes,
+    shard_table,
+)
+from slap_stream.types import FloatArray, IntArray, RowStore, State
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+SAMPLE_ID = "sample_id"
+
+
+class PendingBatches:
+    """Composed and undelivered batches, as the batch sampler that torch's DataLoader pulls from.
+
+    Batch t + lookahead is composed when batch t is asked for. Torch pulls ahead by its prefetch,
+    which is never more than that, so how far it has pulled changes nothing.
+
+    Args:
+        sampler: Composes the batches.
+    """
+
+    def __init__(self, sampler: SlapSampler) -> None:
+        self._sampler = sampler
+        self._lookahead = sampler.config.lookahead
+        self._pending: deque[IntArray] = deque()
+        self._pulled = 0
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Hand out the undelivered batches from the first on."""
+        self._pulled = 0
+        return self
+
+    def __next__(self) -> list[int]:
+        if self._pulled >= len(self._pending):
+            raise StopIteration
+        self._pulled += 1
+        return self._pending[self._pulled - 1].tolist()  # type: ignore[no-any-return]
+
+    @property
+    def undelivered(self) -> int:
+        """Batches composed and not delivered yet."""
+        return len(self._pending)
+
+    def begin(self) -> None:
+        """Compose up to the lookahead; begins the next epoch if this one is all delivered."""
+        if not self._pending and self._sampler.exhausted:
+            self._sampler.start_next_epoch()
+        self._compose(self._lookahead)
+
+    def ask(self) -> bool:
+        """Compose what is due when the next batch is asked for; whether there is one."""
+        self._compose(self._lookahead + 1)
+        return bool(self._pending)
+
+    def deliver(self) -> None:
+        """The oldest pending batch has been delivered."""
+        self._pending.popleft()
+        self._pulled -= 1
+
+    def _compose(self, ahead: int) -> None:
+        while len(self._pending) < ahead and not self._sampler.exhausted:
+            batch = self._sampler.compose()
+            if batch is None:
+                break
+            self._pending.append(batch)
+
+    def state_dict(self) -> State:
+        """The pending batches, verbatim."""
+        return {"pending": [batch.copy() for batch in self._pending]}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over saved pending batches."""
+        self._pending = deque(np.asarray(batch, np.int64) for batch in state["pending"])
+
+
+class SlapDataLoader(DataLoader[Any]):
+    """Batches of a `StreamingDataset` that are composed while the model trains.
+
+    Iterating yields one epoch of collated batches; breaking off and iterating again goes on with
+    the epoch. `batch["sample_id"]`, (batch,) int64, goes back through `observe` with the losses.
+
+    State: the sampler's, the composed and undelivered batches, and the attached probe's.
+
+    Args:
+        dataset: The dataset; its `batch_size`, if set, must be this one.
+        batch_size: Samples in a batch.
+        embeddings: Path of `embeddings.zarr`, an `EmbeddingStore`, an array, or a list of them in
+            stream order.
+        config: Settings; default `SlapConfig()`.
+        collate_fn: Makes a batch, a mapping, of a list of samples; default torch's.
+        num_workers: Processes that read and collate; 0 does it in this one. The batches are the
+            same whatever their number.
+        prefetch_factor: Batches that each worker works ahead; times workers at most
+            `config.lookahead`. Default: 2, or less where the lookahead is short.
+        persistent_workers: Whether workers live on between epochs.
+        pin_memory: As for torch's DataLoader.
+        timeout: As for torch's DataLoader, in seconds.
+        worker_init_fn: As for torch's DataLoader.
+        multiprocessing_context: `fork`, `spawn`, `forkserver` or a context.
+
+    Raises:
+        ConfigError: If settings contradict each other or the dataset's.
+        AlignmentError: If embeddings and dataset do not describe the same samples.
+        TypeError: If the dataset is not a `StreamingDataset`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        embeddings: Any,
+        config: SlapConfig | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_workers: int = 0,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        pin_memory: bool = False,
+        timeout: float = 0.0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+    ) -> None:
+        config = config or SlapConfig()
+        shards = shard_table(dataset)
+        _check_batch_size(batch_size, dataset)
+        _check_single_rank()
+        prefetch_factor = _prefetch(num_workers, prefetch_factor, config.lookahead)
+        store = open_embeddings(embeddings)
+        self._digests = index_digests(dataset)
+        _check_alignment(store, self._digests, shards.sizes, shards.stream_of_shard)
+        self._fetcher = ShardFetcher(dataset, on_bad_shard=config.on_bad_shard)
+        self.composer = SlapSampler(
+            shards.sizes,
+            store,
+            batch_size=batch_size,
+            shard_counts=shards.counts,
+            config=config,
+            gate=self._fetcher,
+        )
+        _check_cache_limit(dataset, self.composer.shards_at_hand)
+        self._pending = PendingBatches(self.composer)
+        self._probe: LearnabilityProbe | None = None
+        self._probe_state: State | None = None
+        self._loads = 0
+        super().__init__(
+            ShardView(dataset),  # type: ignore[arg-type]  # map-style by duck typing
+            batch_sampler=self._pending,
+            collate_fn=_CollateWithIds(collate_fn or default_collate),
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers,
+            pin_memory=pin_memory,
+            timeout=timeout,
+            worker_init_fn=worker_init_fn,
+            multiprocessing_context=multiprocessing_context,
+        )
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield the rest of this epoch's batches.
+
+        Raises:
+            RuntimeError: If a state is loaded while this iterator is in use.
+        """
+        loads = self._loads
+        self._pending.begin()
+        batches = super().__iter__()
+        while self._pending.ask():
+            batch = next(batches)
+            self._pending.deliver()
+            yield batch
+            if loads != self._loads:
+                raise RuntimeError(
+                    "the loader must not be iterated on after load_state_dict; its batches belong "
+                    "to the state before: start a new iteration."
+                )
+
+    @property
+    def config(self) -> SlapConfig:
+        """Settings of the run."""
+        return self.composer.config
+
+    @property
+    def num_local_lanes(self) -> int:
+        """Lanes of this rank."""
+        return len(self.composer.lanes)
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next batch, counted from 0."""
+        finished = self.composer.exhausted and not self._pending.undelivered
+        return self.composer.epoch + int(finished)
+
+    def observe(self, ids: Any, losses: Any) -> None:
+        """Feed back the losses of samples that were trained on; free, the step has made them.
+
+        Args:
+            ids: (n,) `batch["sample_id"]`.
+            losses: (n,) mean loss per supervised token, such as `per_sample_loss` gives.
+
+        Raises:
+            FeedbackError: If shapes differ, or an id was not yielded lately or already observed.
+        """
+        self.composer.observe(_on_cpu(ids), _on_cpu(losses))
+
+    def probe_budget(self) -> int:
+        """Candidates due to be probed now; 0 if none."""
+        return self.composer.probe_budget()
+
+    def probe_candidates(self, count: int) -> IntArray:
+        """(count,) sample ids to probe, lane by lane, equally many per lane."""
+        return self.composer.probe_candidates(count)
+
+    def read_batch(self, ids: Sequence[int] | IntArray) -> Any:
+        """Read and collate samples by id, in this process."""
+        view: ShardView = self.dataset  # type: ignore[assignment]
+        collate = self.collate_fn
+        assert collate is not None, "set in the constructor"
+        return collate(view.__getitems__([int(i) for i in ids]))
+
+    def update(self, ids: IntArray, losses: FloatArray, sketches: Any = None) -> None:
+        """Feed back what the probe measured of the ids that `probe_candidates` gave."""
+        self.composer.update(ids, losses, sketches)
+
+    def refresh(self) -> None:
+        """Take in all feedback since the last refresh."""
+        self.composer.merge(self.composer.statistics())
+
+    def attach(self, probe: LearnabilityProbe) -> None:
+        """Let a probe refresh this loader; its state travels in the loader's."""
+        self._probe = probe
+        # From now on the probe says when; a second clock would refresh twice.
+        self.composer.refreshes_itself = False
+        if self._probe_state is not None:
+            probe.load_state_dict(self._probe_state)
+            self._probe_state = None
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers about the run, ready for TensorBoard or Weights & Biases."""
+        metrics = self.composer.metrics() | self._fetcher.metrics()
+        metrics["undelivered"] = float(self._pending.undelivered)
+        if self._probe is not None:
+            metrics |= self._probe.metrics()
+        return metrics
+
+    def state_dict(self) -> State:
+        """Everything a resumed run needs: arrays, numbers and strings; only reads."""
+        probe = self._probe_state if self._probe is None else self._probe.state_dict()
+        return {
+            "version": STATE_VERSION,
+            "index_digests": list(self._digests),
+            "sampler": self.composer.state_dict(),
+            "probe": probe,
+            **self._pending.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on exactly where the state was saved; arrays may come back as nested lists.
+
+        A probe's part is handed to the probe, now or when one is attached.
+
+        Raises:
+            StateError: If the state is of another version, config or dataset; nothing has changed
+                then.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise StateError(
+                f"version must be {STATE_VERSION}, got {state.get('version')!r}; the state was "
+                "written by another version of slap_stream."
+            )
+        if list(state["index_digests"]) != self._digests:
+            raise StateError(
+                "index_digests must be those of this dataset, got others; the state belongs to "
+                "another dataset, or this one was converted again."
+            )
+        self.composer.load_state_dict(state["sampler"])
+        self._pending.load_state_dict(state)
+        self._loads += 1
+        if state["probe"] is None or self._probe is None:
+            self._probe_state = state["probe"]
+        else:
+            self._probe.load_state_dict(state["probe"])
+
+    def close(self) -> None:
+        """End the threads that fetch shards; the loader cannot be iterated any more."""
+        self._fetcher.close()
+
+
+class _CollateWithIds:
+    """Adds `sample_id` to what the user's function makes of the samples."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, pairs: list[tuple[int, Any]]) -> Any:
+        batch = self._collate([sample for _, sample in pairs])
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"collate_fn must make a mapping, got {type(batch).__name__}; sample_id is added "
+                "to it."
+            )
+        if not isinstance(batch, MutableMapping):
+            batch = dict(batch)
+        batch[SAMPLE_ID] = torch.tensor([sample_id for sample_id, _ in pairs], dtype=torch.int64)
+        return batch
+
+
+def _on_cpu(values: Any) -> Any:
+    if isinstance(values, torch.Tensor):
+        values = values.detach()
+        # NumPy has no bfloat16.
+        values = values.double() if values.is_floating_point() else values
+        return values.cpu().numpy()
+    return np.asarray(values)
+
+
+def _check_batch_size(batch_size: int, dataset: Any) -> None:
+    if dataset.batch_size is not None and dataset.batch_size != batch_size:
+        raise ConfigError(
+            f"batch_size must be the dataset's, {dataset.batch_size}, got {batch_size!r}; give "
+            "both the same."
+        )
+
+
+def _check_single_rank() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        world_size = torch.distributed.get_world_size()
+        if world_size > 1:
+            raise ConfigError(
+                f"SlapDataLoader must run on one rank, got a world of {world_size}; ranks do not "
+                "exchange their statistics yet. SlapSampler takes rank and world_size."
+            )
+
+
+def _prefetch(num_workers: int, prefetch_factor: int | None, lookahead: int) -> int | None:
+    if not num_workers:
+        return None
+    if prefetch_factor is None:
+        prefetch_factor = max(1, min(2, lookahead // num_workers))
+    if prefetch_factor * num_workers > lookahead:
+        raise ConfigError(
+            f"prefetch_factor * num_workers must be at most lookahead = {lookahead}, got "
+            f"{prefetch_factor} * {num_workers}; raise SlapConfig(lookahead=...)."
+        )
+    return prefetch_factor
+
+
+def _check_alignment(
+    store: RowStore, digests: Sequence[str], sizes: IntArray, stream_of_shard: IntArray
+) -> None:
+    samples = np.bincount(stream_of_shard, weights=sizes, minlength=len(digests)).astype(int)
+    if isinstance(store, StackedStore) and len(store.stores) == len(digests):
+        parts: Sequence[RowStore] = store.stores
+    elif len(digests) == 1 or not hasattr(store, "verify"):
+        parts, digests, samples = [store], [digests[0]], np.array([samples.sum()])
+    else:
+        raise AlignmentError(
+            f"embeddings must be a list of {len(digests)} stores, one per stream in their order, "
+            "got one store."
+        )
+    for part, digest, count in zip(parts, digests, samples, strict=True):
+        verify = getattr(part, "verify", None)
+        if verify is not None:
+            verify(digest, int(count))
+        elif part.shape[0] != count:
+            raise AlignmentError(
+                f"embeddings must have one row per sample, got {part.shape[0]} rows for {count} "
+                "samples; make them again for this dataset."
+            )
+
+
+def _check_cache_limit(dataset: Any, shards_at_hand: int) -> None:
+    if dataset.cache_limit:
+        needed = min_cache_bytes(dataset, shards_at_hand)
+        if dataset.cache_limit < needed:
+            raise ConfigError(
+                f"cache_limit must be at least {needed} bytes, got {dataset.cache_limit!r}: the "
+                f"lanes work on {shards_at_hand} shards at a time; raise it, or lower num_lanes "
+                "or shards_per_block."
+            )
