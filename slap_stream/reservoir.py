@@ -124,12 +124,12 @@ class Reservoirs:
         # Ties are broken by identity, not by slot, so that the result is the same after a resume.
         identity = self.ints("sample_id")[slots], self.ints("occurrence")[slots]
         if isinstance(quota, int):
-            order: IntArray = np.lexsort((*identity, score, ~due))
-            return slots[order[:quota]]
-        stratum = self.ints("stratum")[slots]
-        order = np.lexsort((*identity, score, ~due, stratum))
-        leaving: IntArray = slots[first_of_each(stratum[order], quota, order)]
-        return leaving
+            order: IntArray = np.lexsort((*identity, score, ~due))[:quota]
+        else:
+            stratum = self.ints("stratum")[slots]
+            order = np.lexsort((*identity, score, ~due, stratum))
+            order = first_of_each(stratum[order], quota, order)
+        return slots[order]
 
     def state_dict(self) -> State:
         """Columns of the slots in use, and which slots these are."""

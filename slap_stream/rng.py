@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     PROBE = 7
     POLICY = 8
     BASELINE = 9
+    SKETCH = 10
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

@@ -1,0 +1,266 @@
+"""SlapDataLoader over real shards: the same batches whatever the workers, resume, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from streaming import Stream, StreamingDataset
+
+from slap_stream import SlapDataLoader
+from slap_stream.errors import AlignmentError, ConfigError, ShardError, StateError
+from slap_stream.shards import open_writer
+from tests.laws import as_json, config_of
+
+NUM_SAMPLES, BATCH = 400, 16
+LOSSES = np.random.default_rng(3).gamma(4.0, 0.5, 4 * NUM_SAMPLES)
+
+
+def write_corpus(path: Path, first: int = 0, count: int = NUM_SAMPLES) -> Path:
+    """Shards of about forty samples that hold their own number."""
+    with open_writer(path, {"number": "int", "text": "str"}, shard_bytes=2000) as writer:
+        for number in range(first, first + count):
+            writer.write({"number": number, "text": "word " * (1 + number % 7)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpora") / "corpus")
+
+
+def vectors(count: int = NUM_SAMPLES) -> np.ndarray[Any, Any]:
+    """Embeddings."""
+    return np.random.default_rng(0).normal(size=(count, 8)).astype(np.float16)
+
+
+def make(
+    corpus: Path, *, embeddings: Any = None, dataset: Any = None, config: Any = None, **options: Any
+) -> SlapDataLoader:
+    """A loader over a local corpus."""
+    if dataset is None:
+        dataset = StreamingDataset(local=str(corpus), batch_size=BATCH)
+    return SlapDataLoader(
+        dataset,
+        BATCH,
+        embeddings=vectors() if embeddings is None else embeddings,
+        config=config or config_of(num_lanes=2, lookahead=4),
+        **options,
+    )
+
+
+def feed(loader: SlapDataLoader, batch: Any) -> list[int]:
+    """Observe a batch by the table of losses; its ids."""
+    assert batch["number"].tolist() == batch["sample_id"].tolist()
+    loader.observe(batch["sample_id"], torch.tensor(LOSSES)[batch["sample_id"]])
+    ids: list[int] = batch["sample_id"].tolist()
+    return ids
+
+
+def run(loader: SlapDataLoader, batches: int) -> list[list[int]]:
+    """The next batches, over as many epochs as it takes."""
+    ids: list[list[int]] = []
+    while len(ids) < batches:
+        ids += [feed(loader, batch) for batch in islice(loader, batches - len(ids))]
+    return ids
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus: Path) -> list[list[int]]:
+    """Two epochs, read in the main process."""
+    loader = make(corpus)
+    return run(loader, 2 * len(loader))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_workers": 1},
+        {"num_workers": 2, "persistent_workers": True},
+        {"num_workers": 2, "prefetch_factor": 1},
+        {"num_workers": 1, "multiprocessing_context": "spawn", "persistent_workers": True},
+    ],
+    ids=["one", "persistent", "shallow", "spawn"],
+)
+def test_batches_do_not_depend_on_workers(
+    corpus: Path, unbroken: list[list[int]], options: dict[str, Any]
+) -> None:
+    assert run(make(corpus, **options), len(unbroken)) == unbroken
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resume_is_exact_at_every_batch(
+    corpus: Path, unbroken: list[list[int]], num_workers: int
+) -> None:
+    steps = len(unbroken) // 2
+    cuts = range(2 * steps) if not num_workers else (1, 5, steps - 1, steps, steps + 2)
+    for cut in cuts:
+        loader = make(corpus, num_workers=num_workers)
+        head = run(loader, cut)
+        state = as_json(loader.state_dict())
+        again = make(corpus)
+        again.load_state_dict(state)
+        assert as_json(again.state_dict()) == state
+        assert head + run(again, len(unbroken) - cut) == unbroken
+
+
+def test_breaking_off_goes_on_with_the_epoch(corpus: Path, unbroken: list[list[int]]) -> None:
+    loader = make(corpus, num_workers=2, persistent_workers=True)
+    ids: list[list[int]] = []
+    while len(ids) < len(unbroken):
+        ids += run(loader, min(5, len(unbroken) - len(ids)))
+    assert ids == unbroken
+
+
+def test_a_run_killed_and_resumed_equals_the_unbroken_one(
+    corpus: Path, unbroken: list[list[int]], tmp_path: Path
+) -> None:
+    script = Path(__file__).parent / "killed_run.py"
+    log, checkpoint = tmp_path / "ids.jsonl", tmp_path / "state.json"
+    command = [sys.executable, str(script), str(corpus), str(log), str(checkpoint)]
+    for kill_after in (7, None):
+        process = subprocess.Popen([*command, str(len(unbroken))], start_new_session=True)
+        if kill_after is not None:
+            wait_for_lines(log, kill_after, process)
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait(timeout=120) == (-signal.SIGKILL if kill_after else 0)
+    # A batch after the last checkpoint is delivered again: the log may repeat, never differ.
+    seen: dict[int, list[int]] = {}
+    for line in log.read_text().splitlines():
+        entry = json.loads(line)
+        assert seen.setdefault(entry["batch"], entry["ids"]) == entry["ids"]
+    assert [seen[index] for index in range(len(unbroken))] == unbroken
+
+
+def wait_for_lines(log: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a log has so many lines."""
+    end = time.monotonic() + 120
+    while not log.exists() or len(log.read_text().splitlines()) < count:
+        assert time.monotonic() < end, "the run made no progress"
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+
+
+def test_an_epoch_offers_all_and_trains_keep_of_it(corpus: Path) -> None:
+    loader = make(corpus)
+    ids = sum(run(loader, len(loader)), [])
+    assert len(ids) == len(set(ids)) == int(0.7 * NUM_SAMPLES // BATCH) * BATCH
+    metrics = loader.metrics()
+    assert metrics["offered"] == NUM_SAMPLES
+    assert metrics["trained"] == len(ids)
+    assert loader.epoch == 1
+
+
+def test_streams_with_weights_and_one_store_each(tmp_path: Path) -> None:
+    first = write_corpus(tmp_path / "a", 0, 120)
+    second = write_corpus(tmp_path / "b", 120, 200)
+    dataset = StreamingDataset(
+        streams=[Stream(local=str(first), repeat=2), Stream(local=str(second), repeat=0.5)],
+        batch_size=BATCH,
+    )
+    table = vectors(320)
+    loader = make(tmp_path, dataset=dataset, embeddings=[table[:120], table[120:]])
+    ids = np.array(sum(run(loader, len(loader)), []))
+    assert loader.metrics()["offered"] == 240 + 100
+    assert np.bincount(ids[ids < 120]).max() == 2
+    assert np.bincount(ids[ids >= 120]).max() == 1
+
+
+class Doubling(StreamingDataset):
+    """A dataset whose samples are made in `__getitem__`, as tokenising ones are."""
+
+    def __getitem__(self, at: Any) -> Any:
+        sample = super().__getitem__(at)
+        return {**sample, "double": 2 * sample["number"]}
+
+
+def test_a_subclass_that_makes_samples_still_does(corpus: Path) -> None:
+    dataset = Doubling(local=str(corpus), batch_size=BATCH)
+    batch = next(iter(make(corpus, dataset=dataset)))
+    assert (batch["double"] == 2 * batch["sample_id"]).all()
+
+
+def break_shard(corpus: Path, name: str) -> None:
+    """Cut a shard file short."""
+    with (corpus / name).open("r+b") as file:
+        file.truncate(100)
+
+
+def test_a_bad_shard_raises_or_is_withdrawn(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    break_shard(corpus, "shard.00002.mds")
+    with pytest.raises(ShardError, match=r"shard.00002.mds"):
+        run(make(corpus), 10)
+    config = config_of(num_lanes=2, lookahead=4, on_bad_shard="skip")
+    loader = make(corpus, config=config)
+    ids = set(sum(run(loader, len(loader)), []))
+    bad = json.loads((corpus / "index.json").read_text())["shards"][2]["samples"]
+    metrics = loader.metrics()
+    assert metrics["withdrawn"] == bad
+    assert metrics["offered"] == NUM_SAMPLES - bad
+    assert metrics["epochs_cut_short"] == 0
+    assert len(ids) == int(0.7 * NUM_SAMPLES // BATCH) * BATCH
+
+
+def test_an_epoch_ends_early_when_withdrawals_leave_too_little(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    break_shard(corpus, "shard.00002.mds")
+    config = config_of(num_lanes=2, lookahead=4, on_bad_shard="skip", keep=1.0)
+    loader = make(corpus, config=config)
+    delivered = [feed(loader, batch) for batch in loader]
+    assert 0 < len(delivered) < len(loader)
+    assert loader.metrics()["epochs_cut_short"] == 1
+    assert loader.epoch == 1
+    assert [feed(loader, batch) for batch in loader], "the next epoch goes on"
+
+
+def test_refusals_name_the_cause(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="batch_size must be the dataset's, 8, got 16"):
+        make(corpus, dataset=StreamingDataset(local=str(corpus), batch_size=8))
+    with pytest.raises(ConfigError, match=r"at most lookahead = 4, got 3 \* 2"):
+        make(corpus, num_workers=2, prefetch_factor=3)
+    with pytest.raises(AlignmentError, match=r"399 rows"):
+        make(corpus, embeddings=vectors(399))
+    with pytest.raises(AlignmentError):
+        make(corpus, embeddings=str(tmp_path / "none.zarr"))
+    with pytest.raises(TypeError, match=r"streaming.StreamingDataset, got list"):
+        make(corpus, dataset=[1, 2, 3])
+    with pytest.raises(TypeError, match="collate_fn must make a mapping, got list"):
+        next(iter(make(corpus, collate_fn=list)))
+
+
+def test_a_state_of_another_dataset_is_refused(corpus: Path, tmp_path: Path) -> None:
+    state = make(corpus).state_dict()
+    other = make(write_corpus(tmp_path / "other", first=1))
+    with pytest.raises(StateError, match="index_digests must be those of this dataset"):
+        other.load_state_dict(state)
+    with pytest.raises(StateError, match="version must be 1, got 7"):
+        other.load_state_dict({**state, "version": 7})
+
+
+def test_iterating_on_after_loading_a_state_is_an_error(corpus: Path) -> None:
+    loader = make(corpus)
+    batches = iter(loader)
+    next(batches)
+    loader.load_state_dict(loader.state_dict())
+    with pytest.raises(RuntimeError, match="start a new iteration"):
+        next(batches)
+
+
+def test_losses_may_be_tensors_of_any_float_type(corpus: Path) -> None:
+    loader = make(corpus)
+    batches = iter(loader)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        batch = next(batches)
+        loader.observe(batch["sample_id"], torch.ones(BATCH, dtype=dtype, requires_grad=True))
+    assert loader.metrics()["observed"] == 3 * BATCH
