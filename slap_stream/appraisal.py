@@ -75,7 +75,7 @@ class Appraiser:
     def refresh(self) -> None:
         """Renew the yardsticks from the window and the model as they now are."""
         self._readout = self._model.readout
-        if not self._model.fitted or not len(self._ids):
+        if not len(self._ids):
             return
         _, excess, z = self._read(self._x)
         self._ranks = RankTable(excess, self._stratum)

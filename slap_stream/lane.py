@@ -191,7 +191,7 @@ class Lane:
 
     def _appraise(self, slots: IntArray) -> None:
         """Judge pooled candidates by the model of the last refresh."""
-        if not self._model.fitted or not len(slots):
+        if not (self._policy.needs_losses and self._model.fitted and len(slots)):
             return
         pool = self.pool
         stratum, own = pool.ints("stratum")[slots], pool.floats("own_loss")[slots]
@@ -330,8 +330,8 @@ class Lane:
         self._centroid_sum[:] = 0.0
         self._centroid_count[:] = 0.0
         self._agreement *= self._plan.config.forgetting
-        self._appraiser.refresh()
-        if self._model.fitted:
+        if self._model.fitted and self._policy.needs_losses:
+            self._appraiser.refresh()
             self._recent.project(self._appraiser.project)
             self._appraise(self.pool.slots())
             self._composer.compare = True
