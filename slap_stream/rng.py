@@ -29,6 +29,8 @@ class Purpose(IntEnum):
     POLICY = 8
     BASELINE = 9
     SKETCH = 10
+    CORPUS_PARTS = 11
+    CORPUS_PLACES = 12
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

@@ -1,0 +1,129 @@
+"""Jobs over worker processes, which end with their parent, however it ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from slap_stream.errors import SlapStreamError
+
+Job = TypeVar("Job")
+Advance = Callable[[int], None]
+Work = Callable[[Job, Advance], None]
+"""Does a job, and says now and then how much of it is done."""
+
+_POLL_SECONDS = 0.2
+
+# Of a worker process: one slot per job, shared with the parent. Set when the worker starts.
+_progress: Any = None
+
+
+class WorkerDied(SlapStreamError, RuntimeError):
+    """A worker process ended before its job did."""
+
+
+def run_jobs(
+    work: Work[Job], jobs: Sequence[Job], sizes: Sequence[int], *, num_workers: int, bar: tqdm[Any]
+) -> None:
+    """Run jobs over spawned processes, or in this one when `num_workers` is at most 1.
+
+    When a job raises, or this process is interrupted or killed, the workers end at once. What a job
+    leaves behind must therefore be fit to be found half done.
+
+    Args:
+        work: A module-level function; it and the jobs are pickled.
+        jobs: (num_jobs,) independent of each other.
+        sizes: (num_jobs,) in the unit of the bar.
+        num_workers: Processes.
+        bar: Moved on by what the jobs report, and by a job's size when it ends.
+
+    Raises:
+        WorkerDied: If a worker is killed, by the system for want of memory, say.
+    """
+    before = int(bar.n)
+    if num_workers <= 1 or len(jobs) <= 1:
+        for job, size in zip(jobs, sizes, strict=True):
+            start = before
+            before += size
+            # Bound now: the work is over before the next job starts.
+            work(job, lambda done, start=start: _move(bar, start + done))  # type: ignore[misc]
+            _move(bar, before)
+        return
+    context = multiprocessing.get_context("spawn")
+    progress = context.RawArray("q", len(jobs))
+    # Nothing is ever sent: when the pipe ends, the workers know that they are not needed.
+    listener, keeper = context.Pipe(duplex=False)
+    try:
+        with ProcessPoolExecutor(
+            max_workers=min(num_workers, len(jobs)),
+            mp_context=context,
+            initializer=_start_worker,
+            initargs=(progress, listener),
+        ) as executor:
+            try:
+                pending = {
+                    executor.submit(_run, work, job, slot, size)
+                    for slot, (job, size) in enumerate(zip(jobs, sizes, strict=True))
+                }
+                while pending:
+                    finished, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
+                    for future in finished:
+                        future.result()
+                    _move(bar, before + sum(progress))
+            except BaseException:
+                keeper.close()
+                executor.shutdown(wait=True, cancel_futures=True)
+                raise
+    except BrokenProcessPool as error:
+        raise WorkerDied(
+            f"num_workers must be as few as the memory allows, got {num_workers!r} and a worker "
+            "that ended before its job did; what is done is kept: run the same again, with fewer "
+            "workers if memory was the cause, and from under `if __name__ == '__main__':` if a "
+            "script of yours made the call."
+        ) from error
+    finally:
+        keeper.close()
+        listener.close()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    # Not everywhere can a process be kept off some cores.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _move(bar: tqdm[Any], done: int) -> None:
+    bar.update(done - bar.n)
+
+
+def _start_worker(progress: Any, listener: Connection) -> None:
+    global _progress
+    _progress = progress
+    # Ctrl-C reaches every process of the terminal; the parent alone answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(listener,), daemon=True).start()
+
+
+def _end_with_parent(listener: Connection) -> None:
+    listener.poll(None)
+    # Not a clean exit, on purpose: the work that it would wait for has no use any more.
+    os._exit(1)
+
+
+def _run(work: Work[Job], job: Job, slot: int, size: int) -> None:
+    def advance(done: int) -> None:
+        _progress[slot] = done
+
+    work(job, advance)
+    _progress[slot] = size
