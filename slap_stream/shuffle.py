@@ -40,7 +40,6 @@ _REPORT_RECORDS = 64
 # a part that were read to be put in order.
 _RUN_BYTES = 32 << 20
 _WINDOW_BYTES = 16 << 20
-# Stages of the draws, so that the part and the place in it have nothing to do with each other.
 _DRAWS_AT_ONCE = 4096
 _PLACE = np.dtype([("piece", np.int64), ("offset", np.int64), ("size", np.int64)])
 
