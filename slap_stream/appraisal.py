@@ -20,6 +20,8 @@ WINDOW = 1024
 SUSPECT_COLUMNS = {"prompt_target_cosine": -1.0, "target_given_prompt": 1.0}
 # Scale of the median absolute deviation that makes it a standard deviation for normal data.
 MAD_TO_STD = 1.4826
+# Strata with fewer candidates in the window are judged by the scale over all.
+MIN_FOR_SCALE = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +59,7 @@ class Appraiser:
         found = [name for name in SUSPECT_COLUMNS if name in feature_names]
         self._suspects = [NUM_OWN_COLUMNS + list(feature_names).index(name) for name in found]
         self._signs = np.array([SUSPECT_COLUMNS[name] for name in found])
-        self._centre = np.zeros(len(found))
-        self._scale = np.zeros(len(found))
+        self._outliers = OutlierTable(np.zeros((0, len(found))), np.zeros(0, np.int64))
         self._ids: IntArray = np.zeros(0, np.int64)
         self._x: Float32Array = np.zeros((0, columns), np.float32)
         self._stratum: IntArray = np.zeros(0, np.int64)
@@ -80,9 +81,7 @@ class Appraiser:
         _, excess, z = self._read(self._x)
         self._ranks = RankTable(excess, self._stratum)
         self.typical = _typical_distance(z, self._stratum)
-        values = self._x[:, self._suspects].astype(np.float64) * self._signs
-        self._centre = np.median(values, axis=0)
-        self._scale = MAD_TO_STD * np.median(np.abs(values - self._centre), axis=0)
+        self._outliers = OutlierTable(self._suspicion(self._x), self._stratum)
 
     def appraise(self, x: Float32Array, stratum: IntArray, own_loss: FloatArray) -> Appraisal:
         """Judge candidates.
@@ -96,10 +95,8 @@ class Appraiser:
         known = np.isfinite(own_loss)
         surprise = np.where(known, own_loss - predicted, 0.0)
         evidence = np.maximum(0.0, surprise / max(self._model.noise, 1e-6))
-        if self._suspects:
-            values = x[:, self._suspects].astype(np.float64) * self._signs
-            deviation = (values - self._centre) / np.where(self._scale > 0, self._scale, np.inf)
-            evidence = evidence + np.maximum(0.0, deviation).sum(axis=1)
+        deviation = self._outliers.deviation(self._suspicion(x), stratum)
+        evidence = evidence + np.maximum(0.0, deviation).sum(axis=1)
         excess = excess + surprise
         return Appraisal(
             loss=np.where(known, own_loss, predicted),
@@ -113,6 +110,11 @@ class Appraiser:
         """(n, metric_dim) unit vectors of the metric space."""
         return self._read(x)[2]
 
+    def _suspicion(self, x: Float32Array) -> FloatArray:
+        """(n, columns that tell) values that are the larger the more suspect a sample is."""
+        values: FloatArray = x[:, self._suspects].astype(np.float64) * self._signs
+        return values
+
     def _read(self, x: Float32Array) -> tuple[FloatArray, FloatArray, Float32Array]:
         out = project(x, self._readout)
         z = out[:, 2:]
@@ -125,8 +127,8 @@ class Appraiser:
             "stratum": self._stratum,
             "rank_values": self._ranks.values,
             "rank_stratum": self._ranks.stratum,
-            "centre": self._centre,
-            "scale": self._scale,
+            "outlier_values": self._outliers.values,
+            "outlier_stratum": self._outliers.stratum,
             "typical": self.typical,
         }
 
@@ -139,10 +141,53 @@ class Appraiser:
             np.asarray(state["rank_values"], np.float64),
             np.asarray(state["rank_stratum"], np.int64),
         )
-        self._centre = np.asarray(state["centre"], np.float64)
-        self._scale = np.asarray(state["scale"], np.float64)
+        self._outliers = OutlierTable(
+            np.asarray(state["outlier_values"], np.float64).reshape(
+                len(state["outlier_stratum"]), len(self._suspects)
+            ),
+            np.asarray(state["outlier_stratum"], np.int64),
+        )
         self.typical = float(state["typical"])
         self._readout = self._model.readout
+
+
+class OutlierTable:
+    """How unusual values are in their stratum: sources differ in what is usual.
+
+    Args:
+        values: (n, columns) values of a window of candidates.
+        stratum: (n,) their strata.
+    """
+
+    def __init__(self, values: FloatArray, stratum: IntArray) -> None:
+        self.values = values
+        self.stratum = stratum
+        self._overall = _centre_and_scale(values)
+        self._own = {
+            int(name): _centre_and_scale(values[stratum == name])
+            for name, size in zip(*np.unique(stratum, return_counts=True), strict=True)
+            if size >= MIN_FOR_SCALE
+        }
+
+    def deviation(self, values: FloatArray, stratum: IntArray) -> FloatArray:
+        """(n, columns) deviations from the stratum's median, in robust standard deviations.
+
+        A column that does not vary in a stratum says nothing there: its deviation is zero.
+        """
+        result = np.zeros(values.shape)
+        for name in np.unique(stratum):
+            centre, scale = self._own.get(int(name), self._overall)
+            inside = stratum == name
+            result[inside] = (values[inside] - centre) / scale
+        return result
+
+
+def _centre_and_scale(values: FloatArray) -> tuple[FloatArray, FloatArray]:
+    if not len(values):
+        return np.zeros(values.shape[1]), np.full(values.shape[1], np.inf)
+    centre = np.median(values, axis=0)
+    scale = MAD_TO_STD * np.median(np.abs(values - centre), axis=0)
+    return centre, np.where(scale > 0, scale, np.inf)
 
 
 def _typical_distance(z: Float32Array, stratum: IntArray) -> float:

@@ -57,7 +57,8 @@ def encode(
     """Turn a conversation into token ids and mark what the assistant says.
 
     A turn's end-of-turn token is supervised, what a template writes after it (a line break) is
-    not. Turns are found by the template's `{% generation %}` marks where it has them. Otherwise the
+    not. Where a template ends the last turn with no such token (GLM's does not), the tokenizer's
+    end-of-sequence token is added, or the model would never learn to stop. Turns are found by the template's `{% generation %}` marks where it has them. Otherwise the
     conversation is rendered up to each turn, and each rendering must be a prefix of the whole one.
     Messages of role `text` are plain documents: no template, every token supervised.
 
@@ -89,6 +90,7 @@ def encode(
     elif "assistant" in roles:
         text, spans = _render(tokenizer, messages)
         input_ids, supervised = _tokenize(tokenizer, text, spans)
+        _end_last_turn(tokenizer, input_ids, supervised)
     else:
         raise CorpusError(
             f"messages must hold at least one turn of role 'assistant', got roles {roles[:5]!r}; "
@@ -372,6 +374,16 @@ def _tokenize_by_prefix(
             )
         supervised[len(before) : len(upto)] = [True] * (len(upto) - len(before))
     return input_ids, supervised
+
+
+def _end_last_turn(tokenizer: Any, input_ids: list[int], supervised: list[bool]) -> None:
+    """Add the end-of-sequence token if the last token is the assistant's and ends nothing."""
+    eos = tokenizer.eos_token_id
+    if eos is None or not supervised or not supervised[-1]:
+        return
+    if input_ids[-1] != eos and input_ids[-1] not in tokenizer.get_added_vocab().values():
+        input_ids.append(eos)
+        supervised.append(True)
 
 
 def _document_ids(tokenizer: Any, text: str) -> list[int]:

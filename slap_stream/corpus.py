@@ -18,13 +18,11 @@ from typing import Any, Literal
 
 from slap_stream import __version__
 from slap_stream.chat import encode
-from slap_stream.errors import ConfigError, CorpusError
-from slap_stream.inputs import Input, cut, find_inputs, peek
-from slap_stream.jobs import usable_cores
-from slap_stream.readers import Piece
-from slap_stream.records import RecordDropped, normalise
-from slap_stream.shard_index import INDEX_NAME, merge_indexes
-from slap_stream.shuffle import (
+from slap_stream.converting.inputs import Input, cut, find_inputs, peek
+from slap_stream.converting.jobs import usable_cores
+from slap_stream.converting.readers import Piece
+from slap_stream.converting.records import RecordDropped, normalise
+from slap_stream.converting.shuffle import (
     GatherJob,
     OpenWriter,
     ScatterJob,
@@ -34,9 +32,11 @@ from slap_stream.shuffle import (
     piece_manifest,
     scatter,
 )
-from slap_stream.tally import Tally
-from slap_stream.tokenising import find_tokenizer, load_tokenizer, tokenizer_digest
-from slap_stream.work_dir import WORK_NAME, claimed, run_missing, write_json
+from slap_stream.converting.tally import Tally
+from slap_stream.converting.tokenising import find_tokenizer, load_tokenizer, tokenizer_digest
+from slap_stream.converting.work_dir import WORK_NAME, claimed, run_missing, write_json
+from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.shard_index import INDEX_NAME, merge_indexes
 
 CORPUS_NAME = "corpus.json"
 # Smaller than streaming's 64 MiB: a block of the sampler is 8 shards, whose embeddings are in

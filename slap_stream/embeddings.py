@@ -14,10 +14,10 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
+from slap_stream.encoding.journal import Journal
+from slap_stream.encoding.layout import FORMAT_VERSION, StoreLayout, file_digest
+from slap_stream.encoding.stores import ArrayStore, ReadsIds, RowSlices, StackedStore
 from slap_stream.errors import AlignmentError, CorpusError
-from slap_stream.journal import Journal
-from slap_stream.layout import FORMAT_VERSION, StoreLayout, file_digest
-from slap_stream.stores import ArrayStore, ReadsIds, RowSlices, StackedStore
 from slap_stream.types import Rows, RowStore
 
 __all__ = [

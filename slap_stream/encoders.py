@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from slap_stream.encoding.features import NUM_BUCKETS, HashedPairs
+from slap_stream.encoding.pretrained import load_pretrained, pad, token_batches
+from slap_stream.encoding.text_sample import TextSample
 from slap_stream.errors import ConfigError
-from slap_stream.features import NUM_BUCKETS, HashedPairs
-from slap_stream.pretrained import load_pretrained, pad, token_batches
-from slap_stream.text_sample import TextSample
 from slap_stream.types import Float32Array
 
 DEFAULT_DIM = 384

@@ -123,8 +123,9 @@ class Intake:
 
     def first_embeddings(self) -> Float32Array:
         """(n, dim) embeddings of the epoch's first block, at most 4096 of them."""
-        ids = np.sort(self.order.block(0).sample_id[:4096])
-        return np.asarray(self._store.read_ids(np.unique(ids)).embedding, np.float32)
+        ids = np.unique(self.order.block(0).sample_id[:4096])
+        # As in design rows: a value that is not finite would spoil every centroid.
+        return self.rows_of(ids)[:, -self._store.shape[1] :]
 
     def _open(self, index: int) -> None:
         if self.gate is not None:

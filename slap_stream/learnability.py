@@ -176,10 +176,16 @@ class LearnabilityModel:
         return np.concatenate([self.coefficient[:, None], self.excess[:, None], self.metric], 1)
 
     def refresh(self, lanes: Sequence[Moments], forgetting: float) -> None:
-        """Take in the lanes' new samples, in lane order, and solve again."""
+        """Take in the lanes' new samples, in lane order, and solve again.
+
+        Without any new loss everything stays as it is.
+        """
         total = Moments.from_dict(lanes[0].to_dict())
         for lane in lanes[1:]:
             total.add(lane)
+        if not float(total.count):
+            # Forgetting for nothing would end at sums of zero, which nothing can be solved from.
+            return
         self.moments.add(total, forgetting=forgetting)
         if not self.fitted and float(self.moments.count) < self._warmup_losses:
             return

@@ -23,8 +23,8 @@ from torch import nn
 
 from slap_stream.config import SlapConfig
 from slap_stream.errors import StateError
-from slap_stream.head import find_head, head_weight, quiet, to_device, unwrap
-from slap_stream.readout import (
+from slap_stream.probing.head import find_head, head_weight, quiet, to_device, unwrap
+from slap_stream.probing.readout import (
     IGNORED_LABEL,
     CausalReader,
     GradientSink,
@@ -33,8 +33,8 @@ from slap_stream.readout import (
     Reader,
     per_sample_loss,
 )
-from slap_stream.second_moment import HasState, SecondMoment
-from slap_stream.sketch import TensorSketch
+from slap_stream.probing.second_moment import HasState, SecondMoment
+from slap_stream.probing.sketch import TensorSketch
 from slap_stream.types import Float32Array, FloatArray, IntArray, State
 
 __all__ = ["IGNORED_LABEL", "LearnabilityProbe", "ProbeHost", "per_sample_loss"]

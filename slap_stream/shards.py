@@ -23,8 +23,6 @@ from streaming.base.format.mds.encodings import (
 )
 
 from slap_stream.errors import ConfigError, CorpusError
-from slap_stream.shard_cache import ShardCache
-from slap_stream.shard_fetch import ShardFetcher
 from slap_stream.shard_index import (
     PathLike,
     corpus_columns,
@@ -34,8 +32,10 @@ from slap_stream.shard_index import (
     shard_sizes,
     write_index,
 )
-from slap_stream.shard_plan import DatasetShards, index_digests, min_cache_bytes, plan_shards
-from slap_stream.shard_read import OpenShards
+from slap_stream.sharding.cache import ShardCache
+from slap_stream.sharding.fetch import ShardFetcher
+from slap_stream.sharding.plan import DatasetShards, index_digests, min_cache_bytes, plan_shards
+from slap_stream.sharding.read import OpenShards
 
 __all__ = [
     "DatasetShards",

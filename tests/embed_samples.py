@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from slap_stream.text_sample import TextSample, from_messages
+from slap_stream.encoding.text_sample import TextSample, from_messages
 
 LINES = (
     "river stone lantern copper window garden thunder velvet basket whistle marble harbour",

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from slap_stream import SlapConfig
-from slap_stream.sketch import TensorSketch
+from slap_stream.probing.sketch import TensorSketch
 from tests.tiny_models import HIDDEN, MODELS, VOCABULARY
 
 DIM = 64

@@ -237,6 +237,17 @@ def test_a_plain_document_is_learnt_whole_and_ended() -> None:
     assert all(encoded.supervised)
 
 
+def test_a_template_that_ends_no_turn_is_ended() -> None:
+    glm = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = byte_level(glm)
+    assert learnt(tokenizer, encode(tokenizer, DIALOGUE)) == ["jumps over", "lazy<|im_end|>"]
+    asked = [*DIALOGUE, turn("user", "Why?")]
+    assert learnt(tokenizer, encode(tokenizer, asked)) == ["jumps over", "lazy"]
+
+
 def test_truncation_keeps_the_start_and_is_told() -> None:
     tokenizer = byte_level(CHATML)
     whole = encode(tokenizer, DIALOGUE)

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from datasets import Dataset
-from slap_stream.tools.convert import main
 
 from slap_stream.shards import corpus_columns, corpus_size, iter_corpus
+from slap_stream.tools.convert import main
 
 
 def pair(n: int) -> dict[str, Any]:

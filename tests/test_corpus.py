@@ -16,8 +16,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from slap_stream import corpus, inputs, shuffle, tally
+from slap_stream import corpus
 from slap_stream.chat import encode
+from slap_stream.converting import inputs, shuffle, tally
 from slap_stream.errors import ConfigError, CorpusError
 from tests.plain_corpora import (
     files_of,

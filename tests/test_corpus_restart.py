@@ -20,9 +20,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slap_stream import corpus, inputs, shuffle
+from slap_stream import corpus
+from slap_stream.converting import inputs, shuffle
+from slap_stream.converting.jobs import WorkerDied
 from slap_stream.errors import CorpusError
-from slap_stream.jobs import WorkerDied
 from tests.plain_corpora import (
     PlainWriter,
     files_of,
@@ -138,7 +139,8 @@ def test_finished_call_made_again_returns_its_report(
 # Slow enough to be caught in the middle; the guard is what spawn asks of a script.
 SCRIPT = """
 import functools, sys
-from slap_stream import corpus, inputs
+from slap_stream import corpus
+from slap_stream.converting import inputs
 from slap_stream.corpus import convert
 from tests.plain_corpora import open_plain_writer
 

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slap_stream.embed import embed
 from slap_stream.embeddings import EmbeddingStore, file_digest
 from slap_stream.encoders import HashingEncoder
+from slap_stream.encoding.embed import embed
+from slap_stream.encoding.features import FEATURE_NAMES
+from slap_stream.encoding.reference_loss import ReferenceLoss
+from slap_stream.encoding.text_sample import TextSample, from_messages
+from slap_stream.encoding.texts import describe_corpus
 from slap_stream.errors import CorpusError
-from slap_stream.features import FEATURE_NAMES
-from slap_stream.reference_loss import ReferenceLoss
 from slap_stream.shards import open_writer
-from slap_stream.text_sample import TextSample, from_messages
-from slap_stream.texts import describe_corpus
 from tests.embed_samples import Questions, question
 from tests.test_encoders import llama_path  # noqa: F401, a fixture
 from tools.embed import main
@@ -124,7 +124,7 @@ def test_a_killed_embedding_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "c", 2_000)
     script = (
         "import sys, time\n"
-        "from slap_stream.journal import Journal\n"
+        "from slap_stream.encoding.journal import Journal\n"
         "append = Journal.append\n"
         "def slow(journal, line):\n"
         "    append(journal, line)\n"

@@ -28,8 +28,8 @@ from slap_stream.embeddings import (
     file_digest,
     open_embeddings,
 )
+from slap_stream.encoding.journal import Journal
 from slap_stream.errors import AlignmentError, CorpusError
-from slap_stream.journal import Journal
 from slap_stream.types import Rows
 from tests.embed_rows import array_store, assert_rows_are, make_layout, make_rows, write_store
 

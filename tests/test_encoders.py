@@ -24,16 +24,16 @@ from transformers import (
 )
 
 from slap_stream.encoders import HashingEncoder, HFEncoder, open_encoder
-from slap_stream.errors import ConfigError, CorpusError
-from slap_stream.features import (
+from slap_stream.encoding.features import (
     FEATURE_NAMES,
     NUM_BUCKETS,
     HashedTfidf,
     feature_columns,
 )
-from slap_stream.pretrained import pad, token_batches
-from slap_stream.reference_loss import ReferenceLoss
-from slap_stream.text_sample import TextSample, from_messages, halves
+from slap_stream.encoding.pretrained import pad, token_batches
+from slap_stream.encoding.reference_loss import ReferenceLoss
+from slap_stream.encoding.text_sample import TextSample, from_messages, halves
+from slap_stream.errors import ConfigError, CorpusError
 from tests.embed_samples import WORDS, pair, question
 
 # HashingEncoder(8) of one sample: stores embedded by an earlier version must stay comparable.

@@ -16,11 +16,11 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slap_stream import inputs, readers
+from slap_stream.converting import inputs, readers
+from slap_stream.converting.inputs import cut, find_inputs, peek
+from slap_stream.converting.readers import Piece, read
+from slap_stream.converting.records import COLUMNS, DropReason
 from slap_stream.errors import CorpusError
-from slap_stream.inputs import cut, find_inputs, peek
-from slap_stream.readers import Piece, read
-from slap_stream.records import COLUMNS, DropReason
 
 RECORDS = [
     {

@@ -153,7 +153,7 @@ def wait_for_lines(log: Path, count: int, process: subprocess.Popen[bytes]) -> N
 
 def test_an_epoch_offers_all_and_trains_keep_of_it(corpus: Path) -> None:
     loader = make(corpus)
-    ids = sum(run(loader, len(loader)), [])
+    ids = [i for batch in run(loader, len(loader)) for i in batch]
     assert len(ids) == len(set(ids)) == int(0.7 * NUM_SAMPLES // BATCH) * BATCH
     metrics = loader.metrics()
     assert metrics["offered"] == NUM_SAMPLES
@@ -170,7 +170,7 @@ def test_streams_with_weights_and_one_store_each(tmp_path: Path) -> None:
     )
     table = vectors(320)
     loader = make(tmp_path, dataset=dataset, embeddings=[table[:120], table[120:]])
-    ids = np.array(sum(run(loader, len(loader)), []))
+    ids = np.concatenate(run(loader, len(loader)))
     assert loader.metrics()["offered"] == 240 + 100
     assert np.bincount(ids[ids < 120]).max() == 2
     assert np.bincount(ids[ids >= 120]).max() == 1
@@ -203,7 +203,7 @@ def test_a_bad_shard_raises_or_is_withdrawn(tmp_path: Path) -> None:
         run(make(corpus), 10)
     config = config_of(num_lanes=2, lookahead=4, on_bad_shard="skip")
     loader = make(corpus, config=config)
-    ids = set(sum(run(loader, len(loader)), []))
+    ids = {i for batch in run(loader, len(loader)) for i in batch}
     bad = json.loads((corpus / "index.json").read_text())["shards"][2]["samples"]
     metrics = loader.metrics()
     assert metrics["withdrawn"] == bad

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slap_stream.probe import LearnabilityProbe, per_sample_loss
-from slap_stream.sketch import TensorSketch
+from slap_stream.probing.sketch import TensorSketch
 from tests.probe_host import (
     DIM,
     Host,
@@ -188,7 +188,7 @@ def test_autocast_around_a_step_is_honoured():
 def test_blocks_of_tokens_change_nothing(monkeypatch):
     made = []
     for elements in (1 << 20, 3 * VOCABULARY):
-        monkeypatch.setattr("slap_stream.readout._BLOCK_ELEMENTS_CPU", elements)
+        monkeypatch.setattr("slap_stream.probing.readout._BLOCK_ELEMENTS_CPU", elements)
         host = Host()
         LearnabilityProbe(make("gemma2"), host).step()
         made.append(host.updates[0])
@@ -214,7 +214,7 @@ def test_memory_stays_under_the_block(monkeypatch):
     vocabulary = 5_000
     torch.manual_seed(0)
     model = llama(vocab_size=vocabulary)
-    monkeypatch.setattr("slap_stream.readout._BLOCK_ELEMENTS_CPU", 4 * vocabulary)
+    monkeypatch.setattr("slap_stream.probing.readout._BLOCK_ELEMENTS_CPU", 4 * vocabulary)
     host = Host()
     probe = LearnabilityProbe(model, host)
     with Largest() as largest:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slap_stream.records import (
+from slap_stream.converting.records import (
     COLUMNS,
     DropReason,
     RecordDropped,

@@ -16,9 +16,9 @@ from streaming import JSONWriter, Stream, StreamingDataset
 from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash, get_hashes
 
-from slap_stream import shard_cache
 from slap_stream.errors import ConfigError, ShardError
-from slap_stream.shard_cache import LOCAL, PREPARING, REMOTE, hash_of
+from slap_stream.sharding import cache as shard_cache
+from slap_stream.sharding.cache import LOCAL, PREPARING, REMOTE, hash_of
 from slap_stream.shards import ShardFetcher, ShardView
 from tests.shard_corpora import FlakyStream, flip_byte, same, sample, shard_files, write_corpus
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slap_stream.sketch import TensorSketch
+from slap_stream.probing.sketch import TensorSketch
 
 CPU = torch.device("cpu")
 

@@ -19,8 +19,8 @@ from slap_stream.embeddings import (
     StackedStore,
     open_embeddings,
 )
+from slap_stream.encoding.stores import BRIDGE_ROWS, SPAN_ROWS, plan_spans
 from slap_stream.errors import AlignmentError
-from slap_stream.stores import BRIDGE_ROWS, SPAN_ROWS, plan_spans
 from slap_stream.types import Rows
 from tests.embed_rows import array_store, assert_rows_are, make_rows
 
@@ -163,5 +163,5 @@ def test_stores_of_different_encoders_cannot_be_stacked() -> None:
 
 
 def test_importing_stores_does_not_import_zarr() -> None:
-    code = "import sys, slap_stream.stores; sys.exit('zarr' in sys.modules)"
+    code = "import sys, slap_stream.encoding.stores; sys.exit('zarr' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from slap_stream.converting.records import KNOWN_SHAPES
 from slap_stream.corpus import SHARD_BYTES, ConvertReport, convert
 from slap_stream.errors import SlapStreamError
-from slap_stream.records import KNOWN_SHAPES
 
 _SHOWN_SOURCES = 10
 

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from slap_stream.embed import EmbedReport, embed, source_names
 from slap_stream.encoders import open_encoder
+from slap_stream.encoding.embed import EmbedReport, embed, source_names
+from slap_stream.encoding.layout import file_digest
+from slap_stream.encoding.reference_loss import ReferenceLoss
+from slap_stream.encoding.texts import CorpusTexts, describe_corpus
 from slap_stream.errors import CorpusError, SlapStreamError
-from slap_stream.layout import file_digest
-from slap_stream.reference_loss import ReferenceLoss
 from slap_stream.shards import corpus_columns, corpus_size, iter_corpus
-from slap_stream.texts import CorpusTexts, describe_corpus
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from slap_stream.chat import encode
+from slap_stream.encoding.pretrained import load_pretrained, pad, token_batches
+from slap_stream.encoding.text_sample import TextSample
 from slap_stream.errors import ConfigError
-from slap_stream.pretrained import load_pretrained, pad, token_batches
-from slap_stream.text_sample import TextSample
 from slap_stream.types import Float32Array
 
 # Logits held at once, whatever the vocabulary: 64 MiB in float32 on a CPU, where larger ones cost

@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from slap_stream.converting.jobs import run_jobs
 from slap_stream.errors import CorpusError
-from slap_stream.jobs import run_jobs
 
 WORK_NAME = ".convert"
 

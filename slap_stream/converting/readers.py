@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
+from slap_stream.converting.records import DropReason, RecordDropped, parse_line
 from slap_stream.errors import CorpusError
-from slap_stream.records import DropReason, RecordDropped, parse_line
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -17,12 +17,12 @@ import numpy as np
 
 from slap_stream.embeddings import EmbeddingWriter
 from slap_stream.encoders import Encoder
+from slap_stream.encoding.features import FEATURE_NAMES, FIT_SAMPLES, HashedTfidf, feature_columns
+from slap_stream.encoding.layout import MAX_SOURCES, ROWS_PER_CHUNK, ROWS_PER_SHARD, StoreLayout
+from slap_stream.encoding.reference_loss import ReferenceLoss
+from slap_stream.encoding.text_sample import TextSample
+from slap_stream.encoding.texts import CorpusTexts
 from slap_stream.errors import CorpusError
-from slap_stream.features import FEATURE_NAMES, FIT_SAMPLES, HashedTfidf, feature_columns
-from slap_stream.layout import MAX_SOURCES, ROWS_PER_CHUNK, ROWS_PER_SHARD, StoreLayout
-from slap_stream.reference_loss import ReferenceLoss
-from slap_stream.text_sample import TextSample
-from slap_stream.texts import CorpusTexts
 from slap_stream.types import Rows
 
 # Samples held as text at once, per process.

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from slap_stream.converting.records import DropReason
 from slap_stream.errors import CorpusError
-from slap_stream.records import DropReason
 
 MAX_SOURCES = 1 << 15
 """Sources that a corpus may tell apart; they are kept as int16."""

@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any
 
 from slap_stream.errors import ShardError
-from slap_stream.shard_cache import ShardCache
+from slap_stream.sharding.cache import ShardCache
 
 REOPENS = 3
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from slap_stream.encoding.text_sample import TextSample
 from slap_stream.errors import CorpusError
-from slap_stream.text_sample import TextSample
 from slap_stream.types import Float32Array
 
 FEATURE_NAMES = (

@@ -11,9 +11,16 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from slap_stream.converting.readers import (
+    Kind,
+    Piece,
+    batch_bytes,
+    explained,
+    read,
+    row_group_bytes,
+)
+from slap_stream.converting.records import COLUMNS, KNOWN_SHAPES, has_known_shape
 from slap_stream.errors import CorpusError
-from slap_stream.readers import Kind, Piece, batch_bytes, explained, read, row_group_bytes
-from slap_stream.records import COLUMNS, KNOWN_SHAPES, has_known_shape
 
 PIECE_BYTES = 64 << 20
 _PEEKED_ROWS = 16

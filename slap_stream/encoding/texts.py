@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slap_stream.encoding.text_sample import TextSample, from_messages, from_text, from_tokens
 from slap_stream.errors import CorpusError
-from slap_stream.text_sample import TextSample, from_messages, from_text, from_tokens
 
 Sample = Mapping[str, Any]
 IterCorpus = Callable[[Path, int, int], Iterator[Sample]]

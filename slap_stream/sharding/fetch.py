@@ -16,7 +16,7 @@ import numpy as np
 
 from slap_stream.config import OnBadShard
 from slap_stream.errors import ConfigError, ShardError
-from slap_stream.shard_cache import ShardCache
+from slap_stream.sharding.cache import ShardCache
 from slap_stream.types import IntArray
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slap_stream.errors import HeadError
-from slap_stream.head import (
+from slap_stream.probing.head import (
     CURE,
     LogitTransform,
     accepted,
@@ -22,8 +22,8 @@ from slap_stream.head import (
     gradients_from_head,
     run_to_head,
 )
-from slap_stream.second_moment import SecondMoment
-from slap_stream.sketch import TensorSketch
+from slap_stream.probing.second_moment import SecondMoment
+from slap_stream.probing.sketch import TensorSketch
 
 IGNORED_LABEL = -100
 LossFn = Callable[[nn.Module, Any], Tensor]

@@ -19,13 +19,13 @@ from typing import IO, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from slap_stream.readers import Piece, read
-from slap_stream.records import COLUMNS, DropReason, RecordDropped, normalise
+from slap_stream.converting.readers import Piece, read
+from slap_stream.converting.records import COLUMNS, DropReason, RecordDropped, normalise
+from slap_stream.converting.tally import Tally
+from slap_stream.converting.tokenising import tokenise
+from slap_stream.converting.work_dir import read_json, write_json
 from slap_stream.rng import Purpose, generator
-from slap_stream.tally import Tally
-from slap_stream.tokenising import tokenise
 from slap_stream.types import IntArray
-from slap_stream.work_dir import read_json, write_json
 
 RAW_COLUMNS = {"id": "str", "source": "str", "messages": "json"}
 TOKEN_COLUMNS = {

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from slap_stream.chat import encode
+from slap_stream.converting.records import DropReason, Message, RecordDropped
 from slap_stream.errors import ConfigError, CorpusError
-from slap_stream.records import DropReason, Message, RecordDropped
 
 
 def find_tokenizer(tokenizer: str | Path) -> str:

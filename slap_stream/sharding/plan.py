@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from slap_stream.encoding.layout import file_digest
 from slap_stream.errors import ConfigError
-from slap_stream.layout import file_digest
 from slap_stream.shard_index import INDEX_NAME, apportion_counts
 from slap_stream.types import IntArray
 

@@ -1,0 +1,1 @@
+"""Parts of `corpus`: records of any known shape, read, shuffled and tokenised."""

@@ -1,0 +1,1 @@
+"""Parts of `embeddings` and `encoders`: texts, feature columns, the layout of the store."""
