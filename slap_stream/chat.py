@@ -58,7 +58,9 @@ def encode(
 
     A turn's end-of-turn token is supervised, what a template writes after it (a line break) is
     not. Where a template ends the last turn with no such token (GLM's does not), the tokenizer's
-    end-of-sequence token is added, or the model would never learn to stop. Turns are found by the template's `{% generation %}` marks where it has them. Otherwise the
+    end-of-sequence token is added, or the model would never learn to stop.
+
+    Turns are found by the template's `{% generation %}` marks where it has them. Otherwise the
     conversation is rendered up to each turn, and each rendering must be a prefix of the whole one.
     Messages of role `text` are plain documents: no template, every token supervised.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from slap_stream.errors import FeedbackError
 from slap_stream.learnability import Moments
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, State
 
@@ -37,6 +39,7 @@ class Awaiting:
     """
 
     def __init__(self, depth: int) -> None:
+        self.depth = depth
         self._asked: deque[Asked] = deque(maxlen=depth)
 
     def ask(self, step: int, sample_id: IntArray, x: Float32Array) -> None:
@@ -132,6 +135,53 @@ def match_oldest(wanted: IntArray, ids: IntArray, steps: IntArray) -> tuple[IntA
     matches, known = np.empty_like(index), np.empty_like(found)
     matches[by_id], known[by_id] = index, found
     return matches, known
+
+
+def find_questions(
+    ids: IntArray, awaiting: Sequence[Awaiting], what: str
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Find whose question each id answers: the oldest open one over all lanes.
+
+    Args:
+        ids: (n,) sample ids of the answers.
+        awaiting: Open questions of each lane.
+        what: Verb and what its ids must be, for the message.
+
+    Returns:
+        (n,) index of the lane, of its question, and position in that.
+
+    Raises:
+        FeedbackError: If an id was not asked for lately, or was answered already.
+    """
+    entries = [lane.entries() for lane in awaiting]
+    owner = np.repeat(np.arange(len(entries)), [len(entry[0]) for entry in entries])
+    names, steps, questions, positions = (
+        np.concatenate([entry[part] for entry in entries]) for part in range(4)
+    )
+    index, known = match_oldest(ids, names, steps)
+    if not known.all():
+        wrong = ids[~known]
+        raise FeedbackError(
+            f"{what} must not be answered yet, got {len(wrong)} that were, or that were never "
+            f"given out or too long ago, first {wrong[:5].tolist()}; the last "
+            f"{awaiting[0].depth} batches are remembered."
+        )
+    return owner[index], questions[index], positions[index]
+
+
+def check_feedback(ids: ArrayLike, losses: ArrayLike) -> tuple[IntArray, FloatArray]:
+    """(n,) ids and (n,) losses as arrays.
+
+    Raises:
+        FeedbackError: If they are not (n,) whole numbers and (n,) losses.
+    """
+    names, values = np.asarray(ids), np.asarray(losses, np.float64)
+    if names.ndim != 1 or names.shape != values.shape or names.dtype.kind not in "iu":
+        raise FeedbackError(
+            f"ids and losses must be (n,) whole numbers and (n,) losses, got {names.dtype} "
+            f"{names.shape} and {values.shape}."
+        )
+    return names.astype(np.int64), values
 
 
 class Answers:

@@ -265,10 +265,9 @@ def _samples_before(
     are laid out one after the other.
     """
     wide = extra * (whole + 1)
-    in_wide = -(-(position - number) // (whole + 1))
+    in_wide = np.minimum(-(-(position - number) // (whole + 1)), extra)
     in_narrow = extra + -(-(position - wide - number) // np.maximum(whole, 1))
-    limit = np.where(number < whole, size, extra)
-    before = np.where(position <= wide, np.minimum(in_wide, extra), in_narrow)
     # Occurrence `whole` exists for the first `extra` samples only.
-    before = np.where((number >= whole) & (position > wide), extra, before)
-    return np.clip(np.maximum(before, 0), 0, limit).astype(np.int64)
+    limit = np.where(number < whole, size, extra)
+    before = np.where(position <= wide, in_wide, in_narrow)
+    return np.clip(before, 0, limit).astype(np.int64)

@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 
 from slap_stream.config import SlapConfig
+from slap_stream.errors import AlignmentError, ConfigError
 from slap_stream.order import ShardTable
 from slap_stream.types import IntArray, RowStore
 
@@ -72,6 +73,68 @@ class LanePlan:
         """Candidates left in the pool after batch `step`, before the next refill."""
         leaving = (step + 1) * candidates // self.steps
         return self.offered_before(step, candidates) - leaving
+
+
+def plan_run(
+    table: ShardTable,
+    store: RowStore,
+    config: SlapConfig,
+    *,
+    num_lanes: int,
+    batch_size: int,
+    world_size: int,
+) -> LanePlan:
+    """Cut a run into lanes and batches.
+
+    Args:
+        table: The dataset's shards.
+        store: Embeddings, lengths, features and sources by sample id.
+        config: Settings.
+        num_lanes: Lanes of the run.
+        batch_size: Samples of a rank's batch.
+        world_size: Ranks.
+
+    Raises:
+        ConfigError: If lanes, ranks and batch do not fit together, or an epoch is too short.
+        AlignmentError: If the store does not have one row per sample.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size must be a positive whole number, got {batch_size!r}.")
+    if num_lanes % world_size:
+        raise ConfigError(
+            f"num_lanes must be a multiple of the world size {world_size}, got {num_lanes}; each "
+            "rank hosts as many lanes as the others."
+        )
+    global_batch = batch_size * world_size
+    if global_batch % num_lanes:
+        raise ConfigError(
+            f"the global batch must be divisible by num_lanes, got {batch_size} * {world_size} "
+            f"samples and {num_lanes} lanes; each lane composes an equal part of it."
+        )
+    if store.shape[0] != table.num_samples:
+        raise AlignmentError(
+            f"embeddings must have one row per sample, got {store.shape[0]} rows for "
+            f"{table.num_samples} samples; make them again for this dataset."
+        )
+    steps = steps_of_epoch(table.num_candidates, global_batch, config.keep)
+    if not steps:
+        raise ConfigError(
+            f"keep * candidates must fill a global batch of {global_batch}, got {config.keep} * "
+            f"{table.num_candidates}; use a smaller batch or more data."
+        )
+    if table.max_occurrences > steps:
+        raise ConfigError(
+            "a sample must not be offered more often than an epoch has batches, got "
+            f"{table.max_occurrences} times in {steps} batches; lower `repeat`."
+        )
+    return LanePlan(
+        table=table,
+        store=store,
+        config=config,
+        num_lanes=num_lanes,
+        batch_size=global_batch // num_lanes,
+        steps=steps,
+    )
 
 
 @dataclass(kw_only=True, slots=True)

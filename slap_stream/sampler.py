@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import ArrayLike
 from slap_stream.config import SlapConfig
 from slap_stream.embeddings import ArrayStore
 from slap_stream.errors import AlignmentError, ConfigError, FeedbackError, StateError
-from slap_stream.feedback import Awaiting, match_oldest
+from slap_stream.feedback import check_feedback, find_questions
 from slap_stream.lane import Lane
 from slap_stream.learnability import (
     NUM_OWN_COLUMNS,
@@ -22,7 +23,7 @@ from slap_stream.learnability import (
     single_threaded,
 )
 from slap_stream.order import ShardTable
-from slap_stream.plan import LanePlan, steps_of_epoch
+from slap_stream.plan import plan_run
 from slap_stream.policies import make_policy
 from slap_stream.strata import Strata
 from slap_stream.types import IntArray, RowStore, ShardGate, State
@@ -79,50 +80,55 @@ class SlapSampler:
         self.table = ShardTable.of(sizes, counts)
         self._store = _open_store(embeddings, lengths, features, sources)
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
-        self.num_lanes = self._check_lanes()
-        self._check_store()
-        global_batch = batch_size * world_size
-        self.steps = steps_of_epoch(self.table.num_candidates, global_batch, config.keep)
-        self._check_steps(global_batch)
+        self._gate = gate
+        if not (world_size >= 1 and 0 <= rank < world_size):
+            raise ConfigError(f"rank must be in [0, {world_size}), got {rank!r}.")
+        if config.num_lanes is None:
+            logger.info("num_lanes is %d, the world size; it stays so for the run.", world_size)
+        self._build(world_size if config.num_lanes is None else config.num_lanes)
+        self.epoch = 0
+        self._seeded = False
+        # Until somebody else merges; then a second clock would refresh twice.
+        self.refreshes_itself = True
+        self._cut_short = 0
 
-        self._plan = LanePlan(
-            table=self.table,
-            store=self._store,
-            config=config,
-            num_lanes=self.num_lanes,
-            batch_size=global_batch // self.num_lanes,
-            steps=self.steps,
+    def _build(self, num_lanes: int) -> None:
+        """Make the shared model and strata, and this rank's lanes."""
+        config, store = self.config, self._store
+        self.num_lanes = num_lanes
+        self._plan = plan_run(
+            self.table,
+            store,
+            config,
+            num_lanes=num_lanes,
+            batch_size=self.batch_size,
+            world_size=self.world_size,
         )
-        dim = self._store.shape[1]
-        names = list(self._store.feature_names)
+        self.steps = self._plan.steps
+        names = list(store.feature_names)
         reference = None
         if "reference_loss" in names:
             reference = NUM_OWN_COLUMNS + names.index("reference_loss")
         self._model = LearnabilityModel(
             columns=self._plan.columns,
-            dim=dim,
+            dim=store.shape[1],
             metric_dim=config.metric_dim,
             sketch_dim=config.sketch_dim,
             warmup_losses=config.warmup_losses,
             reference_column=reference,
         )
         self._strata = Strata(
-            num_sources=len(self._store.source_names),
+            num_sources=len(store.source_names),
             num_clusters=config.num_clusters,
             pool_size=self._plan.pool_size,
-            dim=dim,
+            dim=store.shape[1],
         )
         policy = make_policy(config)
-        per_rank = self.num_lanes // world_size
+        each = num_lanes // self.world_size
         self.lanes = [
-            Lane(index, self._plan, policy, self._strata, self._model, gate)
-            for index in range(rank * per_rank, (rank + 1) * per_rank)
+            Lane(index, self._plan, policy, self._strata, self._model, self._gate)
+            for index in range(self.rank * each, (self.rank + 1) * each)
         ]
-        self.epoch = 0
-        self._seeded = False
-        # Until somebody else merges; then a second clock would refresh twice.
-        self.refreshes_itself = True
-        self._cut_short = 0
 
     @property
     def step(self) -> int:
@@ -189,10 +195,9 @@ class SlapSampler:
         Raises:
             FeedbackError: If shapes differ, or an id was not yielded lately or already observed.
         """
-        ids, values = _check_feedback(ids, losses)
-        owner, question, position = self._find(
-            ids, [lane.awaiting_trained for lane in self.lanes], "observe", "yielded lately"
-        )
+        ids, values = check_feedback(ids, losses)
+        awaiting = [lane.awaiting_trained for lane in self.lanes]
+        owner, question, position = find_questions(ids, awaiting, "observe: ids of yielded batches")
         for index in np.unique(owner):
             lane, mine = self.lanes[index], owner == index
             x = lane.awaiting_trained.answer(question[mine], position[mine])
@@ -209,16 +214,15 @@ class SlapSampler:
         Raises:
             FeedbackError: If shapes differ or an id was not given by `probe_candidates`.
         """
-        ids, values = _check_feedback(ids, losses)
+        ids, values = check_feedback(ids, losses)
         rows = None if sketches is None else np.asarray(sketches, np.float32)
         if rows is not None and rows.shape != (len(ids), self.config.sketch_dim):
             raise FeedbackError(
                 f"sketches must be (n, sketch_dim) = {(len(ids), self.config.sketch_dim)}, got "
                 f"{rows.shape}."
             )
-        owner, question, position = self._find(
-            ids, [lane.awaiting_probed for lane in self.lanes], "update", "given by the probe"
-        )
+        awaiting = [lane.awaiting_probed for lane in self.lanes]
+        owner, question, position = find_questions(ids, awaiting, "update: ids to be probed")
         for index in np.unique(owner):
             lane, mine = self.lanes[index], owner == index
             x = lane.awaiting_probed.answer(question[mine], position[mine])
@@ -344,21 +348,32 @@ class SlapSampler:
                 "written by another version of slap_stream."
             )
         saved, now = state["run"], self._run()
-        differences = self.config.differences(state["config"]) + [
+        config = self.config
+        if config.num_lanes is None:
+            # Not asked for, so the run's own number of lanes stays what it was.
+            now["num_lanes"] = int(saved["num_lanes"])
+            config = replace(config, num_lanes=state["config"].get("num_lanes"))
+        differences = config.differences(state["config"]) + [
             f"{name}: {saved.get(name)!r} -> {now[name]!r}"
             for name in now
             if saved.get(name) != now[name]
         ]
-        lanes = [lane.index for lane in self.lanes]
+        each = now["num_lanes"] // self.world_size
+        wanted = range(self.rank * each, (self.rank + 1) * each)
         theirs = {int(lane["lane"]): lane for lane in state["lanes"]}
-        if not set(lanes) <= set(theirs):
-            differences.append(f"lanes: {sorted(theirs)} -> {lanes}")
+        if now["num_lanes"] % self.world_size or not set(wanted) <= set(theirs):
+            differences.append(
+                f"lanes: {sorted(theirs)} of {now['num_lanes']} -> {list(wanted)} of rank "
+                f"{self.rank} in {self.world_size}"
+            )
         if differences:
             raise StateError(
                 "state must belong to this run, got one that differs (saved -> current) in "
                 + "; ".join(differences)
                 + "."
             )
+        if now["num_lanes"] != self.num_lanes:
+            self._build(now["num_lanes"])
         self.epoch = int(state["epoch"])
         self._seeded = bool(state["seeded"])
         self.refreshes_itself = bool(state["refreshes_itself"])
@@ -408,68 +423,6 @@ class SlapSampler:
         for lane in self.lanes:
             lane.progress.step = self.steps
 
-    def _find(
-        self, ids: IntArray, awaiting: Sequence[Awaiting], verb: str, origin: str
-    ) -> tuple[IntArray, IntArray, IntArray]:
-        """Lane, question and position of each id; the oldest open question over all lanes."""
-        entries = [a.entries() for a in awaiting]
-        owner = np.repeat(np.arange(len(entries)), [len(entry[0]) for entry in entries])
-        names, steps, questions, positions = (
-            np.concatenate([entry[part] for entry in entries]) for part in range(4)
-        )
-        index, known = match_oldest(ids, names, steps)
-        if not known.all():
-            wrong = ids[~known]
-            raise FeedbackError(
-                f"{verb}: ids must have been {origin} and not answered yet, got {len(wrong)} "
-                f"others, first {wrong[:5].tolist()}; losses are awaited for "
-                f"{self._plan.patience} batches."
-            )
-        return owner[index], questions[index], positions[index]
-
-    def _check_lanes(self) -> int:
-        rank, world_size, batch_size = self.rank, self.world_size, self.batch_size
-        if not (isinstance(batch_size, int) and batch_size > 0):
-            raise ConfigError(f"batch_size must be a positive whole number, got {batch_size!r}.")
-        if not (world_size >= 1 and 0 <= rank < world_size):
-            raise ConfigError(f"rank must be in [0, {world_size}), got {rank!r}.")
-        num_lanes = self.config.num_lanes
-        if num_lanes is None:
-            num_lanes = world_size
-            logger.info("num_lanes is %d, the world size; it stays so for the run.", num_lanes)
-        if num_lanes % world_size:
-            raise ConfigError(
-                f"num_lanes must be a multiple of the world size {world_size}, got {num_lanes}; "
-                "each rank hosts as many lanes as the others."
-            )
-        if batch_size * world_size % num_lanes:
-            raise ConfigError(
-                f"the global batch must be divisible by num_lanes, got {batch_size} * {world_size} "
-                f"samples and {num_lanes} lanes; each lane composes an equal part of it."
-            )
-        return num_lanes
-
-    def _check_store(self) -> None:
-        rows, samples = self._store.shape[0], self.table.num_samples
-        if rows != samples:
-            raise AlignmentError(
-                f"embeddings must have one row per sample, got {rows} rows for {samples} samples; "
-                "make them again for this dataset."
-            )
-
-    def _check_steps(self, global_batch: int) -> None:
-        candidates, keep = self.table.num_candidates, self.config.keep
-        if not self.steps:
-            raise ConfigError(
-                f"keep * candidates must fill a global batch of {global_batch}, got "
-                f"{keep} * {candidates}; use a smaller batch or more data."
-            )
-        if self.table.max_occurrences > self.steps:
-            raise ConfigError(
-                f"a sample must not be offered more often than an epoch has batches, got "
-                f"{self.table.max_occurrences} times in {self.steps} batches; lower `repeat`."
-            )
-
 
 def _open_store(embeddings: Any, lengths: Any, features: Any, sources: Any) -> RowStore:
     if hasattr(embeddings, "read_ids"):
@@ -481,16 +434,6 @@ def _open_store(embeddings: Any, lengths: Any, features: Any, sources: Any) -> R
         store: RowStore = embeddings
         return store
     return ArrayStore(embeddings, lengths=lengths, features=features, sources=sources)
-
-
-def _check_feedback(ids: ArrayLike, losses: ArrayLike) -> tuple[IntArray, Any]:
-    names, values = np.asarray(ids), np.asarray(losses, np.float64)
-    if names.ndim != 1 or names.shape != values.shape or names.dtype.kind not in "iu":
-        raise FeedbackError(
-            f"ids and losses must be (n,) whole numbers and (n,) losses, got {names.dtype} "
-            f"{names.shape} and {values.shape}."
-        )
-    return names.astype(np.int64), values
 
 
 def _correlation(n: float, p: float, y: float, pp: float, yy: float, py: float) -> float:

@@ -318,14 +318,14 @@ def test_feedback_for_ids_that_were_never_yielded_is_refused() -> None:
     sampler = make([40] * 5, batch_size=8)
     batch = next(iter(sampler))
     other = [i for i in range(200) if i not in batch][:3]
-    with pytest.raises(FeedbackError, match=r"observe: ids must have been yielded lately.*3 oth"):
+    with pytest.raises(FeedbackError, match=r"observe: ids of yielded batches must.*got 3 that"):
         sampler.observe(other, np.ones(3))
     sampler.observe(batch, np.ones(8))
-    with pytest.raises(FeedbackError, match="not answered yet, got 8 others"):
+    with pytest.raises(FeedbackError, match="not be answered yet, got 8 that were"):
         sampler.observe(batch, np.ones(8))
     with pytest.raises(FeedbackError, match=r"\(n,\) losses, got int64 \(8,\) and \(7,\)"):
         sampler.observe(batch, np.ones(7))
-    with pytest.raises(FeedbackError, match="update: ids must have been given by the probe"):
+    with pytest.raises(FeedbackError, match="update: ids to be probed must not be answered yet"):
         sampler.update(batch, np.ones(8))
     with pytest.raises(FeedbackError, match=r"sketches must be \(n, sketch_dim\) = \(2, 16\)"):
         sampler.update(sampler.probe_candidates(2), np.ones(2), np.ones((2, 5)))
@@ -354,6 +354,40 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing() -> None:
         assert as_json(other.state_dict()) == before
     with pytest.raises(StateError, match="version must be 1, got 0"):
         sampler.load_state_dict({**state, "version": 0})
+
+
+def test_a_run_goes_on_with_the_same_batches_on_another_world_size() -> None:
+    sizes, table = [40] * 6, LossTable(240, 16)
+
+    def ranks(world_size: int, num_lanes: int | None) -> list[SlapSampler]:
+        return [
+            make(
+                sizes,
+                batch_size=24 // world_size,
+                rank=rank,
+                world_size=world_size,
+                num_lanes=num_lanes,
+            )
+            for rank in range(world_size)
+        ]
+
+    # Lanes default to the world size at the first construction, and stay so.
+    unbroken = drive(ranks(4, None), table, epochs=2)
+    saved = ranks(4, None)
+    head = drive(saved, table, stop_after=4)
+    states = [as_json(sampler.state_dict()) for sampler in saved]
+    whole = {**states[0], "lanes": [lane for state in states for lane in state["lanes"]]}
+    for world_size in (1, 2, 4):
+        again = ranks(world_size, None)
+        for sampler in again:
+            sampler.load_state_dict(whole)
+            assert sampler.num_lanes == 4
+        for left, right in zip(unbroken, head + drive(again, table, epochs=2), strict=True):
+            np.testing.assert_array_equal(left, right)
+    with pytest.raises(StateError, match=r"lanes: \[0\] of 4 -> \[0, 1\] of rank 0 in 2"):
+        ranks(2, None)[0].load_state_dict(states[0])
+    with pytest.raises(StateError, match="num_lanes: 4 -> 2"):
+        ranks(2, 2)[0].load_state_dict(whole)
 
 
 def test_num_lanes_defaults_to_the_world_size() -> None:

@@ -1,0 +1,44 @@
+"""The README's Python blocks run as they stand, and its commands are those of the tools."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.test_training import folder  # noqa: F401  (a fixture)
+from tools import convert, embed
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+PARSERS = {"slap-convert": convert.parser, "slap-embed": embed.parser}
+
+
+def blocks(language: str) -> list[str]:
+    """Code blocks of the README in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_python_blocks_run(
+    tmp_path: Path,
+    folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(folder, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    found = blocks("python")
+    assert found
+    scope: dict[str, object] = {}
+    for block in found:
+        exec(compile(block, "README.md", "exec"), scope)
+
+
+def test_the_commands_parse() -> None:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("slap-")]
+    assert len(commands) >= 2
+    for line in commands:
+        name, *arguments = shlex.split(line, comments=True)
+        PARSERS[name]().parse_args(arguments)
