@@ -22,8 +22,8 @@ from tests.laws import as_json, config_of
 from tools import convert, embed
 
 BATCH = 8
-VERBS = "adds removes sorts counts joins splits".split()
-NOUNS = "lists trees names files rows keys".split()
+VERBS = ["adds", "removes", "sorts", "counts", "joins", "splits"]
+NOUNS = ["lists", "trees", "names", "files", "rows", "keys"]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,0 +1,211 @@
+"""Obvious twins of what the package does cleverly; imports nothing of it.
+
+Plain loops over plain numbers, written to be read rather than to be fast. Where a twin must agree
+bit for bit it adds up in the order that the docstring of the original promises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def project(rows: Array, matrix: Array) -> Array:
+    """Rows times matrix in float32, each sum in the order of the inner dimension."""
+    out = np.zeros((len(rows), matrix.shape[1]), np.float32)
+    for i in range(len(rows)):
+        for j in range(matrix.shape[1]):
+            total = np.float32(0.0)
+            for k in range(matrix.shape[0]):
+                total = np.float32(total + np.float32(rows[i, k] * matrix[k, j]))
+            out[i, j] = total
+    return out
+
+
+def unit_rows(rows: Array) -> Array:
+    """Rows over their lengths; rows without a positive length become zero."""
+    out = np.zeros(rows.shape)
+    for i, row in enumerate(rows.tolist()):
+        length = math.sqrt(sum(value * value for value in row))
+        if length > 0.0:
+            out[i] = [value / length for value in row]
+    return out
+
+
+def fill_largest(deficit: Array, stock: Array, slots: int) -> list[int]:
+    """Slot by slot to whoever is owed most and still has stock; ties go to the lower index."""
+    given = [0] * len(deficit)
+    for _ in range(slots):
+        able = [k for k in range(len(deficit)) if given[k] < stock[k]]
+        best = max(able, key=lambda k: (deficit[k] - given[k], -k))
+        given[best] += 1
+    return given
+
+
+def gain(
+    i: int,
+    chosen: Sequence[int],
+    batch_size: int,
+    score: Array,
+    gram: Array,
+    distance: Array,
+    *,
+    curvature: float,
+    diversity: float,
+    typical: float,
+    cap: float,
+) -> float:
+    """What adding candidate i to the chosen ones is counted as."""
+    shared = 0.0
+    nearest = float(distance[i])
+    for j in chosen:
+        cosine = float(gram[j, i])
+        shared += max(0.0, cosine)
+        nearest = min(nearest, math.sqrt(max(0.0, 2.0 - 2.0 * cosine)))
+    return (
+        float(score[i]) - curvature * shared / batch_size + diversity * min(nearest / typical, cap)
+    )
+
+
+def compose_greedily(
+    score: Array, gram: Array, distance: Array, stratum: Array, quota: Array, **weights: float
+) -> list[int]:
+    """Round by round the candidate with the largest gain; ties go to the lower position."""
+    left = quota.tolist()
+    chosen: list[int] = []
+    for _ in range(int(quota.sum())):
+        able = [i for i in range(len(score)) if i not in chosen and left[stratum[i]]]
+        gains = {
+            i: gain(i, chosen, int(quota.sum()), score, gram, distance, **weights) for i in able
+        }
+        best = max(able, key=lambda i: (gains[i], -i))
+        chosen.append(best)
+        left[stratum[best]] -= 1
+    return chosen
+
+
+def learnability(
+    batch: Sequence[int],
+    score: Array,
+    gram: Array,
+    distance: Array,
+    *,
+    curvature: float,
+    diversity: float,
+    typical: float,
+    cap: float,
+) -> float:
+    """U(S) of the design, term by term."""
+    total = 0.0
+    for i in batch:
+        nearest = float(distance[i])
+        for j in batch:
+            if i != j:
+                cosine = float(gram[i, j])
+                nearest = min(nearest, math.sqrt(max(0.0, 2.0 - 2.0 * cosine)))
+        total += float(score[i]) + diversity * min(nearest / typical, cap)
+    for i, j in combinations(batch, 2):
+        total -= curvature * max(0.0, float(gram[i, j])) / len(batch)
+    return total
+
+
+def batches_of(stratum: Array, quota: Array) -> list[tuple[int, ...]]:
+    """Every set of positions that fills the quotas exactly."""
+    return [
+        batch
+        for batch in combinations(range(len(stratum)), int(quota.sum()))
+        if np.array_equal(np.bincount(stratum[list(batch)], minlength=len(quota)), quota)
+    ]
+
+
+def farthest_points(squared: Array, nearest: Array, count: int) -> list[int]:
+    """Round by round the point farthest from all taken; ties go to the lower position."""
+    taken: list[int] = []
+    for _ in range(count):
+        able = [i for i in range(len(nearest)) if i not in taken]
+        far = {i: min([float(nearest[i]), *(float(squared[j, i]) for j in taken)]) for i in able}
+        taken.append(max(able, key=lambda i: (far[i], -i)))
+    return taken
+
+
+def splitmix64(value: int) -> int:
+    """One step of SplitMix64 in Python's unbounded integers."""
+    mask = 2**64 - 1
+    value = (value + 0x9E3779B97F4A7C15) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return value ^ (value >> 31)
+
+
+def rank(
+    value: float, name: int, values: Sequence[float], stratum: Sequence[int], shrinkage: float
+) -> float:
+    """Mid-rank inside the stratum, shrunk towards the mid-rank among all."""
+    if not len(values):
+        return 0.5
+
+    def mid_rank(others: list[float]) -> float:
+        below = sum(other < value for other in others)
+        equal = sum(other == value for other in others)
+        return (below + equal / 2) / len(others)
+
+    own = [other for other, label in zip(values, stratum, strict=True) if label == name]
+    overall = mid_rank(list(values))
+    if not own:
+        return overall
+    return (mid_rank(own) * len(own) + overall * shrinkage) / (len(own) + shrinkage)
+
+
+def match_oldest(
+    wanted: Sequence[int], ids: Sequence[int], steps: Sequence[int]
+) -> list[int | None]:
+    """For each answer the oldest question of its id that no earlier answer took."""
+    taken: set[int] = set()
+    found: list[int | None] = []
+    for name in wanted:
+        open_ = [i for i in range(len(ids)) if ids[i] == name and i not in taken]
+        oldest = min(open_, key=lambda i: (steps[i], i), default=None)
+        if oldest is not None:
+            taken.add(oldest)
+        found.append(oldest)
+    return found
+
+
+def copy_number(sample_id: Sequence[int], occurrence: Sequence[int]) -> list[int]:
+    """How many earlier occurrences of the same sample there are."""
+    pairs = list(zip(sample_id, occurrence, strict=True))
+    return [sum(a == c and b < d for a, b in pairs) for c, d in pairs]
+
+
+def ridge(x: Array, y: Array, penalties: Array) -> tuple[Array, float]:
+    """Ridge regression with the penalty that minimises generalized cross-validation.
+
+    Columns are scaled to unit mean square, targets are taken around their mean, penalties are
+    relative to the number of samples.
+
+    Returns:
+        The coefficients of the scaled-back columns (the intercept, column 0, holds the mean), and
+        the standard deviation of the error that cross-validation expects.
+    """
+    count = len(x)
+    power = (x**2).mean(axis=0)
+    scale = np.where(power > 0, 1 / np.sqrt(np.where(power > 0, power, 1.0)), 0.0)
+    scaled, target = x * scale, y - y.mean()
+    best = (np.inf, np.zeros(x.shape[1]))
+    for relative in penalties:
+        inverse = np.linalg.inv(scaled.T @ scaled + relative * count * np.eye(x.shape[1]))
+        hat = scaled @ inverse @ scaled.T
+        free = count - np.trace(hat)
+        score = ((target - hat @ target) ** 2).sum() / free**2
+        if free > 1.0 and score < best[0]:
+            best = score, scale * (inverse @ scaled.T @ target)
+    coefficient = best[1].copy()
+    coefficient[0] += y.mean()
+    return coefficient, math.sqrt(best[0] * count)
