@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -9,6 +10,9 @@ from slap_stream.errors import ConfigError
 
 PolicyName = Literal["slap", "slap_paper", "uniform", "max_loss"]
 OnBadShard = Literal["raise", "skip"]
+
+_WEIGHTS = ("rank_weight", "copy_weight", "suspect_weight", "curvature", "diversity")
+_FLOATS = ("keep", "probe_fraction", "forgetting", "temperature", "rank_cap", *_WEIGHTS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +75,12 @@ class SlapConfig:
     on_bad_shard: OnBadShard = "raise"
 
     def __post_init__(self) -> None:
-        number = isinstance(self.keep, int | float) and not isinstance(self.keep, bool)
-        if not number or not 0.0 < self.keep <= 1.0:
+        for name in _FLOATS:
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value):
+                raise ConfigError(f"{name} must be a finite number, got {value!r}.")
+        if not 0.0 < self.keep <= 1.0:
             raise ConfigError(
                 f"keep must be in (0, 1], got {self.keep!r}; it is the fraction of candidates "
                 "that is trained on."
@@ -121,7 +129,7 @@ class SlapConfig:
                 f"temperature must be positive, got {self.temperature!r}; a small one, such as "
                 "0.01, all but removes the noise."
             )
-        for name in ("rank_weight", "copy_weight", "suspect_weight", "curvature", "diversity"):
+        for name in _WEIGHTS:
             if not getattr(self, name) >= 0.0:
                 raise ConfigError(
                     f"{name} must not be negative, got {getattr(self, name)!r}; 0 switches it off."

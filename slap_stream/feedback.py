@@ -176,6 +176,8 @@ def check_feedback(ids: ArrayLike, losses: ArrayLike) -> tuple[IntArray, FloatAr
         FeedbackError: If they are not (n,) whole numbers and (n,) losses.
     """
     names, values = np.asarray(ids), np.asarray(losses, np.float64)
+    if not names.size:
+        names = names.astype(np.int64)
     if names.ndim != 1 or names.shape != values.shape or names.dtype.kind not in "iu":
         raise FeedbackError(
             f"ids and losses must be (n,) whole numbers and (n,) losses, got {names.dtype} "

@@ -378,7 +378,7 @@ class Lane:
         self.intake.load_state_dict(state["intake"], progress.epoch)
         for name, part in self._parts().items():
             part.load_state_dict(state[name], self.intake.rows_of)
-        if self._model.fitted:
+        if self._model.fitted and self._policy.needs_losses:
             slots = self.pool.slots()
             self.pool.z[slots] = self._appraiser.project(self.pool.x[slots])
             self._recent.project(self._appraiser.project)

@@ -36,20 +36,15 @@ WEIGHTS = ["rank_weight", "copy_weight", "suspect_weight", "curvature", "diversi
     [
         ("keep", 0.0, r"keep must be in \(0, 1\], got 0\.0; it is the fraction"),
         ("keep", 1.01, r"keep must be in \(0, 1\], got 1\.01"),
-        ("keep", math.nan, r"keep must be in \(0, 1\], got nan"),
-        ("keep", True, r"keep must be in \(0, 1\], got True"),
-        ("keep", "0.7", r"keep must be in \(0, 1\], got '0\.7'"),
         ("policy", "best", "policy must be one of slap, slap_paper, uniform, max_loss, got 'best'"),
         ("on_bad_shard", "ignore", "on_bad_shard must be one of raise, skip, got 'ignore'"),
         ("sketch_dim", 100, "sketch_dim must be a power of two, got 100; try 512"),
         ("pool_batches", 1, "pool_batches must be at least 2, got 1; .* nothing to choose from"),
         ("probe_fraction", 0.16, r"probe_fraction must be in \[0, 0\.15\], got 0\.16; probing"),
         ("probe_fraction", -0.1, r"probe_fraction must be in \[0, 0\.15\], got -0\.1"),
-        ("probe_fraction", math.nan, r"probe_fraction must be in \[0, 0\.15\], got nan"),
         ("forgetting", 0.0, r"forgetting must be in \(0, 1\], got 0\.0"),
         ("rank_cap", 1.1, r"rank_cap must be in \(0, 1\], got 1\.1"),
         ("temperature", 0.0, r"temperature must be positive, got 0\.0; a small one"),
-        ("temperature", math.nan, "temperature must be positive, got nan"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(setting: str, value: Any, words: str) -> None:
@@ -67,9 +62,15 @@ def test_a_count_must_be_a_whole_number(setting: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("setting", WEIGHTS)
-@pytest.mark.parametrize("value", [-0.1, math.nan])
-def test_a_weight_must_not_be_negative(setting: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"{setting} must not be negative, got .*; 0 switches"):
+def test_a_weight_must_not_be_negative(setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"{setting} must not be negative, got -0.1; 0 switches"):
+        SlapConfig(**{setting: -0.1})
+
+
+@pytest.mark.parametrize("setting", [*WEIGHTS, "keep", "probe_fraction", "temperature"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, True, "0.7", None])
+def test_a_quantity_must_be_a_finite_number(setting: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{setting} must be a finite number, got {value!r}"):
         SlapConfig(**{setting: value})
 
 

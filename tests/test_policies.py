@@ -285,7 +285,7 @@ def test_learnability_equals_its_twin(seed: int, n: int, batch: int) -> None:
     members, everyone = np.arange(min(n, batch)), np.arange(n)
     score, gram = slap.score(view), view.z @ view.z.T
     distance = view.recent.nearest(view.z, view.stratum)
-    curvature, diversity = slap._weights(score, gram, distance / view.typical)
+    curvature, diversity = slap._weights(score, gram, distance / view.typical, view.typical)
     expected = reference.learnability(
         members.tolist(),
         score,

@@ -91,6 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SlapStreamError as error:
         print(f"slap-embed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("slap-embed: interrupted; run the same command to go on.", file=sys.stderr)
+        return 130
     print(json.dumps(report.to_dict()))
     return 0
 

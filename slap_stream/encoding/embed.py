@@ -155,7 +155,7 @@ def embed(
             which use all cores.
         rows_per_shard: Rows of one file; None means 16,384, a quarter of that for models.
         overwrite: Replace what is there.
-        progress: Show a progress bar.
+        progress: Show a progress bar, if stderr is a terminal.
         command: What is noted as the creation command.
 
     Raises:
@@ -243,7 +243,8 @@ def _finished(job: _Job, blocks: list[int], num_workers: int, *, progress: bool)
         total=layout.num_samples,
         initial=layout.num_samples - todo,
         unit="sample",
-        disable=not progress,
+        # None: shown if stderr is a terminal, so that logs stay readable.
+        disable=None if progress else True,
     ) as bar:
         if num_workers == 1 or len(blocks) < 2:
             for block in blocks:

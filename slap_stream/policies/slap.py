@@ -65,7 +65,7 @@ class Slap:
         z = view.z[shortlist]
         gram: Float32Array = z @ z.T
         distance = view.recent.nearest(z, stratum)
-        curvature, diversity = self._weights(s, gram, distance / view.typical)
+        curvature, diversity = self._weights(s, gram, distance / view.typical, view.typical)
         chosen = compose_greedily(
             s,
             gram,
@@ -93,25 +93,39 @@ class Slap:
             score[scale],
             view.z[scale] @ view.z[scale].T,
             view.recent.nearest(view.z[scale], view.stratum[scale]) / view.typical,
+            view.typical,
         )
         z = view.z[batch]
-        pairs = (z @ z.T).astype(np.float64)
-        np.fill_diagonal(pairs, -1.0)
-        inside = np.sqrt(2.0 - 2.0 * np.clip(pairs.max(axis=1), -1.0, 1.0))
+        gram = z @ z.T
         recent = view.recent.nearest(z, view.stratum[batch])
-        relative = np.minimum(np.minimum(recent, inside) / view.typical, DISTANCE_CAP)
-        shared = np.maximum(pairs, 0.0).sum() / 2.0 / len(batch)
+        nearest = np.minimum(recent, _nearest_inside(gram))
+        relative = np.minimum(nearest / view.typical, DISTANCE_CAP)
+        pairs = np.maximum(gram.astype(np.float64), 0.0)
+        shared = (pairs.sum() - np.trace(pairs)) / 2.0 / len(batch)
         total = score[batch].sum() - curvature * shared + diversity * relative.sum()
         return float(total) / len(batch)
 
     def _weights(
-        self, s: FloatArray, gram: Float32Array, relative: FloatArray
+        self, s: FloatArray, gram: Float32Array, relative: FloatArray, typical: float
     ) -> tuple[float, float]:
-        """Absolute weights that give each term its share of the spread of s."""
+        """Absolute weights that give each term its share of the spread of s.
+
+        A candidate's distance counts to what was trained on lately and to the others here, so
+        that mutual copies are told apart from what stands alone.
+        """
         spread = float(s.std()) if len(s) else 0.0
         shared = float(np.maximum(gram, 0.0).mean(axis=1).std()) if len(s) else 0.0
+        relative = np.minimum(relative, _nearest_inside(gram) / typical)
         near = float(np.minimum(relative, DISTANCE_CAP).std()) if len(s) else 0.0
         return (
             self._config.curvature * spread / shared if shared > 1e-6 else 0.0,
             self._config.diversity * spread / near if near > 1e-6 else 0.0,
         )
+
+
+def _nearest_inside(gram: Float32Array) -> FloatArray:
+    """(n,) distance of each unit vector to the nearest other one, from their inner products."""
+    others = gram.astype(np.float64)
+    np.fill_diagonal(others, -1.0)
+    distance: FloatArray = np.sqrt(2.0 - 2.0 * np.clip(others.max(axis=1, initial=-1.0), -1.0, 1.0))
+    return distance
