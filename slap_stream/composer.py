@@ -138,6 +138,7 @@ class Composer:
         return slots[positions]
 
     def view(self, slots: IntArray) -> PoolView:
+        """What a policy sees of the candidates in (n,) slots, in their order."""
         pool = self._pool
         return PoolView(
             sample_id=pool.ints("sample_id")[slots],

@@ -53,6 +53,8 @@ class SlapSampler:
         config: Settings; default `SlapConfig()`.
         rank: This rank.
         world_size: Ranks; must divide the number of lanes.
+        gate: Who makes sure that shards are on disk before their candidates are offered; the
+            loader's business.
 
     Raises:
         ConfigError: If batch size, lanes and ranks do not fit together, or an epoch is too short.
