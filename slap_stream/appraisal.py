@@ -50,12 +50,18 @@ class Appraiser:
         model: The model shared by all lanes.
         feature_names: Names of the store's feature columns.
         columns: Columns of a design row.
+        dim: Dimensions of the embedding, the last columns of a design row.
+
+    Attributes:
+        typical: Typical distance to the nearest neighbour, in the metric space.
+        apart: Typical distance of two candidates of a stratum, between their unit embeddings.
     """
 
     def __init__(
-        self, model: LearnabilityModel, feature_names: Sequence[str], columns: int
+        self, model: LearnabilityModel, feature_names: Sequence[str], *, columns: int, dim: int
     ) -> None:
         self._model = model
+        self._dim = dim
         found = [name for name in SUSPECT_COLUMNS if name in feature_names]
         self._suspects = [NUM_OWN_COLUMNS + list(feature_names).index(name) for name in found]
         self._signs = np.array([SUSPECT_COLUMNS[name] for name in found])
@@ -65,7 +71,7 @@ class Appraiser:
         self._stratum: IntArray = np.zeros(0, np.int64)
         self._ranks = RankTable(np.zeros(0), np.zeros(0, np.int64))
         self._readout = model.readout
-        self.typical = 1.0
+        self.typical = self.apart = 1.0
 
     def watch(self, sample_id: IntArray, x: Float32Array, stratum: IntArray) -> None:
         """Move the window over (n,) candidates that were just offered."""
@@ -80,7 +86,9 @@ class Appraiser:
             return
         _, excess, z = self._read(self._x)
         self._ranks = RankTable(excess, self._stratum)
-        self.typical = _typical_distance(z, self._stratum)
+        self.typical = _typical_distance(z, self._stratum, np.min)
+        unit = unit_rows(self._x[:, -self._dim :])
+        self.apart = _typical_distance(unit, self._stratum, np.median)
         self._outliers = OutlierTable(self._suspicion(self._x), self._stratum)
 
     def appraise(self, x: Float32Array, stratum: IntArray, own_loss: FloatArray) -> Appraisal:
@@ -130,6 +138,7 @@ class Appraiser:
             "outlier_values": self._outliers.values,
             "outlier_stratum": self._outliers.stratum,
             "typical": self.typical,
+            "apart": self.apart,
         }
 
     def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
@@ -147,7 +156,7 @@ class Appraiser:
             ),
             np.asarray(state["outlier_stratum"], np.int64),
         )
-        self.typical = float(state["typical"])
+        self.typical, self.apart = float(state["typical"]), float(state["apart"])
         self._readout = self._model.readout
 
 
@@ -190,14 +199,25 @@ def _centre_and_scale(values: FloatArray) -> tuple[FloatArray, FloatArray]:
     return centre, np.where(scale > 0, scale, np.inf)
 
 
-def _typical_distance(z: Float32Array, stratum: IntArray) -> float:
-    """Median distance to the nearest neighbour of the same stratum; 1 if there is none."""
+def _typical_distance(
+    vectors: Float32Array, stratum: IntArray, which: Callable[..., FloatArray]
+) -> float:
+    """Median over candidates of their least or median distance to the others of their stratum.
+
+    Args:
+        vectors: (n, dim) unit vectors.
+        stratum: (n,) strata.
+        which: `np.min` or `np.median`.
+
+    Returns:
+        The distance; 1 if no stratum has two candidates.
+    """
     found = []
     for name in np.unique(stratum):
-        inside = z[stratum == name]
+        inside = vectors[stratum == name]
         if len(inside) > 1:
-            cosine = inside @ inside.T
-            np.fill_diagonal(cosine, -1.0)
-            found.append(np.sqrt(np.maximum(0.0, 2.0 - 2.0 * cosine.max(axis=1))))
+            distance = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * (inside @ inside.T)))
+            others = distance[~np.eye(len(inside), dtype=bool)].reshape(len(inside), -1)
+            found.append(which(others, axis=1))
     median = float(np.median(np.concatenate(found))) if found else 1.0
     return max(median, 1e-3)

@@ -75,9 +75,14 @@ class Lane:
         self.pool = Reservoirs(capacity=plan.pool_size, **shape)
         per_stratum = min(config.recent_per_stratum, max(1, MAX_RECENT // strata.num_strata))
         self._recent = RecentlyTrained(
-            num_strata=strata.num_strata, per_stratum=per_stratum, **shape
+            num_strata=strata.num_strata,
+            per_stratum=per_stratum,
+            dim=plan.store.shape[1],
+            **shape,
         )
-        self._appraiser = Appraiser(model, plan.store.feature_names, plan.columns)
+        self._appraiser = Appraiser(
+            model, plan.store.feature_names, columns=plan.columns, dim=plan.store.shape[1]
+        )
         self.awaiting_trained, self.awaiting_probed = Awaiting(plan.patience), Awaiting(2)
         self._answers = Answers(columns=plan.columns, sketch_dim=config.sketch_dim)
         self._centroid_sum = np.zeros(strata.centroids.shape)
@@ -198,7 +203,7 @@ class Lane:
         stale = self._refreshes - pool.ints("own_since")[slots] >= FRESH_REFRESHES
         judged = self._appraiser.appraise(pool.x[slots], stratum, np.where(stale, np.nan, own))
         pool.z[slots] = judged.z
-        distance = self._recent.nearest(judged.z, stratum) / self._appraiser.typical
+        distance = self._recent.nearest_embedding(pool.x[slots], stratum) / self._appraiser.apart
         pool.floats("loss")[slots] = judged.loss
         pool.floats("utility")[slots] = self._policy.utility(
             rank=judged.rank, loss=judged.loss, distance=distance, evidence=judged.evidence

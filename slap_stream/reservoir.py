@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from slap_stream.kernels import unit_rows
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, State
 
 EMPTY = -1
@@ -152,14 +153,19 @@ class RecentlyTrained:
         num_strata: Strata.
         per_stratum: Samples kept for each.
         columns: Columns of a design row.
+        dim: Dimensions of the embedding, the last columns of a design row.
         metric_dim: Dimensions of the metric space.
     """
 
-    def __init__(self, *, num_strata: int, per_stratum: int, columns: int, metric_dim: int) -> None:
+    def __init__(
+        self, *, num_strata: int, per_stratum: int, columns: int, dim: int, metric_dim: int
+    ) -> None:
         self._per_stratum = per_stratum
+        self._dim = dim
         self.sample_id: IntArray = np.full((num_strata, per_stratum), EMPTY, np.int64)
         self.x: Float32Array = np.zeros((num_strata, per_stratum, columns), np.float32)
         self.z: Float32Array = np.zeros((num_strata, per_stratum, metric_dim), np.float32)
+        self.unit: Float32Array = np.zeros((num_strata, per_stratum, dim), np.float32)
         self.cursor: IntArray = np.zeros(num_strata, np.int64)
 
     def add(self, sample_id: IntArray, stratum: IntArray, x: Float32Array, z: Float32Array) -> None:
@@ -169,6 +175,7 @@ class RecentlyTrained:
             at = (self.cursor[name] + np.arange(len(inside))) % self._per_stratum
             self.sample_id[name, at] = sample_id[inside]
             self.x[name, at], self.z[name, at] = x[inside], z[inside]
+            self.unit[name, at] = unit_rows(x[inside][:, -self._dim :])
             self.cursor[name] = (self.cursor[name] + len(inside)) % self._per_stratum
 
     def project(self, onto: Callable[[Float32Array], Float32Array]) -> None:
@@ -180,15 +187,26 @@ class RecentlyTrained:
         """(n,) distance to the nearest of the same stratum trained on lately; inf if none was.
 
         Args:
-            z: (n, metric_dim) unit vectors.
+            z: (n, metric_dim) unit vectors of the metric space.
             stratum: (n,) strata.
         """
-        result = np.full(len(z), np.inf)
+        return self._nearest(self.z, z, stratum)
+
+    def nearest_embedding(self, x: Float32Array, stratum: IntArray) -> FloatArray:
+        """The same between unit embeddings of (n, columns) design rows.
+
+        The metric space says what teaches alike; only the embeddings tell copies apart from what
+        is merely of the same kind.
+        """
+        return self._nearest(self.unit, unit_rows(x[:, -self._dim :]), stratum)
+
+    def _nearest(self, known: Float32Array, vectors: Float32Array, stratum: IntArray) -> FloatArray:
+        result = np.full(len(vectors), np.inf)
         for name in np.unique(stratum):
-            known = self.z[name][self.sample_id[name] != EMPTY]
-            if len(known):
+            used = known[name][self.sample_id[name] != EMPTY]
+            if len(used):
                 inside = np.flatnonzero(stratum == name)
-                cosine = (z[inside] @ known.T).max(axis=1)
+                cosine = (vectors[inside] @ used.T).max(axis=1)
                 result[inside] = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * cosine))
         return result
 
@@ -202,6 +220,7 @@ class RecentlyTrained:
         self.cursor[:] = np.asarray(state["cursor"], np.int64)
         used = self.sample_id != EMPTY
         self.x[used] = rows_of(self.sample_id[used])
+        self.unit[used] = unit_rows(self.x[used][:, -self._dim :])
 
 
 def first_of_each(stratum: IntArray, quota: IntArray, order: IntArray) -> IntArray:

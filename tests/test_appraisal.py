@@ -50,7 +50,7 @@ def appraiser_of(
     model: LearnabilityModel, names: tuple[str, ...] = NAMES, *, watched: int = 300
 ) -> Appraiser:
     """An appraiser that watched some candidates in three strata and was refreshed."""
-    appraiser = Appraiser(model, names, COLUMNS)
+    appraiser = Appraiser(model, names, columns=COLUMNS, dim=DIM)
     ids = np.arange(watched)
     appraiser.watch(ids, rows_of(ids), ids % 3)
     appraiser.refresh()
@@ -105,7 +105,7 @@ def test_corruption_shows_in_the_feature_columns(column: int, towards: float) ->
 
 
 def test_what_is_usual_is_judged_by_stratum() -> None:
-    appraiser = Appraiser(model_of(), NAMES, COLUMNS)
+    appraiser = Appraiser(model_of(), NAMES, columns=COLUMNS, dim=DIM)
     # In stratum 0 prompt and target are far apart (translations, say), in stratum 1 close.
     ids, label = np.arange(300), np.arange(300) % 2
     x = rows_of(ids)
@@ -132,7 +132,7 @@ def test_without_those_columns_only_losses_are_evidence() -> None:
 
 
 def test_a_feature_column_that_never_varies_is_no_evidence() -> None:
-    appraiser = Appraiser(model_of(), NAMES, COLUMNS)
+    appraiser = Appraiser(model_of(), NAMES, columns=COLUMNS, dim=DIM)
     same = X.copy()
     same[:, [COSINE, COMPRESSION]] = 0.5
     appraiser.watch(NEW, same, STRATUM)
@@ -171,7 +171,7 @@ def test_before_losses_are_predicted_feature_columns_are_all_there_is() -> None:
 
 
 def test_an_appraiser_that_saw_nothing_judges_nobody() -> None:
-    appraiser = Appraiser(model_of(), NAMES, COLUMNS)
+    appraiser = Appraiser(model_of(), NAMES, columns=COLUMNS, dim=DIM)
     appraiser.refresh()
     judged = appraiser.appraise(X, STRATUM, UNKNOWN)
     assert np.all(judged.rank == 0.5)
@@ -186,10 +186,21 @@ def test_typical_distance_is_that_of_neighbours_in_a_stratum() -> None:
     assert 0.0 < crowded < sparse < 2.0
     # Nobody has a neighbour; and copies of one sample leave a floor, not a zero.
     assert appraiser_of(model, watched=3).typical == 1.0
-    copies = Appraiser(model, NAMES, COLUMNS)
+    copies = Appraiser(model, NAMES, columns=COLUMNS, dim=DIM)
     copies.watch(NEW, np.tile(X[:1], (len(NEW), 1)), STRATUM)
     copies.refresh()
     assert copies.typical == pytest.approx(1e-3, abs=1e-3)
+
+
+def test_candidates_are_apart_by_the_median_pair_of_their_stratum() -> None:
+    appraiser = appraiser_of(model_of(), watched=60)
+    unit = rows_of(np.arange(60))[:, -DIM:]
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    medians = [
+        np.median([np.linalg.norm(unit[i] - unit[j]) for j in range(i % 3, 60, 3) if j != i])
+        for i in range(60)
+    ]
+    assert appraiser.apart == pytest.approx(np.median(medians), abs=1e-3)
 
 
 @pytest.mark.parametrize("names", [NAMES, ("a", "b", "c")])
@@ -202,7 +213,7 @@ def test_an_appraiser_survives_a_checkpoint_and_its_window_is_bounded(
     appraiser.watch(late, rows_of(late), late % 3)
     state = as_json(appraiser.state_dict())
     assert len(state["sample_id"]) == WINDOW
-    again = Appraiser(model, names, COLUMNS)
+    again = Appraiser(model, names, columns=COLUMNS, dim=DIM)
     again.load_state_dict(state, rows_of)
     assert as_json(again.state_dict()) == state
     for _ in range(2):

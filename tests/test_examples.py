@@ -43,7 +43,7 @@ def conversation(number: int) -> dict[str, Any]:
 def test_the_quickstart_needs_no_argument_but_time(tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = subprocess.run(
-        [sys.executable, EXAMPLES / "01_quickstart.py", "--scale", "0.05", "--out", out],
+        [sys.executable, EXAMPLES / "01_quickstart.py", "--scale", "0.03", "--out", out],
         capture_output=True,
         text=True,
         timeout=200,

@@ -14,7 +14,13 @@ from scipy import stats
 
 from slap_stream.config import PolicyName, SlapConfig
 from slap_stream.policies import MaxLoss, Policy, PoolView, Slap, SlapPaper, Uniform, make_policy
-from slap_stream.policies.slap import COPY_DISTANCE, DISTANCE_CAP, MAX_SUSPICION, TOLERATED_EVIDENCE
+from slap_stream.policies.slap import (
+    DISTANCE_CAP,
+    MAX_SUSPICION,
+    NO_COPY,
+    SURE_COPY,
+    TOLERATED_EVIDENCE,
+)
 from slap_stream.policies.slap_paper import NUM_LOSS_STRATA
 from slap_stream.reservoir import RecentlyTrained
 from slap_stream.rng import Purpose, generator, gumbels
@@ -35,7 +41,7 @@ def named(policy: PolicyName, **options: Any) -> Policy:
 def recent_of(num_strata: int, z: Array | None = None, stratum: Array | None = None) -> Any:
     """What was trained on lately: nothing, or samples with these metric vectors."""
     recent = RecentlyTrained(
-        num_strata=num_strata, per_stratum=64, columns=1, metric_dim=METRIC_DIM
+        num_strata=num_strata, per_stratum=64, columns=1, dim=1, metric_dim=METRIC_DIM
     )
     if z is not None and stratum is not None:
         recent.add(np.arange(len(z)), stratum, np.zeros((len(z), 1), np.float32), z)
@@ -146,10 +152,12 @@ def test_utility_rises_with_rank_and_distance_and_falls_with_evidence(
 
 def test_near_copies_of_what_is_learnt_are_worth_less() -> None:
     slap = named("slap")
-    copy, near, far, never_seen = utility_of(slap, distance=np.array([0.0, 0.4, 1.0, np.inf]))
-    assert copy < near < far == never_seen
+    copy, sure, near, far, never_seen = utility_of(
+        slap, distance=np.array([0.0, SURE_COPY, 0.4, 1.0, np.inf])
+    )
+    assert copy == sure < near < far == never_seen
     # What lies beyond the threshold is no copy.
-    edge = utility_of(slap, distance=np.array([COPY_DISTANCE, 9.0]))
+    edge = utility_of(slap, distance=np.array([NO_COPY, 9.0]))
     assert edge[0] == edge[1]
     # A copy of something that is not learnt yet is welcome: the same distance costs it nothing.
     learnt, unlearnt = utility_of(slap, rank=np.array([0.0, 1.0]), distance=0.0)

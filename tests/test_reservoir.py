@@ -121,7 +121,7 @@ def test_the_last_samples_of_each_stratum_are_remembered(
     batches: list[list[int]], per_stratum: int, seed: int
 ) -> None:
     recent = RecentlyTrained(
-        num_strata=4, per_stratum=per_stratum, columns=COLUMNS, metric_dim=METRIC_DIM
+        num_strata=4, per_stratum=per_stratum, columns=COLUMNS, dim=2, metric_dim=METRIC_DIM
     )
     expected: dict[int, deque[int]] = defaultdict(lambda: deque(maxlen=per_stratum))
     z_of = unit_vectors(seed, 36, METRIC_DIM)
@@ -143,11 +143,24 @@ def test_the_last_samples_of_each_stratum_are_remembered(
         assert found == pytest.approx(min(apart, default=np.inf), abs=1e-3)
 
     again = RecentlyTrained(
-        num_strata=4, per_stratum=per_stratum, columns=COLUMNS, metric_dim=METRIC_DIM
+        num_strata=4, per_stratum=per_stratum, columns=COLUMNS, dim=2, metric_dim=METRIC_DIM
     )
     again.load_state_dict(as_json(recent.state_dict()), rows_of)
     again.project(lambda x: z_of[np.round(x[:, 0]).astype(int)])
     np.testing.assert_array_equal(again.nearest(query, strata), distance)
+
+    rows = rows_of(np.arange(8) + 40) + np.float32([0.0, 3.0, 1.0])
+    apart = recent.nearest_embedding(rows, strata)
+    for row, name, found in zip(rows, strata.tolist(), apart.tolist(), strict=True):
+        others = [rows_of(np.array([i]))[0, 1:] for i in expected[name]]
+        # Sample 0's embedding is zero and stays so: it is at distance sqrt(2) from any other.
+        cosines = [
+            float(row[1:] @ other) / max(np.linalg.norm(row[1:]) * np.linalg.norm(other), 1e-9)
+            for other in others
+        ]
+        nearest = np.sqrt(2 - 2 * max(cosines)) if cosines else np.inf
+        assert found == pytest.approx(nearest, abs=1e-3)
+    np.testing.assert_array_equal(again.nearest_embedding(rows, strata), apart)
     np.testing.assert_array_equal(again.x, recent.x)
     assert as_json(again.state_dict()) == as_json(recent.state_dict())
 

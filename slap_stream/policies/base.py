@@ -66,7 +66,8 @@ class Policy(Protocol):
         Args:
             rank: (n,) rank in [0, 1] of the excess loss inside the stratum.
             loss: (n,) predicted loss.
-            distance: (n,) relative distance to what was trained on lately; inf if nothing was.
+            distance: (n,) distance of the embedding to the nearest one trained on lately, over
+                that of two candidates drawn at random; inf if nothing was.
             evidence: (n,) evidence of corruption, in standard deviations.
         """
         ...

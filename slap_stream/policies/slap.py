@@ -9,8 +9,10 @@ from slap_stream.kernels import compose_greedily
 from slap_stream.policies.base import PoolView, top_of_each_stratum
 from slap_stream.types import Float32Array, FloatArray, IntArray
 
-# A candidate this close to something trained on lately, in typical distances, is a near-copy.
-COPY_DISTANCE = 0.5
+# A candidate whose embedding is this close to something trained on lately is a copy; from the
+# second figure on it is none. In distances between random candidates: of instruction data with 20 %
+# of near-copies added, 22 % lie below 0.6, and 0 to 1 % without (hashing encoder).
+SURE_COPY, NO_COPY = 0.3, 0.6
 # Evidence of corruption up to here, in standard deviations, is not held against a candidate; more
 # than MAX_SUSPICION above it makes no difference.
 TOLERATED_EVIDENCE = 2.0
@@ -43,7 +45,8 @@ class Slap:
     ) -> FloatArray:
         """u = rank_weight * min(rank, cap) - copies that are learnt - what looks corrupted."""
         config = self._config
-        copy = np.maximum(0.0, 1.0 - distance / COPY_DISTANCE) * (1.0 - rank)
+        likeness = np.clip((NO_COPY - distance) / (NO_COPY - SURE_COPY), 0.0, 1.0)
+        copy = likeness * (1.0 - rank)
         suspect = np.clip(evidence - TOLERATED_EVIDENCE, 0.0, MAX_SUSPICION)
         utility: FloatArray = (
             config.rank_weight * np.minimum(rank, config.rank_cap)
