@@ -1,0 +1,122 @@
+"""Train on MDS shards that you already have: the ten lines of the README, as a whole script.
+
+    slap-embed SHARDS --text-column text            # once; writes SHARDS/embeddings.zarr
+    python examples/02_wrap_streaming_dataset.py SHARDS --model MODEL --text-column text
+
+SHARDS is a directory with an index.json, MODEL a causal language model with its tokenizer, both on
+disk. Shards that slap-convert made need no --text-column. Run again with the same --out, and the
+training goes on from its last checkpoint, the batches composed ahead included.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from streaming import StreamingDataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slap_stream import LearnabilityProbe, SlapConfig, SlapDataLoader, per_sample_loss
+from slap_stream.chat import ChatCollator
+
+
+def collate_text(
+    collate: ChatCollator, column: str, samples: Sequence[dict[str, Any]]
+) -> dict[str, torch.Tensor]:
+    """Make a batch of plain text: every token is learnt."""
+    return collate(
+        [{"messages": [{"role": "text", "content": sample[column]}]} for sample in samples]
+    )
+
+
+def main() -> None:
+    """One epoch over the shards, with a checkpoint now and then."""
+    line = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    line.add_argument("shards", type=Path, help="directory with index.json and embeddings.zarr")
+    line.add_argument("--remote", help="where the shards are fetched from, if they are not here")
+    line.add_argument("--model", required=True, help="directory of the model and its tokenizer")
+    line.add_argument("--text-column", help="column with plain text; default: messages or tokens")
+    line.add_argument("--max-length", type=int, default=1024, help="tokens kept of a sample")
+    line.add_argument("--batch-size", type=int, default=32)
+    line.add_argument("--keep", type=float, default=0.7, help="share of candidates trained on")
+    line.add_argument("--learning-rate", type=float, default=2e-5)
+    line.add_argument("--num-workers", type=int, default=2, help="processes that read and collate")
+    line.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    line.add_argument("--out", type=Path, default=Path("trained"), help="model and checkpoint")
+    arguments = line.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate)
+    collate: Any = ChatCollator(tokenizer, max_length=arguments.max_length)
+    if arguments.text_column is not None:
+        collate = partial(collate_text, collate, arguments.text_column)
+
+    dataset = StreamingDataset(
+        remote=arguments.remote, local=str(arguments.shards), batch_size=arguments.batch_size
+    )
+    loader = SlapDataLoader(
+        dataset,
+        batch_size=arguments.batch_size,
+        embeddings=arguments.shards / "embeddings.zarr",
+        config=SlapConfig(keep=arguments.keep, seed=17),
+        num_workers=arguments.num_workers,
+        collate_fn=collate,
+    )
+    probe = LearnabilityProbe(model, loader, optimizer=optimizer)
+
+    checkpoint = arguments.out / "checkpoint.pt"
+    step = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=False)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        loader.load_state_dict(saved["loader"])
+        step = saved["step"]
+        print(f"going on after step {step}")
+
+    # A checkpoint of a finished epoch must not begin the next one.
+    for batch in loader if loader.epoch == 0 else ():
+        ids = batch.pop("sample_id")
+        batch = {name: value.to(device) for name, value in batch.items()}
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        losses = per_sample_loss(output.logits, batch["labels"])
+        losses.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loader.observe(ids, losses)
+        probe.step()
+        step += 1
+        if step % arguments.save_every == 0 or step == len(loader):
+            print(f"step {step}/{len(loader)}  loss {losses.mean().item():.3f}", flush=True)
+            save(checkpoint, model, optimizer, loader, step)
+
+    model.save_pretrained(arguments.out)
+    tokenizer.save_pretrained(arguments.out)
+    metrics = loader.metrics()
+    print(f"trained on {metrics['trained']:,.0f} of {metrics['offered']:,.0f} samples")
+
+
+def save(path: Path, model: Any, optimizer: Any, loader: SlapDataLoader, step: int) -> None:
+    """Write a checkpoint whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "loader": loader.state_dict(),
+            "step": step,
+        },
+        part,
+    )
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    main()
