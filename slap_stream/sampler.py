@@ -152,6 +152,18 @@ class SlapSampler:
             yield batch.tolist()
 
     @property
+    def offered_by_stratum(self) -> IntArray:
+        """(num_strata,) candidates that this rank's lanes were offered this epoch."""
+        counts: IntArray = np.sum([lane.progress.offered for lane in self.lanes], axis=0)
+        return counts
+
+    @property
+    def trained_by_stratum(self) -> IntArray:
+        """(num_strata,) samples that this rank's lanes composed into batches this epoch."""
+        counts: IntArray = np.sum([lane.progress.trained for lane in self.lanes], axis=0)
+        return counts
+
+    @property
     def exhausted(self) -> bool:
         """Whether every batch of this epoch has been composed."""
         return self.step >= self.steps

@@ -94,8 +94,7 @@ def hold_epoch_laws(sampler: SlapSampler, batches: Sequence[NDArray[np.int64]]) 
 
 def hold_proportionality(sampler: SlapSampler) -> None:
     """Each stratum was trained on in proportion to what was offered from it."""
-    offered = sum(lane.progress.offered for lane in sampler.lanes)
-    trained = sum(lane.progress.trained for lane in sampler.lanes)
+    offered, trained = sampler.offered_by_stratum, sampler.trained_by_stratum
     share = offered * (trained.sum() / offered.sum())
     worst = np.abs(trained - share).max()
     assert worst <= sampler.num_lanes + 1, f"{worst:.2f} off its share"

@@ -83,16 +83,29 @@ def no_state(model):
     return torch.optim.AdamW(model.parameters())
 
 
+def stepped(model):
+    return trained(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+
+
 def no_second_moment(model):
     return trained(model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9))
+
+
+def test_before_the_first_step_the_estimate_is_no_surprise(caplog):
+    model = make("llama")
+    with caplog.at_level(logging.INFO, "slap_stream"):
+        probe = LearnabilityProbe(model, Host(), optimizer=no_state(model))
+    ours = [record for record in caplog.records if record.name.startswith("slap_stream")]
+    assert [record.levelno for record in ours] == [logging.INFO]
+    assert "has no state yet" in ours[0].getMessage()
+    assert probe.metrics()["probe_moment_fallback"] == 1
 
 
 @pytest.mark.parametrize(
     ("name", "make_optimizer", "why"),
     [
-        ("qwen2_lora", no_state, "is not trained"),
-        ("qwen2_lora_head", no_state, "is not trained"),
-        ("llama", no_state, "has no state yet"),
+        ("qwen2_lora", stepped, "is not trained"),
+        ("qwen2_lora_head", stepped, "is not trained"),
         ("llama", no_second_moment, "no second moment of the head that we know (momentum_buffer"),
     ],
 )

@@ -141,8 +141,10 @@ class SecondMoment:
         if reason is None:
             _LOG.info("second moment of the head: taken from the optimizer.")
             return
-        # Without an optimizer the estimate is what was asked for; with one it is a surprise.
-        level = logging.INFO if self._optimizer is None else logging.WARNING
+        # Without an optimizer, or before its first step, the estimate is what one would expect;
+        # with one that has stepped it is a surprise.
+        stepped = self._optimizer is not None and len(self._optimizer.state)
+        level = logging.WARNING if stepped else logging.INFO
         _LOG.log(
             level,
             "second moment of the head: decayed Gauss-Newton estimate from the probe, because %s.",
