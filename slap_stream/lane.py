@@ -203,7 +203,10 @@ class Lane:
         stale = self._refreshes - pool.ints("own_since")[slots] >= FRESH_REFRESHES
         judged = self._appraiser.appraise(pool.x[slots], stratum, np.where(stale, np.nan, own))
         pool.z[slots] = judged.z
-        distance = self._recent.nearest_embedding(pool.x[slots], stratum) / self._appraiser.apart
+        distance = self._recent.nearest_embedding(
+            pool.x[slots], stratum, pool.ints("sample_id")[slots]
+        )
+        distance /= self._appraiser.apart
         pool.floats("loss")[slots] = judged.loss
         pool.floats("utility")[slots] = self._policy.utility(
             rank=judged.rank, loss=judged.loss, distance=distance, evidence=judged.evidence

@@ -134,6 +134,7 @@ class LearnabilityModel:
         metric_dim: Dimensions of the metric space, at most.
         sketch_dim: Length of a sketch.
         warmup_losses: Losses needed before anything is predicted.
+        length_columns: Design columns that say how long a sample and its target are.
         reference_column: Design column that holds a reference model's loss, if there is one.
 
     Attributes:
@@ -154,11 +155,13 @@ class LearnabilityModel:
         metric_dim: int,
         sketch_dim: int,
         warmup_losses: int,
+        length_columns: Sequence[int] = (INTERCEPT, LOG_LENGTH),
         reference_column: int | None = None,
     ) -> None:
         self._dim = dim
         self._metric_dim = min(metric_dim, dim, sketch_dim)
         self._warmup_losses = warmup_losses
+        self._length_columns = tuple(length_columns)
         self._reference_column = reference_column
         self.moments = Moments.zeros(columns=columns, sketch_dim=sketch_dim)
         self.coefficient: Float32Array = np.zeros(columns, np.float32)
@@ -242,8 +245,11 @@ class LearnabilityModel:
         coefficient[INTERCEPT] += mean
         excess = coefficient.copy()
         if self._reference_column is None:
-            pair = [INTERCEPT, LOG_LENGTH]
-            excess[pair] -= np.linalg.pinv(m.gram[np.ix_(pair, pair)]) @ m.cross[pair]
+            # What the length columns explain of the prediction: the ridge has shrunk their own
+            # weights, and other columns have taken over part of them.
+            shape = list(self._length_columns)
+            explained = np.linalg.pinv(m.gram[np.ix_(shape, shape)]) @ m.gram[shape]
+            excess[shape] -= explained @ coefficient
         else:
             excess[self._reference_column] -= 1.0
         self.coefficient = coefficient.astype(np.float32)

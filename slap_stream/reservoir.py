@@ -183,31 +183,43 @@ class RecentlyTrained:
         used = self.sample_id != EMPTY
         self.z[used] = onto(self.x[used])
 
-    def nearest(self, z: Float32Array, stratum: IntArray) -> FloatArray:
-        """(n,) distance to the nearest of the same stratum trained on lately; inf if none was.
+    def nearest(self, z: Float32Array, stratum: IntArray, sample_id: IntArray) -> FloatArray:
+        """(n,) distance to the nearest other sample of the stratum trained on lately.
+
+        A sample's own earlier visit does not count: in the next epoch it is no copy of itself.
 
         Args:
             z: (n, metric_dim) unit vectors of the metric space.
             stratum: (n,) strata.
-        """
-        return self._nearest(self.z, z, stratum)
+            sample_id: (n,) sample ids.
 
-    def nearest_embedding(self, x: Float32Array, stratum: IntArray) -> FloatArray:
+        Returns:
+            (n,) distances; inf where no other sample was trained on.
+        """
+        return self._nearest(self.z, z, stratum, sample_id)
+
+    def nearest_embedding(
+        self, x: Float32Array, stratum: IntArray, sample_id: IntArray
+    ) -> FloatArray:
         """The same between unit embeddings of (n, columns) design rows.
 
         The metric space says what teaches alike; only the embeddings tell copies apart from what
         is merely of the same kind.
         """
-        return self._nearest(self.unit, unit_rows(x[:, -self._dim :]), stratum)
+        return self._nearest(self.unit, unit_rows(x[:, -self._dim :]), stratum, sample_id)
 
-    def _nearest(self, known: Float32Array, vectors: Float32Array, stratum: IntArray) -> FloatArray:
+    def _nearest(
+        self, known: Float32Array, vectors: Float32Array, stratum: IntArray, sample_id: IntArray
+    ) -> FloatArray:
         result = np.full(len(vectors), np.inf)
         for name in np.unique(stratum):
-            used = known[name][self.sample_id[name] != EMPTY]
-            if len(used):
+            used = self.sample_id[name] != EMPTY
+            if used.any():
                 inside = np.flatnonzero(stratum == name)
-                cosine = (vectors[inside] @ used.T).max(axis=1)
-                result[inside] = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * cosine))
+                cosine = vectors[inside] @ known[name][used].T
+                itself = sample_id[inside][:, None] == self.sample_id[name][used]
+                best = np.where(itself, -np.inf, cosine).max(axis=1)
+                result[inside] = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * best))
         return result
 
     def state_dict(self) -> State:

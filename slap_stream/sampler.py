@@ -17,6 +17,8 @@ from slap_stream.errors import AlignmentError, ConfigError, FeedbackError, State
 from slap_stream.feedback import check_feedback, find_questions
 from slap_stream.lane import Lane
 from slap_stream.learnability import (
+    INTERCEPT,
+    LOG_LENGTH,
     NUM_OWN_COLUMNS,
     LearnabilityModel,
     Moments,
@@ -31,6 +33,9 @@ from slap_stream.types import IntArray, RowStore, ShardGate, State
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
+# Feature columns that, with the length of the whole sample, say how long its target is: a mean
+# loss over few tokens is another thing than one over many.
+LENGTH_FEATURES = ("target_share",)
 
 
 class SlapSampler:
@@ -107,17 +112,18 @@ class SlapSampler:
             world_size=self.world_size,
         )
         self.steps = self._plan.steps
-        names = list(store.feature_names)
-        reference = None
-        if "reference_loss" in names:
-            reference = NUM_OWN_COLUMNS + names.index("reference_loss")
+        column_of = {
+            name: NUM_OWN_COLUMNS + place for place, name in enumerate(store.feature_names)
+        }
         self._model = LearnabilityModel(
             columns=self._plan.columns,
             dim=store.shape[1],
             metric_dim=config.metric_dim,
             sketch_dim=config.sketch_dim,
             warmup_losses=config.warmup_losses,
-            reference_column=reference,
+            length_columns=[INTERCEPT, LOG_LENGTH]
+            + [column_of[name] for name in LENGTH_FEATURES if name in column_of],
+            reference_column=column_of.get("reference_loss"),
         )
         self._strata = Strata(
             num_sources=len(store.source_names),

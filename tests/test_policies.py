@@ -44,7 +44,7 @@ def recent_of(num_strata: int, z: Array | None = None, stratum: Array | None = N
         num_strata=num_strata, per_stratum=64, columns=1, dim=1, metric_dim=METRIC_DIM
     )
     if z is not None and stratum is not None:
-        recent.add(np.arange(len(z)), stratum, np.zeros((len(z), 1), np.float32), z)
+        recent.add(10_000 + np.arange(len(z)), stratum, np.zeros((len(z), 1), np.float32), z)
     return recent
 
 
@@ -227,7 +227,9 @@ def crowding(view: PoolView, batch: Array) -> float:
     """How far, on average, a batch's members are from having the typical distance to others."""
     z = view.z[batch]
     apart = np.linalg.norm(z[:, None] - z, axis=2) + 9.0 * np.eye(len(batch))
-    nearest = np.minimum(apart.min(axis=1), view.recent.nearest(z, view.stratum[batch]))
+    nearest = np.minimum(
+        apart.min(axis=1), view.recent.nearest(z, view.stratum[batch], view.sample_id[batch])
+    )
     return float(1.0 - np.minimum(nearest / view.typical, DISTANCE_CAP).mean())
 
 
@@ -292,7 +294,7 @@ def test_learnability_equals_its_twin(seed: int, n: int, batch: int) -> None:
     slap = Slap(SlapConfig())
     members, everyone = np.arange(min(n, batch)), np.arange(n)
     score, gram = slap.score(view), view.z @ view.z.T
-    distance = view.recent.nearest(view.z, view.stratum)
+    distance = view.recent.nearest(view.z, view.stratum, view.sample_id)
     curvature, diversity = slap._weights(score, gram, distance / view.typical, view.typical)
     expected = reference.learnability(
         members.tolist(),

@@ -137,7 +137,8 @@ def test_the_last_samples_of_each_stratum_are_remembered(
         assert set(known[known != -1].tolist()) == set(expected[name])
 
     query, strata = unit_vectors(seed + 1, 8, METRIC_DIM), np.arange(8) % 4
-    distance = recent.nearest(query, strata)
+    strangers = np.arange(8) + 1000
+    distance = recent.nearest(query, strata, strangers)
     for z, name, found in zip(query, strata.tolist(), distance.tolist(), strict=True):
         apart = [float(np.linalg.norm(z - z_of[i])) for i in expected[name]]
         assert found == pytest.approx(min(apart, default=np.inf), abs=1e-3)
@@ -147,10 +148,10 @@ def test_the_last_samples_of_each_stratum_are_remembered(
     )
     again.load_state_dict(as_json(recent.state_dict()), rows_of)
     again.project(lambda x: z_of[np.round(x[:, 0]).astype(int)])
-    np.testing.assert_array_equal(again.nearest(query, strata), distance)
+    np.testing.assert_array_equal(again.nearest(query, strata, strangers), distance)
 
     rows = rows_of(np.arange(8) + 40) + np.float32([0.0, 3.0, 1.0])
-    apart = recent.nearest_embedding(rows, strata)
+    apart = recent.nearest_embedding(rows, strata, strangers)
     for row, name, found in zip(rows, strata.tolist(), apart.tolist(), strict=True):
         others = [rows_of(np.array([i]))[0, 1:] for i in expected[name]]
         # Sample 0's embedding is zero and stays so: it is at distance sqrt(2) from any other.
@@ -160,7 +161,23 @@ def test_the_last_samples_of_each_stratum_are_remembered(
         ]
         nearest = np.sqrt(2 - 2 * max(cosines)) if cosines else np.inf
         assert found == pytest.approx(nearest, abs=1e-3)
-    np.testing.assert_array_equal(again.nearest_embedding(rows, strata), apart)
+    np.testing.assert_array_equal(again.nearest_embedding(rows, strata, strangers), apart)
+
+
+def test_a_sample_is_no_copy_of_its_own_earlier_visit() -> None:
+    recent = RecentlyTrained(
+        num_strata=1, per_stratum=4, columns=COLUMNS, dim=2, metric_dim=METRIC_DIM
+    )
+    z, stratum = unit_vectors(0, 2, METRIC_DIM), np.zeros(2, np.int64)
+    recent.add(np.array([7]), stratum[:1], rows_of(np.array([7])), z[:1])
+    again = np.tile(z[:1], (2, 1))
+    distance = recent.nearest(again, stratum, np.array([7, 8]))
+    assert distance[0] == np.inf
+    assert distance[1] < 1e-3
+    rows = rows_of(np.array([7, 7]))
+    apart = recent.nearest_embedding(rows, stratum, np.array([7, 8]))
+    assert apart[0] == np.inf
+    assert apart[1] < 1e-3
     np.testing.assert_array_equal(again.x, recent.x)
     assert as_json(again.state_dict()) == as_json(recent.state_dict())
 

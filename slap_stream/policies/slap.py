@@ -67,7 +67,7 @@ class Slap:
         s, stratum = score[shortlist], view.stratum[shortlist]
         z = view.z[shortlist]
         gram: Float32Array = z @ z.T
-        distance = view.recent.nearest(z, stratum)
+        distance = view.recent.nearest(z, stratum, view.sample_id[shortlist])
         curvature, diversity = self._weights(s, gram, distance / view.typical, view.typical)
         chosen = compose_greedily(
             s,
@@ -95,12 +95,13 @@ class Slap:
         curvature, diversity = self._weights(
             score[scale],
             view.z[scale] @ view.z[scale].T,
-            view.recent.nearest(view.z[scale], view.stratum[scale]) / view.typical,
+            view.recent.nearest(view.z[scale], view.stratum[scale], view.sample_id[scale])
+            / view.typical,
             view.typical,
         )
         z = view.z[batch]
         gram = z @ z.T
-        recent = view.recent.nearest(z, view.stratum[batch])
+        recent = view.recent.nearest(z, view.stratum[batch], view.sample_id[batch])
         nearest = np.minimum(recent, _nearest_inside(gram))
         relative = np.minimum(nearest / view.typical, DISTANCE_CAP)
         pairs = np.maximum(gram.astype(np.float64), 0.0)
