@@ -162,6 +162,7 @@ def test_the_last_samples_of_each_stratum_are_remembered(
         nearest = np.sqrt(2 - 2 * max(cosines)) if cosines else np.inf
         assert found == pytest.approx(nearest, abs=1e-3)
     np.testing.assert_array_equal(again.nearest_embedding(rows, strata, strangers), apart)
+    np.testing.assert_array_equal(again.x, recent.x)
 
 
 def test_a_sample_is_no_copy_of_its_own_earlier_visit() -> None:
@@ -178,7 +179,6 @@ def test_a_sample_is_no_copy_of_its_own_earlier_visit() -> None:
     apart = recent.nearest_embedding(rows, stratum, np.array([7, 8]))
     assert apart[0] == np.inf
     assert apart[1] < 1e-3
-    np.testing.assert_array_equal(again.x, recent.x)
     assert as_json(again.state_dict()) == as_json(recent.state_dict())
 
 
