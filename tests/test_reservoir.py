@@ -163,6 +163,7 @@ def test_the_last_samples_of_each_stratum_are_remembered(
         assert found == pytest.approx(nearest, abs=1e-3)
     np.testing.assert_array_equal(again.nearest_embedding(rows, strata, strangers), apart)
     np.testing.assert_array_equal(again.x, recent.x)
+    assert as_json(again.state_dict()) == as_json(recent.state_dict())
 
 
 def test_a_sample_is_no_copy_of_its_own_earlier_visit() -> None:
@@ -179,7 +180,6 @@ def test_a_sample_is_no_copy_of_its_own_earlier_visit() -> None:
     apart = recent.nearest_embedding(rows, stratum, np.array([7, 8]))
     assert apart[0] == np.inf
     assert apart[1] < 1e-3
-    assert as_json(again.state_dict()) == as_json(recent.state_dict())
 
 
 def test_first_of_each_gives_what_there_is() -> None:
