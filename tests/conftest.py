@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -21,3 +27,31 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("slap")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shared_memory_is_let_go() -> Iterator[None]:
+    """Close the shared memory of a module's datasets.
+
+    streaming keeps all of it open until the process ends, which is fine for a training run; a suite
+    makes hundreds of datasets and would run out of file descriptors.
+    """
+    module = sys.modules.get("streaming.base.shared.memory")
+    if module is None:
+        yield
+        return
+    made: list[Any] = []
+    original = module.SharedMemory.__init__
+
+    def recorded(self: Any, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        made.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.SharedMemory, "__init__", recorded)
+        yield
+    gc.collect()
+    for memory in made:
+        # A dataset that a longer-lived fixture still holds keeps its own.
+        with suppress(BufferError):
+            memory.cleanup()
