@@ -215,8 +215,8 @@ def main() -> None:
     out = arguments.out
     if out.exists() and not (out / "train.jsonl").exists():
         line.error(f"--out must be new or of an earlier quickstart, got {out}; it is overwritten.")
-    if not (0 < arguments.keep <= 1 and arguments.scale > 0):
-        line.error("--keep must be in (0, 1] and --scale positive.")
+    if not (0 < arguments.keep <= 1 and arguments.scale > 0 and arguments.seed >= 0):
+        line.error("--keep must be in (0, 1], --scale positive and --seed not negative.")
     # For a model this small more threads bring little, and on a busy machine they wait for another.
     torch.set_num_threads(1)
     start = time.perf_counter()
