@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
 from slap_stream.encoding.journal import Journal
-from slap_stream.encoding.layout import FORMAT_VERSION, StoreLayout, file_digest
+from slap_stream.encoding.layout import FORMAT, FORMAT_VERSION, StoreLayout, file_digest
 from slap_stream.encoding.stores import ArrayStore, ReadsIds, RowSlices, StackedStore
 from slap_stream.errors import AlignmentError, CorpusError
 from slap_stream.types import Rows, RowStore
@@ -29,6 +30,9 @@ __all__ = [
     "file_digest",
     "open_embeddings",
 ]
+
+
+JOURNAL = "journal.jsonl"
 
 
 class EmbeddingWriter:
@@ -93,8 +97,9 @@ class EmbeddingWriter:
                 f"embeddings must not exist yet, got {str(self._path)!r}; pass overwrite to "
                 "replace them."
             )
+        self._refuse_what_is_not_ours()
         blocks = set(range(self._layout.num_blocks))
-        with Journal(self._partial / "journal.jsonl") as journal:
+        with Journal(self._partial / JOURNAL) as journal:
             self._begin(journal, overwrite=overwrite)
             yield sorted(blocks - _blocks_done(journal)), journal
             missing = blocks - _blocks_done(journal)
@@ -106,7 +111,28 @@ class EmbeddingWriter:
             if self._path.exists():
                 shutil.rmtree(self._path)
             self._growing.rename(self._path)
-            shutil.rmtree(self._partial)
+            (self._partial / JOURNAL).unlink()
+            self._partial.rmdir()
+
+    def _refuse_what_is_not_ours(self) -> None:
+        """Only what a writer of this class made is ever deleted.
+
+        Raises:
+            CorpusError: If the store's place, or that of the half-written one, holds something
+                else.
+        """
+        if self._path.exists() and not _is_store(self._path):
+            raise CorpusError(
+                f"embeddings must not replace anything but embeddings, got {str(self._path)!r}, "
+                "which slap-embed did not make; choose another place."
+            )
+        inside = {path.name for path in self._partial.glob("*")}
+        foreign = sorted(inside - {JOURNAL, self._growing.name})
+        if foreign or (inside and JOURNAL not in inside):
+            raise CorpusError(
+                f"half-written embeddings go to {str(self._partial)!r}, which must be free, got "
+                f"{sorted(inside)[:5]} there; choose another place or move them away."
+            )
 
     def _begin(self, journal: Journal, *, overwrite: bool) -> None:
         """Find arrays of the same layout, or make them."""
@@ -196,6 +222,15 @@ def _half(name: str, values: NDArray[Any], start: int) -> NDArray[np.float16]:
             "reference model on them, in float32."
         )
     return half
+
+
+def _is_store(path: Path) -> bool:
+    """Whether a finished store of any version is there, read without opening it."""
+    try:
+        described = json.loads((path / "zarr.json").read_text())
+        return bool(described["attributes"]["format"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 class EmbeddingStore(ReadsIds):

@@ -102,6 +102,23 @@ def test_what_is_finished_is_left_alone_and_other_settings_are_refused(
     assert run(capsys, *given[:-1], 32, "--overwrite")["embedded"] == 300
 
 
+def test_nothing_but_embeddings_is_ever_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus"
+    with open_writer(corpus, {"text": "str"}) as writer:
+        writer.write({"text": "a few words"})
+    kept = sorted(path.name for path in corpus.iterdir())
+    given = (corpus, "--text-column", "text", "--dim", 8, "--overwrite")
+    assert "must not replace anything but embeddings" in refuse(capsys, *given, "--out", corpus)
+    assert sorted(path.name for path in corpus.iterdir()) == kept
+    thesis = tmp_path / "thesis.partial" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("years")
+    assert "which must be free" in refuse(capsys, *given, "--out", tmp_path / "thesis")
+    assert thesis.read_text() == "years"
+
+
 def test_workers_write_the_same_store_as_one_process(tmp_path: Path) -> None:
     stores = []
     for workers in (1, 2):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from slap_stream.converting.tokenising import find_tokenizer
 from slap_stream.encoders import open_encoder
 from slap_stream.encoding.embed import EmbedReport, embed, source_names
 from slap_stream.encoding.layout import file_digest
@@ -53,6 +54,8 @@ def run(arguments: argparse.Namespace, command: str) -> EmbedReport:
     columns = corpus_columns(corpus)
     tokenised = "input_ids" in columns and not (arguments.text_column or arguments.prompt_column)
     tokenizer = (arguments.tokenizer or described.get("tokenizer")) if tokenised else None
+    if tokenizer is not None:
+        tokenizer = find_tokenizer(tokenizer)
     source = None if arguments.no_source else arguments.source_column
     texts = CorpusTexts(
         corpus_dir=corpus,
@@ -88,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         report = run(parser().parse_args(given), shlex.join(["slap-embed", *given]))
-    except SlapStreamError as error:
+    except (SlapStreamError, OSError) as error:
         print(f"slap-embed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
