@@ -36,6 +36,7 @@ from slap_stream import (
     per_sample_loss,
 )
 from slap_stream.chat import DEFAULT_CHAT_TEMPLATE, ChatCollator, encode
+from slap_stream.errors import SlapStreamError
 from slap_stream.shards import corpus_size, iter_corpus
 from slap_stream.tools import convert, embed
 
@@ -47,6 +48,8 @@ LEARNING_RATE = 3e-3
 # Tokens and padding that each run trains on, about; it sets the size of the training set. With
 # this the whole script takes less than four minutes on two cores.
 TOKENS_PER_RUN = 600_000
+# Says that a directory is a quickstart's own and may be overwritten.
+MARKER = ".quickstart"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -204,7 +207,7 @@ def heldout_batches(
 
 
 def main() -> None:
-    """Corpus -> tokenizer -> shards -> embeddings -> two runs -> figure."""
+    """Read the command line and run; nothing of the user's is ever overwritten."""
     line = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     line.add_argument("--corpus", type=Path, help="JSONL of your own; default: docstrings")
     line.add_argument("--keep", type=float, default=0.7, help="share of candidates trained on")
@@ -213,10 +216,24 @@ def main() -> None:
     line.add_argument("--out", type=Path, default=Path("runs/quickstart"))
     arguments = line.parse_args()
     out = arguments.out
-    if out.exists() and not (out / "train.jsonl").exists():
+    if out.exists() and not (out / MARKER).exists():
         line.error(f"--out must be new or of an earlier quickstart, got {out}; it is overwritten.")
+    if arguments.corpus is not None and out.resolve() in arguments.corpus.resolve().parents:
+        line.error(f"--corpus must not lie in --out, got {arguments.corpus}; --out is overwritten.")
     if not (0 < arguments.keep <= 1 and arguments.scale > 0 and arguments.seed >= 0):
         line.error("--keep must be in (0, 1], --scale positive and --seed not negative.")
+    try:
+        run(arguments)
+    except (SlapStreamError, OSError, ValueError) as error:
+        sys.exit(f"01_quickstart.py: {error}")
+    except KeyboardInterrupt:
+        print("\n01_quickstart.py: interrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Corpus -> tokenizer -> shards -> embeddings -> two runs -> figure."""
+    out: Path = arguments.out
     # For a model this small more threads bring little, and on a busy machine they wait for another.
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -245,6 +262,7 @@ def main() -> None:
     if out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
+    (out / MARKER).touch()
     with (out / "train.jsonl").open("w") as file:
         file.writelines(json.dumps(record) + "\n" for record in train_records)
     stage(f"Training a tokenizer on {len(train_records):,} records")
@@ -279,7 +297,7 @@ def main() -> None:
         title=f"{name}: {runs['slap'].samples[-1]:,} samples trained on, "
         f"of {EPOCHS * num_samples:,} candidates",
         verdict=f"{results['verdict']} (paired over {len(runs['slap'].final)} records, one seed)",
-        keep=arguments.keep,
+        keep=runs["slap"].samples[-1] / (EPOCHS * num_samples),
         curves=[
             Curve(name=policy, samples=run.samples, losses=run.losses)
             for policy, run in runs.items()

@@ -66,6 +66,8 @@ def report(runs: Mapping[str, Run], offered: int) -> dict[str, Any]:
         f": held-out loss {slap.losses[-1]:.3f} with slap, {uniform.losses[-1]:.3f} with uniform "
         f"batches, difference {mean:+.3f} ± {margin:.3f}"
     )
+    if not slap.metrics["probe_samples"]:
+        verdict = f"Too small to say, the probe never ran. {verdict}"
     print(f"\n{verdict}.")
     print(
         f"(95 % interval over {len(difference)} held-out records, paired; what another seed "

@@ -76,11 +76,29 @@ def test_the_quickstart_takes_a_corpus_of_ones_own(
     assert (out / "quickstart.png").read_bytes().startswith(PNG)
     assert "over 64 held-out records" in capsys.readouterr().out
     # A second run may replace the first one, and nothing else.
-    (out / "train.jsonl").unlink()
+    (out / ".quickstart").unlink()
     with pytest.raises(SystemExit, match="2"):
         run_here("01_quickstart.py", *arguments)
     assert "--out must be new or of an earlier quickstart" in capsys.readouterr().err
     assert (out / "quickstart.png").exists()
+
+
+def test_the_quickstart_never_overwrites_what_is_not_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "train.jsonl"
+    mine.write_text(json.dumps(conversation(0)) + "\n")
+    arguments = ("--corpus", mine, "--out", tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        run_here("01_quickstart.py", *arguments)
+    assert "--out must be new or of an earlier quickstart" in capsys.readouterr().err
+    (tmp_path / ".quickstart").touch()
+    with pytest.raises(SystemExit, match="2"):
+        run_here("01_quickstart.py", *arguments)
+    assert "--corpus must not lie in --out" in capsys.readouterr().err
+    assert mine.read_text()
+    with pytest.raises(SystemExit, match=r"none\.jsonl"):
+        run_here("01_quickstart.py", "--corpus", tmp_path / "none.jsonl", "--out", tmp_path / "o")
 
 
 def test_someone_elses_shards_are_trained_on_and_resumed(
