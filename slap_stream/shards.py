@@ -225,6 +225,12 @@ def _unpack(directory: Path, reader: Reader, stack: ExitStack) -> None:
     """Point the reader at raw files: its own, or unpacked ones that live as long as the stack."""
     raw = [directory / info.basename for info, _ in reader.file_pairs]
     if all(path.is_file() for path in raw):
+        for path, (info, _) in zip(raw, reader.file_pairs, strict=True):
+            if path.stat().st_size != info.bytes:
+                raise CorpusError(
+                    f"shard {path.name!r} must have the {info.bytes} bytes that index.json says, "
+                    f"got {path.stat().st_size}; fetch it or write the corpus again."
+                )
         return
     packed = [directory / info.basename for _, info in reader.file_pairs if info is not None]
     if len(packed) != len(raw) or not all(path.is_file() for path in packed):

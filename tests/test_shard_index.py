@@ -247,3 +247,11 @@ def test_choosing_from_a_stream_without_samples_is_refused() -> None:
     assert apportion_counts(np.zeros(2, np.int64), 0).tolist() == [0, 0]
     with pytest.raises(ConfigError, match="choose must be 0 for a stream without samples, got 3"):
         apportion_counts(np.zeros(2, np.int64), 3)
+
+
+def test_reading_a_corpus_with_a_shard_cut_short_says_which(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", [4, 4])
+    with (corpus / "shard.00001.mds").open("r+b") as file:
+        file.truncate(50)
+    with pytest.raises(CorpusError, match=r"shard.00001.mds' must have the \d+ bytes .* got 50"):
+        list(iter_corpus(corpus))
