@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 
-from slap_stream.learnability import design_rows
+from slap_stream.learnability import design_rows, finite_rows
 from slap_stream.order import Block, LaneOrder, ShardTable
 from slap_stream.types import Float32Array, IntArray, Rows, RowStore, ShardGate, State
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +45,8 @@ class Intake:
     Attributes:
         position: Candidates of the epoch's order that were taken or withdrawn.
         withdrawn: Candidates withdrawn this epoch because their shard is bad.
+        nonfinite_rows: Candidates this epoch whose embedding or features held NaN or infinity,
+            which count as zero.
         block_index: Block being read; -1 before the first.
     """
 
@@ -60,7 +65,7 @@ class Intake:
         """Begin an epoch."""
         self.order = LaneOrder(self._table, epoch=epoch, **self._options)
         self.position = 0
-        self.withdrawn = 0
+        self.withdrawn = self.nonfinite_rows = 0
         self.block_index = -1
         self._bad_shards: IntArray = np.zeros(0, np.int64)
 
@@ -109,6 +114,15 @@ class Intake:
             feature=self._rows.feature[at],
             source=self._rows.source[at],
         )
+        spoilt = int(np.count_nonzero(~finite_rows(rows)))
+        if spoilt and not self.nonfinite_rows:
+            logger.warning(
+                "embeddings or features of %d of %d samples hold NaN or infinity, which count as "
+                "zero; embed the corpus again. More are counted in nonfinite_rows.",
+                spoilt,
+                len(ids),
+            )
+        self.nonfinite_rows += spoilt
         return Offered(
             sample_id=ids,
             occurrence=occurrence,
@@ -143,6 +157,7 @@ class Intake:
         return {
             "position": self.position,
             "withdrawn": self.withdrawn,
+            "nonfinite_rows": self.nonfinite_rows,
             "block_index": self.block_index,
             "bad_shards": self._bad_shards,
         }
@@ -155,3 +170,4 @@ class Intake:
         if int(state["block_index"]) >= 0:
             self._open(int(state["block_index"]))
         self.withdrawn = int(state["withdrawn"])
+        self.nonfinite_rows = int(state["nonfinite_rows"])

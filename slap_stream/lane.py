@@ -6,6 +6,7 @@ state, the shared model and the store.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 
 import numpy as np
@@ -24,6 +25,8 @@ from slap_stream.reservoir import RecentlyTrained, Reservoirs
 from slap_stream.rng import Purpose, gumbels, uniforms
 from slap_stream.strata import Strata, cluster_sums
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, ShardGate, State
+
+logger = logging.getLogger(__name__)
 
 # Refreshes after which a measured loss gives way to the prediction: the model has moved on.
 FRESH_REFRESHES = 3
@@ -315,6 +318,13 @@ class Lane:
         fine = np.isfinite(losses)
         self.counters["observed"] += int(np.count_nonzero(fine))
         if not fine.all():
+            if not self.counters["nonfinite"]:
+                logger.warning(
+                    "losses that are not finite came back for %d of %d samples; they are counted "
+                    "in nonfinite and left out.",
+                    np.count_nonzero(~fine),
+                    len(ids),
+                )
             self.counters["nonfinite"] += int(np.count_nonzero(~fine))
             slots = self.pool.slots()
             gone = slots[np.isin(self.pool.ints("sample_id")[slots], ids[~fine])]

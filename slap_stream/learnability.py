@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from slap_stream.types import Float32Array, FloatArray, IntArray, Rows, State
+from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, Rows, State
 
 # Columns of a design row that come before the store's feature columns.
 INTERCEPT, LOG_LENGTH = 0, 1
@@ -36,6 +36,14 @@ def single_threaded() -> AbstractContextManager[object]:
     """Context in which BLAS uses one thread: its sums then do not depend on the machine's cores."""
     context: AbstractContextManager[object] = _blas.limit(limits=1, user_api="blas")
     return context
+
+
+def finite_rows(rows: Rows) -> BoolArray:
+    """(n,) whether every embedding and feature value of a row is finite."""
+    fine: BoolArray = np.isfinite(rows.embedding).all(axis=1) & np.isfinite(rows.feature).all(
+        axis=1
+    )
+    return fine
 
 
 def design_rows(rows: Rows) -> Float32Array:

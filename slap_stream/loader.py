@@ -264,7 +264,11 @@ class SlapDataLoader(DataLoader[Any]):
     def metrics(self) -> dict[str, float]:
         """Flat numbers about the run, ready for TensorBoard or Weights & Biases."""
         metrics = self.composer.metrics() | self._fetcher.metrics()
-        metrics["undelivered"] = float(self._pending.undelivered)
+        # What was composed ahead has not been trained on yet.
+        ahead = self._pending.undelivered
+        metrics["undelivered"] = float(ahead)
+        metrics["trained"] -= float(ahead * self.composer.batch_size)
+        metrics["step"] -= float(ahead)
         if self._probe is not None:
             metrics |= self._probe.metrics()
         return metrics

@@ -321,6 +321,7 @@ class SlapSampler:
             "withdrawn": float(
                 sum(lane.intake.withdrawn + lane.counters["withdrawn"] for lane in lanes)
             ),
+            "nonfinite_rows": float(sum(lane.intake.nonfinite_rows for lane in lanes)),
             "strata": float(self._strata.num_strata),
             "strata_by_source": float(self._strata.by_source),
             "fitted": float(self._model.fitted),

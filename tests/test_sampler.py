@@ -273,6 +273,15 @@ def test_losses_that_are_not_finite_are_counted_and_left_out() -> None:
     assert np.isfinite(list(sampler.metrics().values())).all()
 
 
+def test_rows_that_are_not_finite_are_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    vectors = embeddings(200)
+    vectors[::10] = np.nan
+    sampler = SlapSampler([40] * 5, vectors, batch_size=8, config=config_of())
+    assert len(list(sampler)) == len(sampler)
+    assert sampler.metrics()["nonfinite_rows"] == 20
+    assert caplog.text.count("hold NaN or infinity") == 1
+
+
 def test_probe_budget_stays_within_its_fraction_and_is_the_same_on_every_lane() -> None:
     sampler = make([50] * 20, batch_size=12, num_lanes=3, probe_fraction=0.1)
     table, probed = LossTable(1000, 16), 0

@@ -26,7 +26,10 @@ _HEAD_NAMES = ("lm_head", "output_layer", "embed_out", "transformer.output_layer
 _NOT_INPUTS = frozenset(
     {"labels", "sample_id", "logits_to_keep", "num_logits_to_keep", "num_items_in_batch"}
 )
-CURE = "pass head= (the module that makes the logits) or loss_fn=(model, batch) -> (batch,) losses"
+CURE = (
+    "pass head= (the module that makes the logits) and, unless the model takes input_ids and makes "
+    "logits as a causal language model does, loss_fn=(model, batch) -> (batch,) losses"
+)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
