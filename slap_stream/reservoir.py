@@ -29,7 +29,14 @@ COLUMNS: dict[str, type] = {
     # The candidate's own probed loss, NaN if none, and the refresh it is from.
     "own_loss": np.float64,
     "own_since": np.int64,
+    # Rank of the excess loss, and probability that the target belongs to another prompt.
+    "rank": np.float64,
+    "mismatch": np.float64,
+    # Distance of the embedding to the nearest one trained on lately, in typical distances.
+    "distance": np.float64,
+    # What is made of these: utility, and probability that the candidate is not dispensable.
     "utility": np.float64,
+    "worth": np.float64,
 }
 
 
@@ -39,16 +46,20 @@ class Reservoirs:
     Args:
         capacity: Candidates held at most.
         columns: Columns of a design row.
+        dim: Dimensions of the embedding, the last columns of a design row.
         metric_dim: Dimensions of the metric space.
 
     Attributes:
         x: (capacity, columns) float32 design rows.
+        unit: (capacity, dim) float32 unit embeddings.
         z: (capacity, metric_dim) float32 unit vectors of the metric space.
         data: (capacity,) arrays by the names in `COLUMNS`; `sample_id` is -1 where a slot is free.
     """
 
-    def __init__(self, *, capacity: int, columns: int, metric_dim: int) -> None:
+    def __init__(self, *, capacity: int, columns: int, dim: int, metric_dim: int) -> None:
         self.capacity = capacity
+        self._dim = dim
+        self.unit: Float32Array = np.zeros((capacity, dim), np.float32)
         self.x: Float32Array = np.zeros((capacity, columns), np.float32)
         self.z: Float32Array = np.zeros((capacity, metric_dim), np.float32)
         self.data: dict[str, NDArray[np.generic]] = {
@@ -92,6 +103,7 @@ class Reservoirs:
             )
         slots = free[: len(x)]
         self.x[slots] = x
+        self.unit[slots] = unit_rows(x[:, -self._dim :])
         self.floats("own_loss")[slots] = np.nan
         for name in COLUMNS:
             if name in columns:
@@ -144,6 +156,7 @@ class Reservoirs:
         for name, dtype in COLUMNS.items():
             self.data[name][slots] = np.asarray(state[name], dtype)
         self.x[slots] = rows_of(self.ints("sample_id")[slots])
+        self.unit[slots] = unit_rows(self.x[slots][:, -self._dim :])
 
 
 class RecentlyTrained:
@@ -199,14 +212,14 @@ class RecentlyTrained:
         return self._nearest(self.z, z, stratum, sample_id)
 
     def nearest_embedding(
-        self, x: Float32Array, stratum: IntArray, sample_id: IntArray
+        self, unit: Float32Array, stratum: IntArray, sample_id: IntArray
     ) -> FloatArray:
-        """The same between unit embeddings of (n, columns) design rows.
+        """The same between (n, dim) unit embeddings.
 
         The metric space says what teaches alike; only the embeddings tell copies apart from what
         is merely of the same kind.
         """
-        return self._nearest(self.unit, unit_rows(x[:, -self._dim :]), stratum, sample_id)
+        return self._nearest(self.unit, unit, stratum, sample_id)
 
     def _nearest(
         self, known: Float32Array, vectors: Float32Array, stratum: IntArray, sample_id: IntArray
@@ -216,10 +229,12 @@ class RecentlyTrained:
             used = self.sample_id[name] != EMPTY
             if used.any():
                 inside = np.flatnonzero(stratum == name)
-                cosine = vectors[inside] @ known[name][used].T
-                itself = sample_id[inside][:, None] == self.sample_id[name][used]
-                best = np.where(itself, -np.inf, cosine).max(axis=1)
-                result[inside] = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * best))
+                result[inside] = nearest_other(
+                    vectors[inside],
+                    sample_id[inside],
+                    known[name][used],
+                    self.sample_id[name][used],
+                )
         return result
 
     def state_dict(self) -> State:
@@ -233,6 +248,23 @@ class RecentlyTrained:
         used = self.sample_id != EMPTY
         self.x[used] = rows_of(self.sample_id[used])
         self.unit[used] = unit_rows(self.x[used][:, -self._dim :])
+
+
+def nearest_other(
+    unit: Float32Array, sample_id: IntArray, others: Float32Array, other_id: IntArray
+) -> FloatArray:
+    """(n,) distance of unit vectors to the nearest of another sample; inf where there is none.
+
+    Args:
+        unit: (n, dim) unit vectors.
+        sample_id: (n,) their samples.
+        others: (m, dim) unit vectors, m at least 1.
+        other_id: (m,) their samples.
+    """
+    cosine = unit @ others.T
+    best = np.where(sample_id[:, None] == other_id, -np.inf, cosine).max(axis=1)
+    distance: FloatArray = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * best.astype(np.float64)))
+    return distance
 
 
 def first_of_each(stratum: IntArray, quota: IntArray, order: IntArray) -> IntArray:

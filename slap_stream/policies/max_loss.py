@@ -15,9 +15,11 @@ class MaxLoss:
 
     proportional = False
     needs_losses = True
+    uses_losses = True
+    weighs_evidence = False
 
     def utility(
-        self, *, rank: FloatArray, loss: FloatArray, distance: FloatArray, evidence: FloatArray
+        self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
     ) -> FloatArray:
         """The loss."""
         return loss
