@@ -180,6 +180,9 @@ class SlapDataLoader(DataLoader[Any]):
             timeout=timeout,
             worker_init_fn=worker_init_fn,
             multiprocessing_context=multiprocessing_context,
+            # Torch draws the workers' seed at every iteration: from the global generator, a resumed
+            # run would draw once more than the unbroken one, and its dropout would differ.
+            generator=torch.Generator().manual_seed(config.seed),
         )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
