@@ -281,7 +281,8 @@ class Lane:
         """Probes due now for a lane with so many candidates; the smallest lane's count makes it
         equal on all lanes."""
         plan = self._plan
-        if not 0 < self.progress.step < plan.steps:
+        # Withdrawals may empty the pool before the plan does.
+        if not 0 < self.progress.step < plan.steps or not len(self.pool):
             return 0
         offered = plan.offered_before(self.progress.step - 1, candidates)
         due = int(plan.config.probe_fraction * offered) - self._probed
