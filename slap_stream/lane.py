@@ -339,7 +339,8 @@ class Lane:
         """Probes due now for a lane with so many candidates; the smallest lane's count makes it
         equal on all lanes."""
         plan, progress = self._plan, self.progress
-        if not 0 < progress.part < plan.parts:
+        # Withdrawals may empty the pool before the plan does.
+        if not 0 < progress.part < plan.parts or not len(self.pool):
             return 0
         offered = plan.offered_before(progress.before, candidates)
         due = int(plan.config.probe_fraction * offered) - self._probed
