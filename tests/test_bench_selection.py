@@ -215,12 +215,15 @@ def test_runs_are_made_once_and_reported(
         *("--data", str(data), "--out", str(tmp_path), "--preset", "tiny", "--seeds", "1"),
         *("--conditions", "balanced+copies+shuffled", "--set", "warmup_losses=16"),
     ]
-    assert bench_selection.main([*given, "--arms", "full", "oracle"]) == 0
+    assert bench_selection.main([*given, "--arms", "uniform_as_auto", "oracle"]) == 0
+    assert "uniform_as_auto seed 0: slap_auto has not run" in capsys.readouterr().out
     first = (tmp_path / "results.jsonl").read_text()
-    assert bench_selection.main([*given, "--arms", "full", "oracle", "slap_auto"]) == 0
+    some = ["uniform_as_auto", "oracle", "full", "slap_auto"]
+    assert bench_selection.main([*given, "--arms", *some]) == 0
     text = (tmp_path / "results.jsonl").read_text()
     assert text.startswith(first)
-    full, oracle, auto = map(json.loads, text.splitlines())
+    oracle, full, auto, uniform = map(json.loads, text.splitlines())
+    assert uniform["samples"] == pytest.approx(auto["samples"], abs=2 * 8)
     assert full["samples"] == full["candidates"] // 8 * 8
     assert oracle["samples"] == int(0.7 * oracle["candidates"] / 2 / 8) * 8 * 2
     assert auto["samples"] <= full["samples"]

@@ -89,8 +89,17 @@ def overridden(arm: Arm, settings: Sequence[str]) -> Arm:
     return replace(arm, config=dict(arm.config) | extra)
 
 
-def work(arguments: argparse.Namespace, preset: Preset, part: int, parts: int) -> None:
-    """Run every `parts`-th of the runs that are not done, from `part` on."""
+def as_many_as(arm: str, key: RunKey, results: Path) -> float | None:
+    """The share of the candidates that another arm trained on, where it has run."""
+    wanted = {**key.to_dict(), "arm": arm}
+    for row in map(json.loads, results.read_text().splitlines() if results.exists() else ()):
+        if all(row[n] == wanted[n] for n in ("preset", "condition", "arm", "seed", "overrides")):
+            return float(row["samples"] / row["candidates"])
+    return None
+
+
+def work(arguments: argparse.Namespace, preset: Preset, turn: str, part: int, parts: int) -> None:
+    """Run every `parts`-th of the runs of this turn that are not done, from `part` on."""
     import torch
 
     from slap_stream.tools.selection.corpora import Workshop
@@ -99,15 +108,25 @@ def work(arguments: argparse.Namespace, preset: Preset, part: int, parts: int) -
     torch.set_num_threads(1)
     workshop = Workshop(arguments.data, arguments.out, preset)
     results = arguments.out / "results.jsonl"
-    todo = keys(arguments, preset)
-    for number, key in enumerate(todo):
+    known = arms()
+    mine = [
+        k for k in keys(arguments, preset) if (known[k.arm].keeps_as is None) == (turn == "first")
+    ]
+    for number, key in enumerate(mine):
         if number % parts != part or key.to_dict() in done_keys(results):
             continue
-        row = run(workshop, key, overridden(arms()[key.arm], arguments.set))
+        arm = overridden(known[key.arm], arguments.set)
+        if arm.keeps_as is not None:
+            share = as_many_as(arm.keeps_as, key, results)
+            if share is None:
+                print(f"{key.condition} {key.arm} seed {key.seed}: {arm.keeps_as} has not run")
+                continue
+            arm = replace(arm, config=dict(arm.config) | {"keep": share})
+        row = run(workshop, key, arm)
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(
-            f"{number + 1}/{len(todo)} {key.condition} {key.arm} seed {key.seed}: "
+            f"{number + 1}/{len(mine)} {key.condition} {key.arm} seed {key.seed}: "
             f"{row['loss']:.4f} on {row['samples']} samples, {row['seconds']}",
             flush=True,
         )
@@ -115,14 +134,17 @@ def work(arguments: argparse.Namespace, preset: Preset, part: int, parts: int) -
 
 def run_all(arguments: argparse.Namespace, preset: Preset, given: Sequence[str]) -> int:
     """Do what is not done, in as many processes as jobs; the worst exit status."""
-    if arguments.jobs == 1:
-        work(arguments, preset, 0, 1)
-        return 0
+    jobs = arguments.jobs
     command = [sys.executable, __file__, *given, "--worker"]
-    workers = [
-        subprocess.Popen([*command, f"{part}/{arguments.jobs}"]) for part in range(arguments.jobs)
-    ]
-    return max(worker.wait() for worker in workers)
+    # First what stands alone, then the arms that train on as many samples as another did.
+    for turn in ("first", "last"):
+        if jobs == 1:
+            work(arguments, preset, turn, 0, 1)
+            continue
+        workers = [subprocess.Popen([*command, f"{turn}/{part}/{jobs}"]) for part in range(jobs)]
+        if failed := max(worker.wait() for worker in workers):
+            return failed
+    return 0
 
 
 def report(out: Path) -> int:
@@ -146,8 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         keys(arguments, preset)
         if arguments.worker:
-            part, parts = map(int, arguments.worker.split("/"))
-            work(arguments, preset, part, parts)
+            turn, part, parts = arguments.worker.split("/")
+            work(arguments, preset, turn, int(part), int(parts))
             return 0
         if not arguments.report and (failed := run_all(arguments, preset, given)):
             return failed

@@ -78,12 +78,14 @@ class Arm:
         config: Settings of `SlapConfig` in which it differs from the default.
         probe: Whether the probe runs.
         knows: Whether what is dispensable is told to it: the oracle.
+        keeps_as: Arm that must have run before, on as many samples of which this one trains.
     """
 
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)
     probe: bool = True
     knows: bool = False
+    keeps_as: str | None = None
 
 
 def arms() -> dict[str, Arm]:
@@ -100,6 +102,12 @@ def arms() -> dict[str, Arm]:
     known = [
         Arm(name="full", config={"policy": "uniform", "keep": 1.0}, probe=False),
         Arm(name="uniform", config={"policy": "uniform"}, probe=False),
+        Arm(
+            name="uniform_as_auto",
+            config={"policy": "uniform"},
+            probe=False,
+            keeps_as="slap_auto",
+        ),
         Arm(name="max_loss", config={"policy": "max_loss"}),
         Arm(name="slap_paper", config={"policy": "slap_paper"}),
         Arm(name="slap"),
@@ -128,8 +136,40 @@ class RunKey:
 
 
 PRESETS = {
-    "small": Preset(name="small"),
-}
+    preset.name: preset
+    for preset in (
+        # About 90 minutes on two cores.
+        Preset(name="small"),
+        # Every task, condition and arm; days on two cores, in pieces.
+        Preset(
+            name="full",
+            size=6_000,
+            conditions=(
+                *("t0_50k", "sgd", "tatoeba", "gsm8k", "questions", "balanced", "imbalanced"),
+                *(f"{mixture}+{dirt}" for mixture in ("balanced", "imbalanced")
+                  for dirt in ("copies", "shuffled", "copies+shuffled")),
+            ),
+            arms=tuple(arms()),
+            seeds=10,
+        ),
+        # 34 million parameters in bf16; several jobs side by side on one large GPU.
+        Preset(
+            name="gpu",
+            size=9_000,
+            hidden=512,
+            layers=8,
+            vocabulary=8_192,
+            batch_size=32,
+            micro_batches=1,
+            pretraining_steps=1_500,
+            pretraining_rate=1e-3,
+            learning_rate={1.0: 3e-4, 0.7: 3e-4},
+            shard_bytes=400_000,
+            device="cuda",
+            seeds=3,
+        ),
+    )
+}  # fmt: skip
 
 
 def conditions_of(preset: Preset) -> list[Condition]:
