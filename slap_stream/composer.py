@@ -6,15 +6,16 @@ import numpy as np
 
 from slap_stream.appraisal import Appraiser
 from slap_stream.intake import Intake
+from slap_stream.kernels import unit_rows
 from slap_stream.learnability import LearnabilityModel
 from slap_stream.plan import LanePlan, Progress
-from slap_stream.policies import Policy, PoolView, Slap, Uniform
+from slap_stream.policies import InfoBatch, Policy, PoolView, Slap, Uniform
 from slap_stream.policies.base import top_of_each_stratum
 from slap_stream.quota import apportion, apportion_pruning
 from slap_stream.repeats import Turns, copy_number, pressing
 from slap_stream.reservoir import RecentlyTrained, Reservoirs
 from slap_stream.rng import Purpose, generator, uniforms
-from slap_stream.types import BoolArray, IntArray
+from slap_stream.types import BoolArray, FloatArray, IntArray
 
 
 class Composer:
@@ -137,6 +138,21 @@ class Composer:
             self._compare_with_uniform(policy, slots, positions)
         return slots[positions]
 
+    def loss_weights(self, slots: IntArray, chosen: IntArray) -> FloatArray:
+        """Weights of a batch's losses, as the policy wants them.
+
+        Args:
+            slots: (n,) slots that the batch was chosen from, ascending.
+            chosen: (batch_size,) slots of the batch.
+
+        Returns:
+            (batch_size,) weights; ones unless the policy makes up for what it prunes.
+        """
+        policy = self.policy
+        if not isinstance(policy, InfoBatch):
+            return np.ones(len(chosen))
+        return policy.loss_weights(self.view(slots))[np.searchsorted(slots, chosen)]
+
     def view(self, slots: IntArray) -> PoolView:
         """What a policy sees of the candidates in (n,) slots, in their order."""
         pool = self._pool
@@ -151,6 +167,8 @@ class Composer:
             z=pool.z[slots],
             recent=self._recent,
             typical=self._appraiser.typical,
+            epoch=self._progress.epoch,
+            embedding=lambda: unit_rows(pool.x[slots][:, -self._plan.store.shape[1] :]),
             rng=lambda: generator(
                 self._plan.config.seed,
                 Purpose.POLICY,

@@ -8,7 +8,16 @@ from typing import Any, Literal, get_args
 
 from slap_stream.errors import ConfigError
 
-PolicyName = Literal["slap", "slap_paper", "uniform", "max_loss"]
+PolicyName = Literal[
+    "slap",
+    "slap_paper",
+    "uniform",
+    "subset",
+    "rs2",
+    "max_loss",
+    "infobatch",
+    "k_centre",
+]
 OnBadShard = Literal["raise", "skip"]
 
 _WEIGHTS = ("rank_weight", "copy_weight", "suspect_weight", "curvature", "diversity")

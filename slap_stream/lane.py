@@ -149,7 +149,7 @@ class Lane:
             open_ = np.ones(len(slots), bool)
         chosen = self._composer.choose(slots, open_)
         ids = self.pool.ints("sample_id")[chosen].copy()
-        self._train(chosen, ids)
+        self._train(chosen, ids, self._composer.loss_weights(slots, chosen))
         self._drop(self._composer.leaving())
         self.progress.step += 1
         self._composed += 1
@@ -215,10 +215,10 @@ class Lane:
             rank=judged.rank, loss=judged.loss, distance=distance, evidence=judged.evidence
         )
 
-    def _train(self, slots: IntArray, ids: IntArray) -> None:
+    def _train(self, slots: IntArray, ids: IntArray, weights: FloatArray) -> None:
         """Book a batch: its samples leave the pool, their losses are awaited."""
         stratum, x = self.pool.ints("stratum")[slots], self.pool.x[slots]
-        self.awaiting_trained.ask(self._composed, ids, x)
+        self.awaiting_trained.ask(self._composed, ids, x, weights)
         self._recent.add(ids, stratum, x, self.pool.z[slots])
         self.progress.trained += self.progress.by_stratum(stratum)
         self.pool.remove(slots)

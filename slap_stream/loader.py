@@ -229,6 +229,20 @@ class SlapDataLoader(DataLoader[Any]):
         """
         self.composer.observe(_on_cpu(ids), _on_cpu(losses))
 
+    def loss_weights(self, ids: Any) -> torch.Tensor:
+        """Weights of the losses of the batch at hand; call it before `observe`.
+
+        Args:
+            ids: (n,) `batch["sample_id"]`.
+
+        Returns:
+            (n,) float64 weights on the CPU: ones, unless the policy makes up for what it prunes.
+
+        Raises:
+            FeedbackError: If an id was not yielded lately or was already observed.
+        """
+        return torch.from_numpy(self.composer.loss_weights(_on_cpu(ids)))
+
     def probe_budget(self) -> int:
         """Candidates due to be probed now; 0 if none."""
         return self.composer.probe_budget()

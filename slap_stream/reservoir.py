@@ -208,6 +208,12 @@ class RecentlyTrained:
         """
         return self._nearest(self.unit, unit_rows(x[:, -self._dim :]), stratum, sample_id)
 
+    def nearest_of_all(self, unit: Float32Array, sample_id: IntArray) -> FloatArray:
+        """(n,) distance of (n, dim) unit embeddings to the nearest other one, whatever its stratum;
+        inf where no other sample was trained on."""
+        used = self.sample_id != EMPTY
+        return _nearest_other(unit, sample_id, self.unit[used], self.sample_id[used])
+
     def _nearest(
         self, known: Float32Array, vectors: Float32Array, stratum: IntArray, sample_id: IntArray
     ) -> FloatArray:
@@ -216,10 +222,12 @@ class RecentlyTrained:
             used = self.sample_id[name] != EMPTY
             if used.any():
                 inside = np.flatnonzero(stratum == name)
-                cosine = vectors[inside] @ known[name][used].T
-                itself = sample_id[inside][:, None] == self.sample_id[name][used]
-                best = np.where(itself, -np.inf, cosine).max(axis=1)
-                result[inside] = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * best))
+                result[inside] = _nearest_other(
+                    vectors[inside],
+                    sample_id[inside],
+                    known[name][used],
+                    self.sample_id[name][used],
+                )
         return result
 
     def state_dict(self) -> State:
@@ -233,6 +241,17 @@ class RecentlyTrained:
         used = self.sample_id != EMPTY
         self.x[used] = rows_of(self.sample_id[used])
         self.unit[used] = unit_rows(self.x[used][:, -self._dim :])
+
+
+def _nearest_other(
+    vectors: Float32Array, sample_id: IntArray, known: Float32Array, known_id: IntArray
+) -> FloatArray:
+    """(n,) distance of each unit vector to the nearest known one of another sample, inf if none."""
+    itself = sample_id[:, None] == known_id
+    cosine = np.where(itself, -np.inf, vectors @ known.T)
+    best = cosine.max(axis=1, initial=-np.inf).astype(np.float64)
+    distance: FloatArray = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * best))
+    return distance
 
 
 def first_of_each(stratum: IntArray, quota: IntArray, order: IntArray) -> IntArray:

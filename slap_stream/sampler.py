@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from slap_stream.config import SlapConfig
 from slap_stream.embeddings import ArrayStore
-from slap_stream.errors import AlignmentError, ConfigError, FeedbackError, StateError
+from slap_stream.errors import AlignmentError, ConfigError, FeedbackError
 from slap_stream.feedback import check_feedback, find_questions
 from slap_stream.lane import Lane
 from slap_stream.learnability import (
@@ -27,8 +25,9 @@ from slap_stream.learnability import (
 from slap_stream.order import ShardTable
 from slap_stream.plan import plan_run
 from slap_stream.policies import make_policy
+from slap_stream.run_state import check_state, describe_run
 from slap_stream.strata import Strata
-from slap_stream.types import IntArray, RowStore, ShardGate, State
+from slap_stream.types import FloatArray, IntArray, RowStore, ShardGate, State
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +222,30 @@ class SlapSampler:
             x = lane.awaiting_trained.answer(question[mine], position[mine])
             lane.take_trained(ids[mine], x, values[mine])
 
+    def loss_weights(self, ids: ArrayLike) -> FloatArray:
+        """Weights of the losses of samples that are trained on now; call it before `observe`.
+
+        Args:
+            ids: (n,) sample ids of batches that were yielded lately.
+
+        Returns:
+            (n,) weights: ones, unless the policy makes up for what it prunes (`infobatch`).
+
+        Raises:
+            FeedbackError: If an id was not yielded lately or was already observed.
+        """
+        names = np.asarray(ids)
+        names, _ = check_feedback(names, np.zeros(names.shape))
+        awaiting = [lane.awaiting_trained for lane in self.lanes]
+        owner, question, position = find_questions(
+            names, awaiting, "loss_weights: ids of yielded batches"
+        )
+        weights = np.ones(len(names))
+        for index in np.unique(owner):
+            mine = owner == index
+            weights[mine] = awaiting[index].weights(question[mine], position[mine])
+        return weights
+
     def update(self, ids: ArrayLike, losses: ArrayLike, sketches: ArrayLike | None = None) -> None:
         """Feed back what the probe measured of the ids that `probe_candidates` gave.
 
@@ -363,46 +386,25 @@ class SlapSampler:
             StateError: If the state is of another version, config, dataset or batch size; the
                 message lists the differences.
         """
-        if state.get("version") != STATE_VERSION:
-            raise StateError(
-                f"version must be {STATE_VERSION}, got {state.get('version')!r}; the state was "
-                "written by another version of slap_stream."
-            )
-        saved, now = state["run"], self._run()
-        config = self.config
-        if config.num_lanes is None:
-            # Not asked for, so the run's own number of lanes stays what it was.
-            now["num_lanes"] = int(saved["num_lanes"])
-            config = replace(config, num_lanes=state["config"].get("num_lanes"))
-        differences = config.differences(state["config"]) + [
-            f"{name}: {saved.get(name)!r} -> {now[name]!r}"
-            for name in now
-            if saved.get(name) != now[name]
-        ]
-        each = now["num_lanes"] // self.world_size
-        wanted = range(self.rank * each, (self.rank + 1) * each)
-        theirs = {int(lane["lane"]): lane for lane in state["lanes"]}
-        if now["num_lanes"] % self.world_size or not set(wanted) <= set(theirs):
-            differences.append(
-                f"lanes: {sorted(theirs)} of {now['num_lanes']} -> {list(wanted)} of rank "
-                f"{self.rank} in {self.world_size}"
-            )
-        if differences:
-            raise StateError(
-                "state must belong to this run, got one that differs (saved -> current) in "
-                + "; ".join(differences)
-                + "."
-            )
-        if now["num_lanes"] != self.num_lanes:
-            self._build(now["num_lanes"])
+        num_lanes = check_state(
+            state,
+            version=STATE_VERSION,
+            run=self._run(),
+            config=self.config,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        if num_lanes != self.num_lanes:
+            self._build(num_lanes)
         self.epoch = int(state["epoch"])
         self._seeded = bool(state["seeded"])
         self.refreshes_itself = bool(state["refreshes_itself"])
         self._cut_short = int(state["cut_short"])
         self._model.load_state_dict(state["model"])
         self._strata.load_state_dict(state["strata"])
+        saved = {int(lane["lane"]): lane for lane in state["lanes"]}
         for lane in self.lanes:
-            lane.load_state_dict(theirs[lane.index])
+            lane.load_state_dict(saved[lane.index])
 
     @property
     def shards_at_hand(self) -> int:
@@ -411,18 +413,12 @@ class SlapSampler:
         return min(blocks, len(self.table.sizes))
 
     def _run(self) -> dict[str, Any]:
-        """What must be the same for a state to be taken over; the world size is free."""
-        shards = np.stack([self.table.sizes, self.table.counts]).tobytes()
-        return {
-            "num_samples": self.table.num_samples,
-            "num_candidates": self.table.num_candidates,
-            "shards": hashlib.sha256(shards).hexdigest()[:16],
-            "embedding_dim": self._store.shape[1],
-            "feature_names": list(self._store.feature_names),
-            "source_names": list(self._store.source_names),
-            "global_batch": self.batch_size * self.world_size,
-            "num_lanes": self.num_lanes,
-        }
+        return describe_run(
+            self.table,
+            self._store,
+            global_batch=self.batch_size * self.world_size,
+            num_lanes=self.num_lanes,
+        )
 
     def _seed_strata(self) -> None:
         # From lane 0's first block on every rank: all lanes share the centroids.

@@ -209,3 +209,29 @@ def ridge(x: Array, y: Array, penalties: Array) -> tuple[Array, float]:
     coefficient = best[1].copy()
     coefficient[0] += y.mean()
     return coefficient, math.sqrt(best[0] * count)
+
+
+def along_arc(
+    place: Sequence[float], offered_at: Sequence[int], begin: float, length: float
+) -> tuple[list[int], list[int]]:
+    """Places on an arc of a circle of circumference 1 as offered, and the others going on from its
+    end."""
+    far = [(p - begin) % 1.0 for p in place]
+    on = [i for i in range(len(far)) if far[i] <= length]
+    off = [i for i in range(len(far)) if far[i] > length]
+    return sorted(on, key=lambda i: offered_at[i]), sorted(off, key=lambda i: far[i])
+
+
+def farthest_from(unit: Array, known: Array, count: int, *, first: int) -> list[int]:
+    """k-centre greedy: always the point whose nearest known or chosen one is farthest."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        centres = [*known, *(unit[i] for i in chosen)]
+        rest = [i for i in range(len(unit)) if i not in chosen]
+        if not centres:
+            chosen.append(first)
+            continue
+        chosen.append(
+            max(rest, key=lambda i: min(float(np.linalg.norm(unit[i] - c)) for c in centres))
+        )
+    return chosen

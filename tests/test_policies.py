@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from slap_stream.config import PolicyName, SlapConfig
-from slap_stream.policies import MaxLoss, Policy, PoolView, Slap, SlapPaper, Uniform, make_policy
+from slap_stream.policies import (
+    RS2,
+    InfoBatch,
+    KCentre,
+    MaxLoss,
+    Policy,
+    PoolView,
+    Slap,
+    SlapPaper,
+    Subset,
+    Uniform,
+    make_policy,
+)
 from slap_stream.policies.slap import (
     DISTANCE_CAP,
     MAX_SUSPICION,
@@ -28,7 +40,7 @@ from tests import reference
 from tests.strategies import Array, seeds, unit_vectors
 
 POLICIES = get_args(PolicyName)
-METRIC_DIM = 4
+METRIC_DIM, EMBEDDING_DIM = 4, 6
 # Statistical tests fix their seeds; each would raise a false alarm for one seed in 10,000.
 FALSE_ALARM = 1e-4
 
@@ -41,10 +53,16 @@ def named(policy: PolicyName, **options: Any) -> Policy:
 def recent_of(num_strata: int, z: Array | None = None, stratum: Array | None = None) -> Any:
     """What was trained on lately: nothing, or samples with these metric vectors."""
     recent = RecentlyTrained(
-        num_strata=num_strata, per_stratum=64, columns=1, dim=1, metric_dim=METRIC_DIM
+        num_strata=num_strata,
+        per_stratum=64,
+        columns=EMBEDDING_DIM,
+        dim=EMBEDDING_DIM,
+        metric_dim=METRIC_DIM,
     )
     if z is not None and stratum is not None:
-        recent.add(10_000 + np.arange(len(z)), stratum, np.zeros((len(z), 1), np.float32), z)
+        x = np.zeros((len(z), EMBEDDING_DIM), np.float32)
+        x[:, :METRIC_DIM] = z
+        recent.add(10_000 + np.arange(len(z)), stratum, x, z)
     return recent
 
 
@@ -74,6 +92,8 @@ def view_of(
         "z": unit_vectors(seed, n, METRIC_DIM, copies=True),
         "recent": recent_of(num_strata),
         "typical": 0.5,
+        "epoch": 0,
+        "embedding": lambda: unit_vectors(seed, n, EMBEDDING_DIM, copies=True),
         "rng": draws,
     }
     return PoolView(**(defaults | columns))
@@ -116,7 +136,8 @@ def test_a_batch_fills_the_quotas_with_different_candidates(
     # Where a candidate lies in the pool must not matter: a resumed run has another layout.
     order = np.random.default_rng(seed).permutation(n)
     columns = ("sample_id", "occurrence", "stratum", "offered_at", "gumbel", "loss", "utility", "z")
-    moved = replace(view, **{name: getattr(view, name)[order] for name in columns})
+    lazy = {"embedding": lambda: view.embedding()[order]}
+    moved = replace(view, **{name: getattr(view, name)[order] for name in columns}, **lazy)
     again = rule.select(moved, quota)
     assert set(moved.sample_id[again].tolist()) == set(view.sample_id[chosen].tolist())
 
@@ -127,7 +148,11 @@ def test_every_name_has_its_policy() -> None:
         "slap": Slap,
         "slap_paper": SlapPaper,
         "uniform": Uniform,
+        "subset": Subset,
+        "rs2": RS2,
         "max_loss": MaxLoss,
+        "infobatch": InfoBatch,
+        "k_centre": KCentre,
     }
 
 

@@ -1,15 +1,31 @@
-"""Rules that pick a batch from the pool: slap, its reconstruction from the paper, and baselines."""
+"""Rules that pick a batch from the pool: slap, its reconstruction from the paper, and its peers."""
 
 from __future__ import annotations
 
 from slap_stream.config import SlapConfig
 from slap_stream.policies.base import Policy, PoolView
+from slap_stream.policies.infobatch import InfoBatch
+from slap_stream.policies.k_centre import KCentre
 from slap_stream.policies.max_loss import MaxLoss
+from slap_stream.policies.rs2 import RS2
 from slap_stream.policies.slap import Slap
 from slap_stream.policies.slap_paper import SlapPaper
+from slap_stream.policies.subset import Subset
 from slap_stream.policies.uniform import Uniform
 
-__all__ = ["MaxLoss", "Policy", "PoolView", "Slap", "SlapPaper", "Uniform", "make_policy"]
+__all__ = [
+    "RS2",
+    "InfoBatch",
+    "KCentre",
+    "MaxLoss",
+    "Policy",
+    "PoolView",
+    "Slap",
+    "SlapPaper",
+    "Subset",
+    "Uniform",
+    "make_policy",
+]
 
 
 def make_policy(config: SlapConfig) -> Policy:
@@ -18,6 +34,10 @@ def make_policy(config: SlapConfig) -> Policy:
         "slap": Slap(config),
         "slap_paper": SlapPaper(),
         "uniform": Uniform(),
+        "subset": Subset(config),
+        "rs2": RS2(config),
         "max_loss": MaxLoss(),
+        "infobatch": InfoBatch(config),
+        "k_centre": KCentre(),
     }
     return policies[config.policy]

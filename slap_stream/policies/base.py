@@ -27,6 +27,8 @@ class PoolView:
         z: (n, metric_dim) float32 unit vectors of the metric space.
         recent: What was trained on lately, by stratum.
         typical: Typical distance to the nearest neighbour of the same stratum.
+        epoch: Epoch that the batch belongs to.
+        embedding: Makes the (n, dim) float32 unit embeddings; only policies that need them call it.
         rng: Makes the generator of this batch; only policies that draw call it.
     """
 
@@ -40,6 +42,8 @@ class PoolView:
     z: Float32Array
     recent: RecentlyTrained
     typical: float
+    epoch: int
+    embedding: Callable[[], Float32Array]
     rng: Callable[[], np.random.Generator]
 
     def __len__(self) -> int:
@@ -84,6 +88,33 @@ class Policy(Protocol):
             quota: (num_strata,) slots of each stratum, each at most what the view has of it.
         """
         ...
+
+
+class PlainPolicy:
+    """What the policies share that see neither strata nor utilities."""
+
+    proportional = False
+    needs_losses = False
+
+    def utility(
+        self, *, rank: FloatArray, loss: FloatArray, distance: FloatArray, evidence: FloatArray
+    ) -> FloatArray:
+        """Zero: a batch is chosen by other numbers."""
+        return np.zeros(len(rank))
+
+
+class SlidingPolicy(PlainPolicy):
+    """What the policies share that choose from a window of the candidates offered last."""
+
+    def score(self, view: PoolView) -> FloatArray:
+        """How late a candidate was offered: what was not chosen in time leaves, oldest first."""
+        return view.offered_at.astype(np.float64)
+
+
+def recency(view: PoolView) -> FloatArray:
+    """(n,) in [0, 1): the later a candidate was offered, the higher."""
+    late: FloatArray = view.offered_at / (1.0 + view.offered_at.max(initial=0))
+    return late
 
 
 def top_of_each_stratum(score: FloatArray, view: PoolView, quota: IntArray) -> IntArray:
