@@ -7,7 +7,7 @@ import numpy as np
 from slap_stream.appraisal import Appraiser
 from slap_stream.intake import Intake
 from slap_stream.kernels import unit_rows
-from slap_stream.learnability import LearnabilityModel
+from slap_stream.learnability import NUM_OWN_COLUMNS, LearnabilityModel
 from slap_stream.plan import LanePlan, Progress
 from slap_stream.policies import InfoBatch, Policy, PoolView, Slap, Uniform
 from slap_stream.policies.base import top_of_each_stratum
@@ -15,7 +15,7 @@ from slap_stream.quota import apportion, apportion_pruning
 from slap_stream.repeats import Turns, copy_number, pressing
 from slap_stream.reservoir import RecentlyTrained, Reservoirs
 from slap_stream.rng import Purpose, generator, uniforms
-from slap_stream.types import BoolArray, FloatArray, IntArray
+from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray
 
 
 class Composer:
@@ -33,6 +33,7 @@ class Composer:
         progress: How far the lane is; the lane moves it.
 
     Attributes:
+        target: (sketch_dim,) mean gradient sketch of a target set, None if there is none.
         compare: Whether the next batch is compared with one drawn uniformly.
         gauges: Learnability of the last batch that was compared, and of the other.
     """
@@ -54,6 +55,10 @@ class Composer:
         self._trained_policy = policy
         self._intake, self._pool, self._recent = intake, pool, recent
         self._appraiser, self._progress = appraiser, progress
+        names = plan.store.feature_names
+        if "reference_loss" in names:
+            self._reference_column = NUM_OWN_COLUMNS + names.index("reference_loss")
+        self.target: Float32Array | None = None
         self.compare = False
         self.gauges: dict[str, float] = {}
 
@@ -169,6 +174,10 @@ class Composer:
             typical=self._appraiser.typical,
             epoch=self._progress.epoch,
             embedding=lambda: unit_rows(pool.x[slots][:, -self._plan.store.shape[1] :]),
+            measured=lambda: ~np.isnan(pool.floats("own_loss")[slots]),
+            sketch=lambda: pool.sketch[slots],
+            reference_loss=lambda: pool.x[slots, self._reference_column].astype(np.float64),
+            target=self.target,
             rng=lambda: generator(
                 self._plan.config.seed,
                 Purpose.POLICY,

@@ -216,6 +216,36 @@ def check_feedback(ids: ArrayLike, losses: ArrayLike) -> tuple[IntArray, FloatAr
     return names.astype(np.int64), values
 
 
+def check_sketches(sketches: ArrayLike, shape: tuple[int, ...]) -> Float32Array:
+    """Gradient sketches, of one sample or of n, as a float32 array of its own.
+
+    Raises:
+        FeedbackError: If their shape is not this.
+    """
+    rows = np.array(sketches, np.float32)
+    if rows.shape != shape:
+        wanted = "(n, sketch_dim)" if len(shape) == 2 else "(sketch_dim,)"
+        raise FeedbackError(f"sketches must be {wanted} = {shape}, got {rows.shape}.")
+    return rows
+
+
+def weights_of(ids: ArrayLike, awaiting: Sequence[Awaiting]) -> FloatArray:
+    """(n,) weights of the losses that are awaited of (n,) ids, over all lanes.
+
+    Raises:
+        FeedbackError: If an id was not asked for lately, or was answered already.
+    """
+    names = np.asarray(ids)
+    names, weights = check_feedback(names, np.ones(names.shape))
+    owner, question, position = find_questions(
+        names, awaiting, "loss_weights: ids of yielded batches"
+    )
+    for index in np.unique(owner):
+        mine = owner == index
+        weights[mine] = awaiting[index].weights(question[mine], position[mine])
+    return weights
+
+
 class Answers:
     """Finite losses and sketches since the last refresh.
 

@@ -18,7 +18,7 @@ from slap_stream.intake import Intake
 from slap_stream.learnability import LearnabilityModel
 from slap_stream.plan import LanePlan, Progress
 from slap_stream.policies import Policy
-from slap_stream.policies.base import top_of_each_stratum
+from slap_stream.policies.base import SketchPolicy, top_of_each_stratum
 from slap_stream.quota import apportion
 from slap_stream.repeats import copy_number
 from slap_stream.reservoir import RecentlyTrained, Reservoirs
@@ -75,7 +75,8 @@ class Lane:
                 "min_block": plan.pool_size,
             },
         )
-        self.pool = Reservoirs(capacity=plan.pool_size, **shape)
+        sketch_dim = config.sketch_dim if isinstance(policy, SketchPolicy) else 0
+        self.pool = Reservoirs(capacity=plan.pool_size, sketch_dim=sketch_dim, **shape)
         per_stratum = min(config.recent_per_stratum, max(1, MAX_RECENT // strata.num_strata))
         self._recent = RecentlyTrained(
             num_strata=strata.num_strata,
@@ -203,7 +204,8 @@ class Lane:
             return
         pool = self.pool
         stratum, own = pool.ints("stratum")[slots], pool.floats("own_loss")[slots]
-        stale = self._refreshes - pool.ints("own_since")[slots] >= FRESH_REFRESHES
+        age = self._refreshes - pool.ints("own_since")[slots]
+        stale = (age >= FRESH_REFRESHES) & (not self._plan.config.measures_all)
         judged = self._appraiser.appraise(pool.x[slots], stratum, np.where(stale, np.nan, own))
         pool.z[slots] = judged.z
         distance = self._recent.nearest_embedding(
@@ -250,9 +252,15 @@ class Lane:
             raise ValueError(
                 "probe_candidates needs candidates in the pool; compose a batch first."
             )
-        unknown = slots[np.isnan(self.pool.floats("own_loss")[slots])]
-        # Where little is unknown, what was measured before is measured again.
-        slots = unknown if len(unknown) >= count else slots
+        known = ~np.isnan(self.pool.floats("own_loss")[slots])
+        if np.count_nonzero(~known) >= count:
+            slots = slots[~known]
+        elif self._plan.config.measures_all:
+            # All that is new, then what was measured longest ago.
+            since = np.where(known, self.pool.ints("own_since")[slots], -1)
+            offered_at = self.pool.ints("offered_at")[slots]
+            slots = slots[np.lexsort((offered_at, since))[:count]]
+        # Otherwise what was measured before may be measured again.
         count_now = min(count, len(slots))
         uncertain = count_now // 2 if self._model.fitted else 0
         view = self._composer.view(slots)
@@ -272,7 +280,9 @@ class Lane:
             picked = np.concatenate(
                 [picked, rest[np.argsort(-variance, kind="stable")[:uncertain]]]
             )
-        self._probed += count
+        due, pooled = self._due_probes(self._plan.table.num_candidates // self._plan.num_lanes)
+        # What left the pool before it could be probed cannot be made up for.
+        self._probed += count + max(0, due - pooled)
         picked = np.resize(picked, count)
         self.awaiting_probed.ask(self._composed, view.sample_id[picked], self.pool.x[slots[picked]])
         return view.sample_id[picked]
@@ -280,12 +290,16 @@ class Lane:
     def probe_budget(self, candidates: int) -> int:
         """Probes due now for a lane with so many candidates; the smallest lane's count makes it
         equal on all lanes."""
-        plan = self._plan
-        if not 0 < self.progress.step < plan.steps:
+        if not 0 < self.progress.step < self._plan.steps:
             return 0
-        offered = plan.offered_before(self.progress.step - 1, candidates)
-        due = int(plan.config.probe_fraction * offered) - self._probed
-        return max(0, min(due, plan.pooled_after(self.progress.step - 1, candidates)))
+        return max(0, min(self._due_probes(candidates)))
+
+    def _due_probes(self, candidates: int) -> tuple[int, int]:
+        """Candidates that are still to be probed, and those that are in the pool, of a lane with so
+        many candidates in all."""
+        plan, last = self._plan, max(0, self.progress.step - 1)
+        due = int(plan.config.probe_fraction * plan.offered_before(last, candidates)) - self._probed
+        return due, plan.pooled_after(last, candidates)
 
     def take_probed(
         self, ids: IntArray, x: Float32Array, losses: FloatArray, sketches: Float32Array | None
@@ -302,6 +316,9 @@ class Lane:
         hit = known[at] == pooled if len(known) else np.zeros(len(slots), bool)
         self.pool.floats("own_loss")[slots[hit]] = measured[at[hit]]
         self.pool.ints("own_since")[slots[hit]] = self._refreshes
+        if part is not None and self.pool.sketch.shape[1]:
+            usable = np.where(np.isfinite(part).all(axis=1)[:, None], part, 0.0)
+            self.pool.sketch[slots[hit]] = usable[order][at[hit]]
 
     def take_trained(self, ids: IntArray, x: Float32Array, losses: FloatArray) -> None:
         """Take in the losses of (n,) samples that were trained on, with rows x (n, columns)."""
@@ -312,6 +329,10 @@ class Lane:
             p = x.astype(np.float64) @ self._model.coefficient.astype(np.float64)
             sums = [len(p), p.sum(), losses.sum(), p @ p, losses @ losses, p @ losses]
             self._agreement += np.asarray(sums, np.float64)
+
+    def set_target(self, sketch: Float32Array | None) -> None:
+        """Aim batches at the (sketch_dim,) mean gradient sketch of a target set, or at none."""
+        self._composer.target = sketch
 
     def _finite(self, ids: IntArray, losses: FloatArray) -> BoolArray:
         """(n,) finite losses; the others are counted and their samples withdrawn."""

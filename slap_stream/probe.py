@@ -14,7 +14,7 @@ is, so that adapters, biases and quantised heads need no code of their own.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -198,6 +198,34 @@ class LearnabilityProbe:
         # Also without anything probed: a refresh is an exchange that every rank takes part in.
         self._loader.refresh()
         return True
+
+    def mean_sketch(self, batches: Iterable[Mapping[str, Any]]) -> Float32Array:
+        """Mean gradient sketch of a target set under the present model, for `set_target`.
+
+        Args:
+            batches: Collated batches of the target set; every value's first axis is the samples.
+
+        Returns:
+            (sketch_dim,) mean over all samples; comparable with the candidates' sketches until the
+            preconditioner moves on.
+
+        Raises:
+            ValueError: If there is no batch, or the probe makes no sketches.
+        """
+        if self._sketch is None:
+            raise ValueError("mean_sketch needs sketches, got a probe made with sketches=False.")
+        sink = GradientSink(self._sketch, self._moment)
+        parts = []
+        with quiet(self._model, self._device):
+            for batch in batches:
+                size = len(next(iter(batch.values())))
+                self._reader.read(to_device(batch, self._device), size, sink)
+                parts.append(sink.take(size).cpu().numpy())
+        if not parts:
+            raise ValueError("batches must hold at least one batch, got none.")
+        # The sink is not finished: the second moment is of what is trained on, not of the target.
+        mean: Float32Array = np.concatenate(parts).mean(axis=0)
+        return mean
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers about the probe's work.

@@ -40,17 +40,22 @@ class Reservoirs:
         capacity: Candidates held at most.
         columns: Columns of a design row.
         metric_dim: Dimensions of the metric space.
+        sketch_dim: Length of the gradient sketches that candidates carry; 0: they carry none.
 
     Attributes:
         x: (capacity, columns) float32 design rows.
         z: (capacity, metric_dim) float32 unit vectors of the metric space.
+        sketch: (capacity, sketch_dim) float32 measured gradient sketches, zero where none was.
         data: (capacity,) arrays by the names in `COLUMNS`; `sample_id` is -1 where a slot is free.
     """
 
-    def __init__(self, *, capacity: int, columns: int, metric_dim: int) -> None:
+    def __init__(
+        self, *, capacity: int, columns: int, metric_dim: int, sketch_dim: int = 0
+    ) -> None:
         self.capacity = capacity
         self.x: Float32Array = np.zeros((capacity, columns), np.float32)
         self.z: Float32Array = np.zeros((capacity, metric_dim), np.float32)
+        self.sketch: Float32Array = np.zeros((capacity, sketch_dim), np.float32)
         self.data: dict[str, NDArray[np.generic]] = {
             name: np.zeros(capacity, dtype) for name, dtype in COLUMNS.items()
         }
@@ -92,6 +97,7 @@ class Reservoirs:
             )
         slots = free[: len(x)]
         self.x[slots] = x
+        self.sketch[slots] = 0.0
         self.floats("own_loss")[slots] = np.nan
         for name in COLUMNS:
             if name in columns:
@@ -133,9 +139,10 @@ class Reservoirs:
         return slots[order]
 
     def state_dict(self) -> State:
-        """Columns of the slots in use, and which slots these are."""
+        """Columns and sketches of the slots in use, and which slots these are."""
         slots = self.slots()
-        return {"slots": slots, **{name: self.data[name][slots] for name in COLUMNS}}
+        columns = {name: self.data[name][slots] for name in COLUMNS}
+        return {"slots": slots, "sketch": self.sketch[slots], **columns}
 
     def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
         """Take over saved candidates; `rows_of` gives (n, columns) design rows of (n,) ids."""
@@ -144,6 +151,7 @@ class Reservoirs:
         for name, dtype in COLUMNS.items():
             self.data[name][slots] = np.asarray(state[name], dtype)
         self.x[slots] = rows_of(self.ints("sample_id")[slots])
+        self.sketch[slots] = np.reshape(state["sketch"], (len(slots), self.sketch.shape[1]))
 
 
 class RecentlyTrained:

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from slap_stream.config import SlapConfig
-from slap_stream.embeddings import ArrayStore
-from slap_stream.errors import AlignmentError, ConfigError, FeedbackError
-from slap_stream.feedback import check_feedback, find_questions
+from slap_stream.encoding.stores import as_row_store
+from slap_stream.errors import ConfigError, FeedbackError
+from slap_stream.feedback import check_feedback, check_sketches, find_questions, weights_of
 from slap_stream.lane import Lane
 from slap_stream.learnability import (
     INTERCEPT,
@@ -27,7 +27,7 @@ from slap_stream.plan import plan_run
 from slap_stream.policies import make_policy
 from slap_stream.run_state import check_state, describe_run
 from slap_stream.strata import Strata
-from slap_stream.types import FloatArray, IntArray, RowStore, ShardGate, State
+from slap_stream.types import FloatArray, IntArray, ShardGate, State
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class SlapSampler:
         sizes = np.asarray(shard_sizes, np.int64)
         counts = None if shard_counts is None else np.asarray(shard_counts, np.int64)
         self.table = ShardTable.of(sizes, counts)
-        self._store = _open_store(embeddings, lengths, features, sources)
+        self._store = as_row_store(embeddings, lengths, features, sources)
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
         self._gate = gate
         if not (world_size >= 1 and 0 <= rank < world_size):
@@ -97,10 +97,16 @@ class SlapSampler:
         # Until somebody else merges; then a second clock would refresh twice.
         self.refreshes_itself = True
         self._cut_short = 0
+        self.set_target(None)
 
     def _build(self, num_lanes: int) -> None:
         """Make the shared model and strata, and this rank's lanes."""
         config, store = self.config, self._store
+        if config.policy == "rho_loss" and "reference_loss" not in store.feature_names:
+            raise ConfigError(
+                "policy='rho_loss' needs the feature column reference_loss, got "
+                f"{', '.join(store.feature_names) or 'no columns'}; embed with --reference-model."
+            )
         self.num_lanes = num_lanes
         self._plan = plan_run(
             self.table,
@@ -234,17 +240,7 @@ class SlapSampler:
         Raises:
             FeedbackError: If an id was not yielded lately or was already observed.
         """
-        names = np.asarray(ids)
-        names, _ = check_feedback(names, np.zeros(names.shape))
-        awaiting = [lane.awaiting_trained for lane in self.lanes]
-        owner, question, position = find_questions(
-            names, awaiting, "loss_weights: ids of yielded batches"
-        )
-        weights = np.ones(len(names))
-        for index in np.unique(owner):
-            mine = owner == index
-            weights[mine] = awaiting[index].weights(question[mine], position[mine])
-        return weights
+        return weights_of(ids, [lane.awaiting_trained for lane in self.lanes])
 
     def update(self, ids: ArrayLike, losses: ArrayLike, sketches: ArrayLike | None = None) -> None:
         """Feed back what the probe measured of the ids that `probe_candidates` gave.
@@ -258,18 +254,32 @@ class SlapSampler:
             FeedbackError: If shapes differ or an id was not given by `probe_candidates`.
         """
         ids, values = check_feedback(ids, losses)
-        rows = None if sketches is None else np.asarray(sketches, np.float32)
-        if rows is not None and rows.shape != (len(ids), self.config.sketch_dim):
-            raise FeedbackError(
-                f"sketches must be (n, sketch_dim) = {(len(ids), self.config.sketch_dim)}, got "
-                f"{rows.shape}."
-            )
+        rows = None
+        if sketches is not None:
+            rows = check_sketches(sketches, (len(ids), self.config.sketch_dim))
         awaiting = [lane.awaiting_probed for lane in self.lanes]
         owner, question, position = find_questions(ids, awaiting, "update: ids to be probed")
         for index in np.unique(owner):
             lane, mine = self.lanes[index], owner == index
             x = lane.awaiting_probed.answer(question[mine], position[mine])
             lane.take_probed(ids[mine], x, values[mine], None if rows is None else rows[mine])
+
+    def set_target(self, sketch: ArrayLike | None) -> None:
+        """Say what the model is to become good at, for policies that aim at a target (`greats`).
+
+        Args:
+            sketch: (sketch_dim,) mean gradient sketch of a target set under the present model, as
+                `LearnabilityProbe.mean_sketch` gives it; None: no target any more.
+
+        Raises:
+            FeedbackError: If it has another shape or is not finite.
+        """
+        target = None if sketch is None else check_sketches(sketch, (self.config.sketch_dim,))
+        if target is not None and not np.isfinite(target).all():
+            raise FeedbackError("sketch must be finite, got NaN or infinity; keep the last one.")
+        self._target = target
+        for lane in self.lanes:
+            lane.set_target(target)
 
     def probe_budget(self) -> int:
         """Candidates due to be probed now on this rank, equally many per lane; 0 if none."""
@@ -372,6 +382,7 @@ class SlapSampler:
             "seeded": self._seeded,
             "refreshes_itself": self.refreshes_itself,
             "cut_short": self._cut_short,
+            "target": self._target,
             "model": self._model.state_dict(),
             "strata": self._strata.state_dict(),
             "lanes": [lane.state_dict() for lane in self.lanes],
@@ -400,6 +411,7 @@ class SlapSampler:
         self._seeded = bool(state["seeded"])
         self.refreshes_itself = bool(state["refreshes_itself"])
         self._cut_short = int(state["cut_short"])
+        self.set_target(state["target"])
         self._model.load_state_dict(state["model"])
         self._strata.load_state_dict(state["strata"])
         saved = {int(lane["lane"]): lane for lane in state["lanes"]}
@@ -439,18 +451,6 @@ class SlapSampler:
         )
         for lane in self.lanes:
             lane.progress.step = self.steps
-
-
-def _open_store(embeddings: Any, lengths: Any, features: Any, sources: Any) -> RowStore:
-    if hasattr(embeddings, "read_ids"):
-        if any(extra is not None for extra in (lengths, features, sources)):
-            raise AlignmentError(
-                "lengths, features and sources must not be given with an EmbeddingStore; it "
-                "brings its own."
-            )
-        store: RowStore = embeddings
-        return store
-    return ArrayStore(embeddings, lengths=lengths, features=features, sources=sources)
 
 
 def _correlation(n: float, p: float, y: float, pp: float, yy: float, py: float) -> float:

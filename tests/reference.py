@@ -235,3 +235,35 @@ def farthest_from(unit: Array, known: Array, count: int, *, first: int) -> list[
             max(rest, key=lambda i: min(float(np.linalg.norm(unit[i] - c)) for c in centres))
         )
     return chosen
+
+
+def greats(sketch: Array, target: Array, count: int, *, eta: float) -> list[int]:
+    """Greedy for the gain on the target less what is shared with what was chosen before."""
+    chosen: list[int] = []
+    for _ in range(count):
+        rest = [i for i in range(len(sketch)) if i not in chosen]
+        gain = {
+            i: sketch[i] @ target - eta * sum(sketch[i] @ sketch[j] for j in chosen) for i in rest
+        }
+        chosen.append(max(rest, key=lambda i: gain[i]))
+    return chosen
+
+
+def divbs(sketch: Array, count: int) -> tuple[list[int], float]:
+    """Greedy for alignment with what the chosen do not span of the mean, by least squares.
+
+    Also returns how close two candidates came in a round, relative to the best alignment.
+    """
+    chosen: list[int] = []
+    mean, closest = sketch.mean(axis=0), 1.0
+    for _ in range(count):
+        left = mean
+        if chosen:
+            basis = sketch[chosen].T
+            left = mean - basis @ np.linalg.lstsq(basis, mean, rcond=None)[0]
+        rest = [i for i in range(len(sketch)) if i not in chosen]
+        aligned = sorted(((abs(sketch[i] @ left), -i) for i in rest), reverse=True)
+        if len(aligned) > 1:
+            closest = min(closest, 1.0 - aligned[1][0] / aligned[0][0])
+        chosen.append(-aligned[0][1])
+    return chosen, closest

@@ -15,11 +15,14 @@ from scipy import stats
 from slap_stream.config import PolicyName, SlapConfig
 from slap_stream.policies import (
     RS2,
+    DivBS,
+    Greats,
     InfoBatch,
     KCentre,
     MaxLoss,
     Policy,
     PoolView,
+    RhoLoss,
     Slap,
     SlapPaper,
     Subset,
@@ -40,6 +43,8 @@ from tests import reference
 from tests.strategies import Array, seeds, unit_vectors
 
 POLICIES = get_args(PolicyName)
+# Columns of a view that are made when a policy calls for them.
+LAZY = ("embedding", "measured", "sketch", "reference_loss")
 METRIC_DIM, EMBEDDING_DIM = 4, 6
 # Statistical tests fix their seeds; each would raise a false alarm for one seed in 10,000.
 FALSE_ALARM = 1e-4
@@ -71,6 +76,13 @@ def never() -> np.random.Generator:
     raise AssertionError("this policy must not draw")
 
 
+def sketches_of(seed: int, n: int, dim: int = 8) -> Array:
+    """(n, dim) gradient sketches, of which some are copies and a third were not measured."""
+    rng = np.random.default_rng(seed)
+    length = rng.gamma(2.0, 1.0, (n, 1)) * (rng.random((n, 1)) > 1 / 3)
+    return (length * unit_vectors(seed, n, dim, copies=True)).astype(np.float32)
+
+
 def view_of(
     seed: int,
     n: int,
@@ -94,6 +106,10 @@ def view_of(
         "typical": 0.5,
         "epoch": 0,
         "embedding": lambda: unit_vectors(seed, n, EMBEDDING_DIM, copies=True),
+        "measured": lambda: np.random.default_rng(seed).random(n) > 1 / 3,
+        "sketch": lambda: sketches_of(seed, n),
+        "reference_loss": lambda: np.random.default_rng(seed + 1).gamma(4.0, 0.5, n),
+        "target": None,
         "rng": draws,
     }
     return PoolView(**(defaults | columns))
@@ -136,7 +152,8 @@ def test_a_batch_fills_the_quotas_with_different_candidates(
     # Where a candidate lies in the pool must not matter: a resumed run has another layout.
     order = np.random.default_rng(seed).permutation(n)
     columns = ("sample_id", "occurrence", "stratum", "offered_at", "gumbel", "loss", "utility", "z")
-    lazy = {"embedding": lambda: view.embedding()[order]}
+    made = {name: getattr(view, name)()[order] for name in LAZY}
+    lazy = {name: lambda rows=rows: rows for name, rows in made.items()}
     moved = replace(view, **{name: getattr(view, name)[order] for name in columns}, **lazy)
     again = rule.select(moved, quota)
     assert set(moved.sample_id[again].tolist()) == set(view.sample_id[chosen].tolist())
@@ -153,6 +170,9 @@ def test_every_name_has_its_policy() -> None:
         "max_loss": MaxLoss,
         "infobatch": InfoBatch,
         "k_centre": KCentre,
+        "rho_loss": RhoLoss,
+        "greats": Greats,
+        "divbs": DivBS,
     }
 
 
@@ -389,8 +409,8 @@ def test_slap_papers_window_slides() -> None:
 
 def test_max_loss_takes_the_highest_losses_whatever_the_stratum() -> None:
     view = view_of(0, 30)
-    view = replace(view, utility=utility_of(MaxLoss(), loss=view.loss))
-    chosen = MaxLoss().select(view, np.array([1, 1, 3]))
+    view = replace(view, utility=utility_of(MaxLoss(SlapConfig()), loss=view.loss))
+    chosen = MaxLoss(SlapConfig()).select(view, np.array([1, 1, 3]))
     assert chosen.tolist() == np.argsort(-view.loss)[:5].tolist()
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from slap_stream import SlapConfig, SlapSampler
 from slap_stream.config import PolicyName
+from slap_stream.embeddings import ArrayStore
 from slap_stream.errors import AlignmentError, ConfigError, FeedbackError, StateError
 from tests.laws import (
     LossTable,
@@ -43,10 +44,16 @@ def make(
     world_size: int = 1,
     **settings: Any,
 ) -> SlapSampler:
-    """A sampler over random embeddings."""
+    """A sampler over random embeddings; policies that measure every candidate do so."""
+    if SlapConfig(policy=settings.get("policy", "slap")).measures_all:
+        settings.setdefault("probe_fraction", 1.0)
+    vectors: Any = embeddings(sum(sizes))
+    if settings.get("policy") == "rho_loss":
+        reference = np.random.default_rng(2).gamma(4.0, 0.5, (sum(sizes), 1))
+        vectors = ArrayStore(vectors, features=reference, feature_names=["reference_loss"])
     return SlapSampler(
         np.array(sizes),
-        embeddings(sum(sizes)),
+        vectors,
         batch_size=batch_size,
         shard_counts=None if counts is None else np.array(counts),
         sources=sources,

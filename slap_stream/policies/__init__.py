@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from slap_stream.config import SlapConfig
 from slap_stream.policies.base import Policy, PoolView
+from slap_stream.policies.divbs import DivBS
+from slap_stream.policies.greats import Greats
 from slap_stream.policies.infobatch import InfoBatch
 from slap_stream.policies.k_centre import KCentre
 from slap_stream.policies.max_loss import MaxLoss
+from slap_stream.policies.rho_loss import RhoLoss
 from slap_stream.policies.rs2 import RS2
 from slap_stream.policies.slap import Slap
 from slap_stream.policies.slap_paper import SlapPaper
@@ -15,11 +18,14 @@ from slap_stream.policies.uniform import Uniform
 
 __all__ = [
     "RS2",
+    "DivBS",
+    "Greats",
     "InfoBatch",
     "KCentre",
     "MaxLoss",
     "Policy",
     "PoolView",
+    "RhoLoss",
     "Slap",
     "SlapPaper",
     "Subset",
@@ -36,8 +42,11 @@ def make_policy(config: SlapConfig) -> Policy:
         "uniform": Uniform(),
         "subset": Subset(config),
         "rs2": RS2(config),
-        "max_loss": MaxLoss(),
+        "max_loss": MaxLoss(config),
         "infobatch": InfoBatch(config),
         "k_centre": KCentre(),
+        "rho_loss": RhoLoss(config),
+        "greats": Greats(),
+        "divbs": DivBS(),
     }
     return policies[config.policy]
