@@ -13,7 +13,7 @@ from slap_stream.policies import InfoBatch, Policy, PoolView, Slap, Uniform
 from slap_stream.policies.base import top_of_each_stratum
 from slap_stream.quota import apportion, apportion_pruning
 from slap_stream.repeats import Turns, copy_number, pressing
-from slap_stream.reservoir import RecentlyTrained, Reservoirs
+from slap_stream.reservoir import RecentlyTrained, Reservoirs, SketchQueue
 from slap_stream.rng import Purpose, generator, uniforms
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray
 
@@ -29,6 +29,7 @@ class Composer:
         intake: The lane's candidates to come.
         pool: The lane's pool.
         recent: What the lane trained on lately.
+        chosen: Gradient sketches of what the lane chose last.
         appraiser: The lane's yardsticks.
         progress: How far the lane is; the lane moves it.
 
@@ -48,12 +49,13 @@ class Composer:
         intake: Intake,
         pool: Reservoirs,
         recent: RecentlyTrained,
+        chosen: SketchQueue,
         appraiser: Appraiser,
         progress: Progress,
     ) -> None:
         self._index, self._plan, self._model = index, plan, model
         self._trained_policy = policy
-        self._intake, self._pool, self._recent = intake, pool, recent
+        self._intake, self._pool, self._recent, self._chosen = intake, pool, recent, chosen
         self._appraiser, self._progress = appraiser, progress
         names = plan.store.feature_names
         if "reference_loss" in names:
@@ -176,6 +178,8 @@ class Composer:
             embedding=lambda: unit_rows(pool.x[slots][:, -self._plan.store.shape[1] :]),
             measured=lambda: ~np.isnan(pool.floats("own_loss")[slots]),
             sketch=lambda: pool.sketch[slots],
+            nuclear_norm=lambda: pool.floats("nuclear_norm")[slots],
+            chosen=lambda: self._chosen.sketch,
             reference_loss=lambda: pool.x[slots, self._reference_column].astype(np.float64),
             target=self.target,
             rng=lambda: generator(

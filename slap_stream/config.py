@@ -20,11 +20,12 @@ PolicyName = Literal[
     "rho_loss",
     "greats",
     "divbs",
+    "uds",
 ]
 OnBadShard = Literal["raise", "skip"]
 
 # Policies whose sources measure every candidate.
-_MEASURING = ("max_loss", "rho_loss", "greats", "divbs")
+_MEASURING = ("max_loss", "rho_loss", "greats", "divbs", "uds")
 _WEIGHTS = ("rank_weight", "copy_weight", "suspect_weight", "curvature", "diversity")
 _FLOATS = ("keep", "probe_fraction", "forgetting", "temperature", "rank_cap", *_WEIGHTS)
 
@@ -161,6 +162,11 @@ class SlapConfig:
         """Whether the policy is meant to see a measurement of every candidate: `probe_fraction` may
         then be up to 1, and what was measured stays as long as the candidate does."""
         return self.policy in _MEASURING
+
+    @property
+    def measures_nuclear_norms(self) -> bool:
+        """Whether the policy wants the nuclear norm of each measured candidate's logits."""
+        return self.policy == "uds"
 
     def _require_int(self, name: str, least: int) -> None:
         value = getattr(self, name)

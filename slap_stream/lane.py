@@ -17,21 +17,25 @@ from slap_stream.feedback import Answers, Awaiting
 from slap_stream.intake import Intake
 from slap_stream.learnability import LearnabilityModel
 from slap_stream.plan import LanePlan, Progress
-from slap_stream.policies import Policy
+from slap_stream.policies import Policy, Uds
 from slap_stream.policies.base import SketchPolicy, top_of_each_stratum
 from slap_stream.quota import apportion
 from slap_stream.repeats import copy_number
-from slap_stream.reservoir import RecentlyTrained, Reservoirs
+from slap_stream.reservoir import RecentlyTrained, Reservoirs, SketchQueue
 from slap_stream.rng import Purpose, gumbels, uniforms
 from slap_stream.strata import Strata, cluster_sums
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, ShardGate, State
 
 logger = logging.getLogger(__name__)
 
+_Part = Reservoirs | RecentlyTrained | SketchQueue | Appraiser | Awaiting | Answers
+
 # Refreshes after which a measured loss gives way to the prediction: the model has moved on.
 FRESH_REFRESHES = 3
 # Samples trained on lately, over all strata; bounds the lane's memory where strata are many.
 MAX_RECENT = 2048
+# Gradient sketches remembered of the samples chosen last, where the policy asks for them.
+CHOSEN_SKETCHES = 1024
 
 
 class Lane:
@@ -77,6 +81,8 @@ class Lane:
         )
         sketch_dim = config.sketch_dim if isinstance(policy, SketchPolicy) else 0
         self.pool = Reservoirs(capacity=plan.pool_size, sketch_dim=sketch_dim, **shape)
+        remembered = CHOSEN_SKETCHES if isinstance(policy, Uds) else 0
+        self._chosen = SketchQueue(length=remembered, sketch_dim=sketch_dim)
         per_stratum = min(config.recent_per_stratum, max(1, MAX_RECENT // strata.num_strata))
         self._recent = RecentlyTrained(
             num_strata=strata.num_strata,
@@ -101,6 +107,7 @@ class Lane:
             intake=self.intake,
             pool=self.pool,
             recent=self._recent,
+            chosen=self._chosen,
             appraiser=self._appraiser,
             progress=self.progress,
         )
@@ -222,6 +229,7 @@ class Lane:
         stratum, x = self.pool.ints("stratum")[slots], self.pool.x[slots]
         self.awaiting_trained.ask(self._composed, ids, x, weights)
         self._recent.add(ids, stratum, x, self.pool.z[slots])
+        self._chosen.add(self.pool.sketch[slots])
         self.progress.trained += self.progress.by_stratum(stratum)
         self.pool.remove(slots)
 
@@ -302,23 +310,20 @@ class Lane:
         return due, plan.pooled_after(last, candidates)
 
     def take_probed(
-        self, ids: IntArray, x: Float32Array, losses: FloatArray, sketches: Float32Array | None
+        self,
+        ids: IntArray,
+        x: Float32Array,
+        losses: FloatArray,
+        sketches: Float32Array | None = None,
+        nuclear_norms: FloatArray | None = None,
     ) -> None:
         """Take in what the probe measured of (n,) samples with design rows x (n, columns)."""
         fine = self._finite(ids, losses)
-        part = None if sketches is None else sketches[fine]
-        self._answers.add(ids[fine], x[fine], losses[fine], part)
-        order = np.argsort(ids[fine], kind="stable")
-        known, measured = ids[fine][order], losses[fine][order]
-        slots = self.pool.slots()
-        pooled = self.pool.ints("sample_id")[slots]
-        at = np.minimum(np.searchsorted(known, pooled), max(0, len(known) - 1))
-        hit = known[at] == pooled if len(known) else np.zeros(len(slots), bool)
-        self.pool.floats("own_loss")[slots[hit]] = measured[at[hit]]
-        self.pool.ints("own_since")[slots[hit]] = self._refreshes
-        if part is not None and self.pool.sketch.shape[1]:
-            usable = np.where(np.isfinite(part).all(axis=1)[:, None], part, 0.0)
-            self.pool.sketch[slots[hit]] = usable[order][at[hit]]
+        ids, losses = ids[fine], losses[fine]
+        sketches = None if sketches is None else sketches[fine]
+        norms = None if nuclear_norms is None else nuclear_norms[fine]
+        self._answers.add(ids, x[fine], losses, sketches)
+        self.pool.measure(ids, losses, sketches, norms, since=self._refreshes)
 
     def take_trained(self, ids: IntArray, x: Float32Array, losses: FloatArray) -> None:
         """Take in the losses of (n,) samples that were trained on, with rows x (n, columns)."""
@@ -422,10 +427,11 @@ class Lane:
             self.pool.z[slots] = self._appraiser.project(self.pool.x[slots])
             self._recent.project(self._appraiser.project)
 
-    def _parts(self) -> dict[str, Reservoirs | RecentlyTrained | Appraiser | Awaiting | Answers]:
+    def _parts(self) -> dict[str, _Part]:
         return {
             "pool": self.pool,
             "recent": self._recent,
+            "chosen": self._chosen,
             "appraiser": self._appraiser,
             "awaiting_trained": self.awaiting_trained,
             "awaiting_probed": self.awaiting_probed,

@@ -258,9 +258,11 @@ class SlapDataLoader(DataLoader[Any]):
         assert collate is not None, "set in the constructor"
         return collate(view.__getitems__([int(i) for i in ids]))
 
-    def update(self, ids: IntArray, losses: FloatArray, sketches: Any = None) -> None:
+    def update(
+        self, ids: IntArray, losses: FloatArray, sketches: Any = None, nuclear_norms: Any = None
+    ) -> None:
         """Feed back what the probe measured of the ids that `probe_candidates` gave."""
-        self.composer.update(ids, losses, sketches)
+        self.composer.update(ids, losses, sketches, nuclear_norms)
 
     def refresh(self) -> None:
         """Take in all feedback since the last refresh."""

@@ -29,6 +29,8 @@ COLUMNS: dict[str, type] = {
     # The candidate's own probed loss, NaN if none, and the refresh it is from.
     "own_loss": np.float64,
     "own_since": np.int64,
+    # Nuclear norm of the candidate's logits, 0 if it was not measured.
+    "nuclear_norm": np.float64,
     "utility": np.float64,
 }
 
@@ -105,6 +107,36 @@ class Reservoirs:
             elif name != "own_loss":
                 self.data[name][slots] = 0
         return slots
+
+    def measure(
+        self,
+        sample_id: IntArray,
+        losses: FloatArray,
+        sketches: Float32Array | None = None,
+        nuclear_norms: FloatArray | None = None,
+        *,
+        since: int,
+    ) -> None:
+        """Note what was measured of samples on all their copies in the pool.
+
+        Args:
+            sample_id: (n,) sample ids, in the pool or not; the first of equal ones counts.
+            losses: (n,) finite losses.
+            sketches: (n, sketch_dim) gradient sketches; not finite ones count as not measured.
+            nuclear_norms: (n,) nuclear norms of the logits.
+            since: Refreshes before.
+        """
+        known, first = np.unique(sample_id, return_index=True)
+        slots = self.slots()
+        slots = slots[np.isin(self.ints("sample_id")[slots], known)]
+        at = first[np.searchsorted(known, self.ints("sample_id")[slots])]
+        self.floats("own_loss")[slots] = losses[at]
+        self.ints("own_since")[slots] = since
+        if sketches is not None and self.sketch.shape[1]:
+            usable = np.isfinite(sketches).all(axis=1)
+            self.sketch[slots] = np.where(usable[:, None], sketches, 0.0)[at]
+        if nuclear_norms is not None:
+            self.floats("nuclear_norm")[slots] = nuclear_norms[at]
 
     def remove(self, slots: IntArray) -> None:
         """Free these slots."""
@@ -249,6 +281,34 @@ class RecentlyTrained:
         used = self.sample_id != EMPTY
         self.x[used] = rows_of(self.sample_id[used])
         self.unit[used] = unit_rows(self.x[used][:, -self._dim :])
+
+
+class SketchQueue:
+    """Gradient sketches of the samples chosen last, the oldest overwritten first.
+
+    Args:
+        length: Sketches held at most; may be 0.
+        sketch_dim: Length of a sketch.
+    """
+
+    def __init__(self, *, length: int, sketch_dim: int) -> None:
+        self._length, self._dim = length, sketch_dim
+        self.sketch: Float32Array = np.zeros((0, sketch_dim), np.float32)
+
+    def add(self, sketch: Float32Array) -> None:
+        """Append (n, sketch_dim) sketches; zero ones, which were not measured, are left out."""
+        if self._length:
+            held = np.concatenate([self.sketch, sketch[np.any(sketch != 0.0, axis=1)]])
+            self.sketch = held[-self._length :]
+
+    def state_dict(self) -> State:
+        """The sketches, oldest first."""
+        return {"sketch": self.sketch}
+
+    def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
+        """Take over saved sketches."""
+        sketch = np.asarray(state["sketch"], np.float32)
+        self.sketch = sketch.reshape(len(state["sketch"]), self._dim)
 
 
 def _nearest_other(

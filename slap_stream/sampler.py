@@ -242,27 +242,35 @@ class SlapSampler:
         """
         return weights_of(ids, [lane.awaiting_trained for lane in self.lanes])
 
-    def update(self, ids: ArrayLike, losses: ArrayLike, sketches: ArrayLike | None = None) -> None:
+    def update(
+        self,
+        ids: ArrayLike,
+        losses: ArrayLike,
+        sketches: ArrayLike | None = None,
+        nuclear_norms: ArrayLike | None = None,
+    ) -> None:
         """Feed back what the probe measured of the ids that `probe_candidates` gave.
 
         Args:
             ids: (n,) sample ids.
             losses: (n,) mean loss per supervised token.
             sketches: (n, sketch_dim) gradient sketches.
+            nuclear_norms: (n,) nuclear norms of the logits, for `uds`.
 
         Raises:
             FeedbackError: If shapes differ or an id was not given by `probe_candidates`.
         """
         ids, values = check_feedback(ids, losses)
-        rows = None
-        if sketches is not None:
-            rows = check_sketches(sketches, (len(ids), self.config.sketch_dim))
+        shape = len(ids), self.config.sketch_dim
+        rows = None if sketches is None else check_sketches(sketches, shape)
+        norms = None if nuclear_norms is None else check_feedback(ids, nuclear_norms)[1]
         awaiting = [lane.awaiting_probed for lane in self.lanes]
         owner, question, position = find_questions(ids, awaiting, "update: ids to be probed")
         for index in np.unique(owner):
             lane, mine = self.lanes[index], owner == index
             x = lane.awaiting_probed.answer(question[mine], position[mine])
-            lane.take_probed(ids[mine], x, values[mine], None if rows is None else rows[mine])
+            parts = (None if part is None else part[mine] for part in (rows, norms))
+            lane.take_probed(ids[mine], x, values[mine], *parts)
 
     def set_target(self, sketch: ArrayLike | None) -> None:
         """Say what the model is to become good at, for policies that aim at a target (`greats`).

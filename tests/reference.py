@@ -267,3 +267,17 @@ def divbs(sketch: Array, count: int) -> tuple[list[int], float]:
             closest = min(closest, 1.0 - aligned[1][0] / aligned[0][0])
         chosen.append(-aligned[0][1])
     return chosen, closest
+
+
+def uds(norms: Array, sketch: Array, queue: Array, count: int) -> list[int]:
+    """The highest nuclear norms plus mean distances to the queue, each over its spread."""
+    score = [0.0] * len(norms)
+    terms = [list(norms)]
+    if len(queue):
+        terms.append([float(np.mean([np.linalg.norm(s - q) for q in queue])) for s in sketch])
+    for values in terms:
+        mean = sum(values) / len(values)
+        spread = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+        if spread > 0.0:
+            score = [total + value / spread for total, value in zip(score, values, strict=True)]
+    return sorted(range(len(score)), key=lambda i: -score[i])[:count]

@@ -11,17 +11,17 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from slap_stream import SlapConfig, SlapSampler
+from slap_stream import SlapConfig, SlapSampler, lane
 from slap_stream.config import PolicyName
 from slap_stream.embeddings import ArrayStore
 from slap_stream.errors import ConfigError, FeedbackError
-from slap_stream.policies import DivBS, Greats, MaxLoss, RhoLoss, greats
+from slap_stream.policies import DivBS, Greats, MaxLoss, RhoLoss, Uds, greats
 from tests import reference
 from tests.laws import LossTable, as_json, config_of
 from tests.strategies import Array, seeds
 from tests.test_policies import sketches_of, view_of
 
-MEASURING: tuple[PolicyName, ...] = ("max_loss", "rho_loss", "greats", "divbs")
+MEASURING: tuple[PolicyName, ...] = ("max_loss", "rho_loss", "greats", "divbs", "uds")
 
 
 def measuring(policy: PolicyName, table: LossTable, **options: Any) -> SlapSampler:
@@ -50,7 +50,7 @@ def measured_steps(sampler: SlapSampler, table: LossTable) -> Iterator[tuple[Arr
         sampler.observe(batch, table.of(batch))
         ids = sampler.probe_candidates(sampler.probe_budget())
         if len(ids):
-            sampler.update(ids, table.of(ids), table.sketches[ids])
+            sampler.update(ids, table.of(ids), table.sketches[ids], table.norms[ids])
         sampler.merge(sampler.statistics())
         yield batch, ids
 
@@ -102,7 +102,7 @@ def test_other_policies_measure_a_few_only() -> None:
 def test_sketches_are_carried_only_where_they_are_compared() -> None:
     table = LossTable(320, 16)
     widths = {p: measuring(p, table).lanes[0].pool.sketch.shape[1] for p in MEASURING}
-    assert widths == {"max_loss": 0, "rho_loss": 0, "greats": 16, "divbs": 16}
+    assert widths == {"max_loss": 0, "rho_loss": 0, "greats": 16, "divbs": 16, "uds": 16}
 
 
 def test_a_sketch_is_the_measured_one_raw_and_gone_with_its_candidate() -> None:
@@ -189,11 +189,11 @@ def test_rho_loss_reads_the_stores_column_and_asks_for_it() -> None:
         SlapSampler([160] * 8, other, batch_size=16, config=config)
 
 
-@pytest.mark.parametrize("rule", [Greats(), DivBS()])
+@pytest.mark.parametrize("rule", [Greats(), DivBS(), Uds()])
 @settings(max_examples=40)
 @given(seed=seeds, n=st.integers(1, 25), data=st.data())
 def test_candidates_without_a_measurement_come_last(
-    rule: Greats | DivBS, seed: int, n: int, data: st.DataObject
+    rule: Greats | DivBS | Uds, seed: int, n: int, data: st.DataObject
 ) -> None:
     view = view_of(seed, n)
     measured = np.any(view.sketch() != 0, axis=1)
@@ -262,6 +262,62 @@ def test_divbs_takes_a_copy_only_when_nothing_is_left_to_represent() -> None:
     assert DivBS().select(view, np.array([3, 0, 0])).tolist() == [0, 2, 4]
     # The rest is drawn.
     assert DivBS().select(view, np.array([6, 0, 0])).tolist() == [0, 2, 4, 5, 1, 3]
+
+
+@settings(max_examples=60)
+@given(seed=seeds, n=st.integers(3, 12), lately=st.integers(0, 6), data=st.data())
+def test_uds_equals_its_twin(seed: int, n: int, lately: int, data: st.DataObject) -> None:
+    rng = np.random.default_rng(seed)
+    sketch, norms = rng.normal(size=(n, 8)).astype(np.float32), rng.gamma(4.0, 5.0, n)
+    queue = rng.normal(size=(lately, 8)).astype(np.float32)
+    view = view_of(
+        seed,
+        n,
+        sample_id=np.arange(n),
+        sketch=lambda: sketch,
+        nuclear_norm=lambda: norms,
+        chosen=lambda: queue,
+    )
+    count = data.draw(st.integers(0, n))
+    expected = reference.uds(norms, sketch.astype(float), queue.astype(float), count)
+    assert Uds().select(view, np.array([count, 0, 0])).tolist() == expected
+
+
+def test_uds_weighs_utility_and_diversity() -> None:
+    sketch = np.array([[1.0, 0.0], [1.0, 0.1], [0.0, 5.0], [4.0, 4.0]], np.float32)
+    norms = np.array([3.0, 2.0, 1.0, 0.0])
+    queue = np.array([[1.0, 0.0]], np.float32)
+
+    def first(norms: Array, queue: Array) -> int:
+        view = view_of(
+            0,
+            4,
+            sample_id=np.arange(4),
+            sketch=lambda: sketch,
+            nuclear_norm=lambda: norms,
+            chosen=lambda: queue,
+        )
+        return int(Uds().select(view, np.array([1, 0, 0]))[0])
+
+    assert first(norms, queue[:0]) == 0, "nothing was chosen yet: utility alone"
+    assert first(np.ones(4), queue) == 2, "utilities are alike: the farthest from the queue"
+    # In spreads: utilities 2.68, 1.79, 0.89, 0; distances 0, 0.04, 2.06, 2.02.
+    assert first(norms, queue) == 2
+
+
+def test_uds_remembers_the_sketches_chosen_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane, "CHOSEN_SKETCHES", 40)
+    table = LossTable(1280, 16)
+    sampler, again = measuring("uds", table), measuring("uds", table)
+    trained = [b for _, (b, _) in zip(range(12), measured_steps(sampler, table), strict=False)]
+    again.load_state_dict(as_json(sampler.state_dict()))
+    lately = np.concatenate(trained)[-40:]
+    for one in (sampler, again):
+        np.testing.assert_array_equal(one.lanes[0]._chosen.sketch, table.sketches[lately])
+    # Other policies keep none.
+    other = measuring("greats", table)
+    for _ in measured_steps(other, table):
+        assert not len(other.lanes[0]._chosen.sketch)
 
 
 def test_a_target_is_aimed_at_and_survives_a_checkpoint() -> None:

@@ -26,6 +26,7 @@ from slap_stream.policies import (
     Slap,
     SlapPaper,
     Subset,
+    Uds,
     Uniform,
     make_policy,
 )
@@ -44,7 +45,7 @@ from tests.strategies import Array, seeds, unit_vectors
 
 POLICIES = get_args(PolicyName)
 # Columns of a view that are made when a policy calls for them.
-LAZY = ("embedding", "measured", "sketch", "reference_loss")
+LAZY = ("embedding", "measured", "sketch", "nuclear_norm", "reference_loss")
 METRIC_DIM, EMBEDDING_DIM = 4, 6
 # Statistical tests fix their seeds; each would raise a false alarm for one seed in 10,000.
 FALSE_ALARM = 1e-4
@@ -108,6 +109,8 @@ def view_of(
         "embedding": lambda: unit_vectors(seed, n, EMBEDDING_DIM, copies=True),
         "measured": lambda: np.random.default_rng(seed).random(n) > 1 / 3,
         "sketch": lambda: sketches_of(seed, n),
+        "nuclear_norm": lambda: np.random.default_rng(seed + 2).gamma(4.0, 5.0, n),
+        "chosen": lambda: sketches_of(seed + 3, 5),
         "reference_loss": lambda: np.random.default_rng(seed + 1).gamma(4.0, 0.5, n),
         "target": None,
         "rng": draws,
@@ -173,6 +176,7 @@ def test_every_name_has_its_policy() -> None:
         "rho_loss": RhoLoss,
         "greats": Greats,
         "divbs": DivBS,
+        "uds": Uds,
     }
 
 

@@ -14,6 +14,7 @@ from slap_stream.policies.rs2 import RS2
 from slap_stream.policies.slap import Slap
 from slap_stream.policies.slap_paper import SlapPaper
 from slap_stream.policies.subset import Subset
+from slap_stream.policies.uds import Uds
 from slap_stream.policies.uniform import Uniform
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Slap",
     "SlapPaper",
     "Subset",
+    "Uds",
     "Uniform",
     "make_policy",
 ]
@@ -48,5 +50,6 @@ def make_policy(config: SlapConfig) -> Policy:
         "rho_loss": RhoLoss(config),
         "greats": Greats(),
         "divbs": DivBS(),
+        "uds": Uds(),
     }
     return policies[config.policy]

@@ -33,6 +33,9 @@ class PoolView:
         measured: Makes (n,) whether a candidate's loss was measured.
         sketch: Makes the (n, sketch_dim) float32 measured gradient sketches, zero where there is
             none; without columns unless the policy is a `SketchPolicy`.
+        nuclear_norm: Makes the (n,) measured nuclear norms of the logits, 0 where there is none.
+        chosen: Makes the (m, sketch_dim) float32 sketches of what was chosen last, oldest first;
+            without rows unless the policy is `Uds`.
         reference_loss: Makes the (n,) losses of the reference model.
         target: (sketch_dim,) float32 mean gradient sketch of a target set, if one was given.
         rng: Makes the generator of this batch.
@@ -54,6 +57,8 @@ class PoolView:
     embedding: Callable[[], Float32Array]
     measured: Callable[[], BoolArray]
     sketch: Callable[[], Float32Array]
+    nuclear_norm: Callable[[], FloatArray]
+    chosen: Callable[[], Float32Array]
     reference_loss: Callable[[], FloatArray]
     target: Float32Array | None
     rng: Callable[[], np.random.Generator]
