@@ -8,8 +8,9 @@ from slap_stream.config import SlapConfig
 from slap_stream.policies.base import PlainPolicy, PoolView, recency
 from slap_stream.types import BoolArray, FloatArray, IntArray
 
-# The fraction pruned of the losses below the mean is at most this, so that no weight exceeds 10.
-MAX_PRUNED = 0.9
+# r counts as this at most, so that no weight exceeds 5: few survivors of a large r would shake
+# the training.
+MAX_PRUNED = 0.8
 
 
 class InfoBatch(PlainPolicy):
