@@ -1,6 +1,6 @@
-"""What a lane's candidates look like to the model: loss, rank, neighbours, evidence of corruption.
+"""What a lane's candidates look like to the model: loss, rank, place in the metric space.
 
-Ranks, typical distances and robust scales are taken over a window of the candidates offered lately
+Ranks and typical distances are taken over a window of the candidates offered lately
 and are renewed at refreshes only, so a candidate is judged by one yardstick until the next.
 """
 
@@ -11,17 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slap_stream.evidence import MISMATCH_COLUMN
 from slap_stream.kernels import project, unit_rows
 from slap_stream.learnability import NUM_OWN_COLUMNS, LearnabilityModel, RankTable
 from slap_stream.types import Float32Array, FloatArray, IntArray, State
 
 WINDOW = 1024
-# Feature columns in which corrupted samples stand out, and the direction in which they do.
-SUSPECT_COLUMNS = {"prompt_target_cosine": -1.0, "target_given_prompt": 1.0}
-# Scale of the median absolute deviation that makes it a standard deviation for normal data.
-MAD_TO_STD = 1.4826
-# Strata with fewer candidates in the window are judged by the scale over all.
-MIN_FOR_SCALE = 16
+# Quantile of the distances to nearest neighbours that is taken for that of candidates without a
+# copy: copies would have to be nine in ten to be taken for what is usual.
+NOT_COPIED = 0.9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,14 +30,14 @@ class Appraisal:
         loss: (n,) loss, own where known, else predicted.
         excess: (n,) loss beyond what the length explains.
         rank: (n,) rank of the excess inside the stratum, in [0, 1].
-        evidence: (n,) evidence of corruption, in standard deviations.
+        mismatch: (n,) probability that the target belongs to another prompt.
         z: (n, metric_dim) float32 unit vectors of the metric space.
     """
 
     loss: FloatArray
     excess: FloatArray
     rank: FloatArray
-    evidence: FloatArray
+    mismatch: FloatArray
     z: Float32Array
 
 
@@ -54,7 +52,8 @@ class Appraiser:
 
     Attributes:
         typical: Typical distance to the nearest neighbour, in the metric space.
-        apart: Typical distance of two candidates of a stratum, between their unit embeddings.
+        apart: Distance to the nearest neighbour, between unit embeddings, of candidates that are
+            no copies.
     """
 
     def __init__(
@@ -62,10 +61,9 @@ class Appraiser:
     ) -> None:
         self._model = model
         self._dim = dim
-        found = [name for name in SUSPECT_COLUMNS if name in feature_names]
-        self._suspects = [NUM_OWN_COLUMNS + list(feature_names).index(name) for name in found]
-        self._signs = np.array([SUSPECT_COLUMNS[name] for name in found])
-        self._outliers = OutlierTable(np.zeros((0, len(found))), np.zeros(0, np.int64))
+        self._mismatch: int | None = None
+        if MISMATCH_COLUMN in feature_names:
+            self._mismatch = NUM_OWN_COLUMNS + list(feature_names).index(MISMATCH_COLUMN)
         self._ids: IntArray = np.zeros(0, np.int64)
         self._x: Float32Array = np.zeros((0, columns), np.float32)
         self._stratum: IntArray = np.zeros(0, np.int64)
@@ -86,10 +84,9 @@ class Appraiser:
             return
         _, excess, z = self._read(self._x)
         self._ranks = RankTable(excess, self._stratum)
-        self.typical = _typical_distance(z, self._stratum, np.min)
+        self.typical = _neighbour_distance(z, self._stratum, 0.5)
         unit = unit_rows(self._x[:, -self._dim :])
-        self.apart = _typical_distance(unit, self._stratum, np.median)
-        self._outliers = OutlierTable(self._suspicion(self._x), self._stratum)
+        self.apart = _neighbour_distance(unit, self._stratum, NOT_COPIED)
 
     def appraise(self, x: Float32Array, stratum: IntArray, own_loss: FloatArray) -> Appraisal:
         """Judge candidates.
@@ -102,15 +99,12 @@ class Appraiser:
         predicted, excess, z = self._read(x)
         known = np.isfinite(own_loss)
         surprise = np.where(known, own_loss - predicted, 0.0)
-        evidence = np.maximum(0.0, surprise / max(self._model.noise, 1e-6))
-        deviation = self._outliers.deviation(self._suspicion(x), stratum)
-        evidence = evidence + np.maximum(0.0, deviation).sum(axis=1)
         excess = excess + surprise
         return Appraisal(
             loss=np.where(known, own_loss, predicted),
             excess=excess,
             rank=self._ranks.rank(excess, stratum),
-            evidence=evidence / np.sqrt(1.0 + len(self._suspects)),
+            mismatch=self._mismatches(x),
             z=z,
         )
 
@@ -118,10 +112,12 @@ class Appraiser:
         """(n, metric_dim) unit vectors of the metric space."""
         return self._read(x)[2]
 
-    def _suspicion(self, x: Float32Array) -> FloatArray:
-        """(n, columns that tell) values that are the larger the more suspect a sample is."""
-        values: FloatArray = x[:, self._suspects].astype(np.float64) * self._signs
-        return values
+    def _mismatches(self, x: Float32Array) -> FloatArray:
+        """(n,) the store's column of that name; zeros without one."""
+        if self._mismatch is None:
+            return np.zeros(len(x))
+        column: FloatArray = np.clip(x[:, self._mismatch].astype(np.float64), 0.0, 1.0)
+        return column
 
     def _read(self, x: Float32Array) -> tuple[FloatArray, FloatArray, Float32Array]:
         out = project(x, self._readout)
@@ -135,8 +131,6 @@ class Appraiser:
             "stratum": self._stratum,
             "rank_values": self._ranks.values,
             "rank_stratum": self._ranks.stratum,
-            "outlier_values": self._outliers.values,
-            "outlier_stratum": self._outliers.stratum,
             "typical": self.typical,
             "apart": self.apart,
         }
@@ -150,64 +144,17 @@ class Appraiser:
             np.asarray(state["rank_values"], np.float64),
             np.asarray(state["rank_stratum"], np.int64),
         )
-        self._outliers = OutlierTable(
-            np.asarray(state["outlier_values"], np.float64).reshape(
-                len(state["outlier_stratum"]), len(self._suspects)
-            ),
-            np.asarray(state["outlier_stratum"], np.int64),
-        )
         self.typical, self.apart = float(state["typical"]), float(state["apart"])
         self._readout = self._model.readout
 
 
-class OutlierTable:
-    """How unusual values are in their stratum: sources differ in what is usual.
-
-    Args:
-        values: (n, columns) values of a window of candidates.
-        stratum: (n,) their strata.
-    """
-
-    def __init__(self, values: FloatArray, stratum: IntArray) -> None:
-        self.values = values
-        self.stratum = stratum
-        self._overall = _centre_and_scale(values)
-        self._own = {
-            int(name): _centre_and_scale(values[stratum == name])
-            for name, size in zip(*np.unique(stratum, return_counts=True), strict=True)
-            if size >= MIN_FOR_SCALE
-        }
-
-    def deviation(self, values: FloatArray, stratum: IntArray) -> FloatArray:
-        """(n, columns) deviations from the stratum's median, in robust standard deviations.
-
-        A column that does not vary in a stratum says nothing there: its deviation is zero.
-        """
-        result = np.zeros(values.shape)
-        for name in np.unique(stratum):
-            centre, scale = self._own.get(int(name), self._overall)
-            inside = stratum == name
-            result[inside] = (values[inside] - centre) / scale
-        return result
-
-
-def _centre_and_scale(values: FloatArray) -> tuple[FloatArray, FloatArray]:
-    if not len(values):
-        return np.zeros(values.shape[1]), np.full(values.shape[1], np.inf)
-    centre = np.median(values, axis=0)
-    scale = MAD_TO_STD * np.median(np.abs(values - centre), axis=0)
-    return centre, np.where(scale > 0, scale, np.inf)
-
-
-def _typical_distance(
-    vectors: Float32Array, stratum: IntArray, which: Callable[..., FloatArray]
-) -> float:
-    """Median over candidates of their least or median distance to the others of their stratum.
+def _neighbour_distance(vectors: Float32Array, stratum: IntArray, quantile: float) -> float:
+    """Quantile over candidates of their distance to the nearest other one of their stratum.
 
     Args:
         vectors: (n, dim) unit vectors.
         stratum: (n,) strata.
-        which: `np.min` or `np.median`.
+        quantile: In [0, 1].
 
     Returns:
         The distance; 1 if no stratum has two candidates.
@@ -216,8 +163,8 @@ def _typical_distance(
     for name in np.unique(stratum):
         inside = vectors[stratum == name]
         if len(inside) > 1:
-            distance = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * (inside @ inside.T)))
-            others = distance[~np.eye(len(inside), dtype=bool)].reshape(len(inside), -1)
-            found.append(which(others, axis=1))
-    median = float(np.median(np.concatenate(found))) if found else 1.0
-    return max(median, 1e-3)
+            cosine = inside @ inside.T
+            np.fill_diagonal(cosine, -1.0)
+            found.append(np.sqrt(np.maximum(0.0, 2.0 - 2.0 * cosine.max(axis=1))))
+    distance = float(np.quantile(np.concatenate(found), quantile)) if found else 1.0
+    return max(distance, 1e-3)

@@ -6,12 +6,11 @@ import numpy as np
 
 from slap_stream.appraisal import Appraiser
 from slap_stream.intake import Intake
-from slap_stream.kernels import unit_rows
 from slap_stream.learnability import NUM_OWN_COLUMNS, LearnabilityModel
-from slap_stream.plan import LanePlan, Progress
+from slap_stream.plan import Keep, LanePlan, Progress
 from slap_stream.policies import InfoBatch, Policy, PoolView, Slap, Uniform
 from slap_stream.policies.base import top_of_each_stratum
-from slap_stream.quota import apportion, apportion_pruning
+from slap_stream.quota import apportion, claims_of
 from slap_stream.repeats import Turns, copy_number, pressing
 from slap_stream.reservoir import RecentlyTrained, Reservoirs, SketchQueue
 from slap_stream.rng import Purpose, generator, uniforms
@@ -26,6 +25,7 @@ class Composer:
         plan: What all lanes have in common.
         policy: Rule that picks a batch, once losses can be predicted.
         model: Shared model.
+        keep: Shared fraction that is kept.
         intake: The lane's candidates to come.
         pool: The lane's pool.
         recent: What the lane trained on lately.
@@ -45,6 +45,7 @@ class Composer:
         plan: LanePlan,
         policy: Policy,
         model: LearnabilityModel,
+        keep: Keep,
         *,
         intake: Intake,
         pool: Reservoirs,
@@ -53,7 +54,7 @@ class Composer:
         appraiser: Appraiser,
         progress: Progress,
     ) -> None:
-        self._index, self._plan, self._model = index, plan, model
+        self._index, self._plan, self._model, self._keep = index, plan, model, keep
         self._trained_policy = policy
         self._intake, self._pool, self._recent, self._chosen = intake, pool, recent, chosen
         self._appraiser, self._progress = appraiser, progress
@@ -71,10 +72,13 @@ class Composer:
             return Uniform()
         return self._trained_policy
 
-    def _turns(self, step: int) -> Turns:
-        return Turns(
-            lane=self._index, step=step, steps=self._plan.steps, shared=self._intake.order.turns
-        )
+    def _turns(self, step: int, part: int) -> Turns:
+        steps = step + self._plan.steps_left(part, self._keep.value)
+        return Turns(lane=self._index, step=step, steps=steps, shared=self._intake.order.turns)
+
+    @property
+    def _turns_now(self) -> Turns:
+        return self._turns(self._progress.step, self._progress.part)
 
     def _copy_number(self, slots: IntArray) -> IntArray:
         pool = self._pool
@@ -85,7 +89,7 @@ class Composer:
         slots = self._pool.slots()
         if self._plan.table.max_occurrences == 1:
             return slots, np.ones(len(slots), bool)
-        now = self._turns(self._progress.step).now(self._pool.ints("sample_id")[slots])
+        now = self._turns_now.now(self._pool.ints("sample_id")[slots])
         return slots, now & (self._copy_number(slots) == 0)
 
     def _due(self, slots: IntArray) -> tuple[BoolArray, bool]:
@@ -94,7 +98,7 @@ class Composer:
         old = self._pool.ints("block")[slots] < intake.block_index
         if intake.in_last_block:
             return np.zeros(len(slots), bool), False
-        leaving = -(-self._intake.order.num_candidates // self._plan.steps)
+        leaving = self._plan.leaving_most(self._keep.value, intake.order.num_candidates)
         pressing_now = intake.left_in_block <= int(np.count_nonzero(old)) + leaving
         return old & pressing_now, intake.left_in_block == 0
 
@@ -104,6 +108,7 @@ class Composer:
         open_, wanted = open_.copy(), self._plan.batch_size
         strata = self._pool.ints("stratum")[slots]
         taken = np.zeros_like(self._progress.offered)
+        claims = self._claims(slots)
         chosen: list[IntArray] = []
 
         def take(group: BoolArray, most: int, *, within_quota: bool) -> None:
@@ -115,11 +120,9 @@ class Composer:
                 trained = self._progress.trained + taken
                 if within_quota:
                     stock = self._progress.by_stratum(strata[open_])
-                    part = np.minimum(
-                        apportion(self._progress.offered, trained, stock, wanted), have
-                    )
+                    part = np.minimum(apportion(claims, trained, stock, wanted), have)
                 else:
-                    part = apportion(self._progress.offered, trained, have, int(part[0]))
+                    part = apportion(claims, trained, have, int(part[0]))
             if not part.sum():
                 return
             picked = at[policy.select(self.view(slots[at]), part)]
@@ -133,7 +136,7 @@ class Composer:
             must, needed = pressing(
                 self._pool.ints("sample_id")[slots],
                 self._copy_number(slots),
-                self._turns(self._progress.step),
+                self._turns_now,
                 wanted,
             )
             take(must, needed, within_quota=False)
@@ -175,7 +178,7 @@ class Composer:
             recent=self._recent,
             typical=self._appraiser.typical,
             epoch=self._progress.epoch,
-            embedding=lambda: unit_rows(pool.x[slots][:, -self._plan.store.shape[1] :]),
+            embedding=lambda: pool.unit[slots],
             measured=lambda: ~np.isnan(pool.floats("own_loss")[slots]),
             sketch=lambda: pool.sketch[slots],
             nuclear_norm=lambda: pool.floats("nuclear_norm")[slots],
@@ -208,30 +211,40 @@ class Composer:
         self.gauges["uniform_learnability"] = policy.learnability(view, drawn, both)
         self.compare = False
 
-    def leaving(self) -> IntArray:
-        """(n,) slots to prune after a batch, so that the pool is at its planned level."""
+    def _claims(self, slots: IntArray) -> FloatArray:
+        """(num_strata,) what the strata have a right to, with these (n,) slots in use."""
+        progress = self._progress
+        pooled = np.bincount(
+            self._pool.ints("stratum")[slots],
+            weights=self._pool.floats("worth")[slots],
+            minlength=progress.num_strata,
+        )
+        return claims_of(progress.offered, progress.worth + pooled, self._keep.value)
+
+    def leaving(self, end: int) -> IntArray:
+        """(n,) slots to prune after a batch up to part `end`: the pool is then as planned."""
         plan, pool, progress = self._plan, self._pool, self._progress
         candidates = self._intake.order.num_candidates
         slots = pool.slots()
-        surplus = len(slots) - plan.pooled_after(progress.step, candidates)
+        surplus = len(slots) - plan.pooled_after(progress.part, end, candidates)
         if surplus <= 0:
             return slots[:0]
         useless = slots[:0]
         if plan.table.max_occurrences > 1 and not self._intake.remaining:
             # Copies that can no longer enter a batch of their own go first.
-            left = self._turns(progress.step + 1).left(pool.ints("sample_id")[slots])
+            left = self._turns(progress.step + 1, end).left(pool.ints("sample_id")[slots])
             useless = slots[self._copy_number(slots) >= left][:surplus]
             slots, surplus = np.setdiff1d(slots, useless), surplus - len(useless)
         policy = self.policy
         quota: IntArray | int = surplus
         if policy.proportional:
-            trained = plan.steps * plan.batch_size
-            quota = apportion_pruning(
-                progress.trained,
+            claims = self._claims(pool.slots())
+            kept = self._keep.value * float(progress.offered.sum())
+            quota = apportion(
+                progress.offered - claims * (kept / float(claims.sum())),
                 progress.pruned + progress.by_stratum(pool.ints("stratum")[useless]),
                 progress.by_stratum(pool.ints("stratum")[slots]),
                 surplus,
-                ratio=(candidates - trained) / trained,
             )
         score = policy.score(self.view(slots))
         due, _ = self._due(slots)

@@ -26,8 +26,8 @@ OnBadShard = Literal["raise", "skip"]
 
 # Policies whose sources measure every candidate.
 _MEASURING = ("max_loss", "rho_loss", "greats", "divbs", "uds")
-_WEIGHTS = ("rank_weight", "copy_weight", "suspect_weight", "curvature", "diversity")
-_FLOATS = ("keep", "probe_fraction", "forgetting", "temperature", "rank_cap", *_WEIGHTS)
+_WEIGHTS = ("rank_weight", "copy_weight", "mismatch_weight", "curvature", "diversity")
+_FLOATS = ("keep_min", "probe_fraction", "forgetting", "temperature", "rank_cap", *_WEIGHTS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,9 @@ class SlapConfig:
     """Settings of a run; the defaults are meant to work without tuning.
 
     Attributes:
-        keep: Fraction of the candidates that is trained on, in (0, 1].
+        keep: Fraction of the candidates that is trained on, in (0, 1]; "auto": what is not shown
+            to be dispensable, followed online.
+        keep_min: Least fraction that "auto" goes down to, in (0, 1].
         policy: Rule that picks a batch from the pool.
         seed: Seed of every draw.
         num_lanes: Independent composers; None means the world size at the first construction.
@@ -58,7 +60,7 @@ class SlapConfig:
             default: more gains on dirty data and loses to uniform batches on clean data.
         rank_cap: Ranks above this count as this: the very highest losses are mostly noise.
         copy_weight: Weight of being a near-copy of what was trained on lately and is learnt.
-        suspect_weight: Weight of looking corrupted.
+        mismatch_weight: Weight of the probability that the target belongs to another prompt.
         curvature: Weight of shared gradient directions inside a batch, relative to the scores.
         diversity: Weight of the distance to the nearest neighbour, relative to the scores.
         shortlist: Candidates examined per slot when a batch is composed.
@@ -66,7 +68,8 @@ class SlapConfig:
         on_bad_shard: Whether a shard that cannot be read raises, or is withdrawn and counted.
     """
 
-    keep: float = 0.7
+    keep: float | Literal["auto"] = 0.7
+    keep_min: float = 0.5
     policy: PolicyName = "slap"
     seed: int = 0
     num_lanes: int | None = None
@@ -84,7 +87,7 @@ class SlapConfig:
     rank_weight: float = 0.1
     rank_cap: float = 0.9
     copy_weight: float = 2.0
-    suspect_weight: float = 2.0
+    mismatch_weight: float = 2.0
     curvature: float = 0.25
     diversity: float = 0.25
     shortlist: int = 3
@@ -93,14 +96,17 @@ class SlapConfig:
 
     def __post_init__(self) -> None:
         for name in _FLOATS:
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value):
-                raise ConfigError(f"{name} must be a finite number, got {value!r}.")
-        if not 0.0 < self.keep <= 1.0:
+            if not _is_finite(getattr(self, name)):
+                raise ConfigError(f"{name} must be a finite number, got {getattr(self, name)!r}.")
+        if self.keep != "auto" and not (_is_finite(self.keep) and 0.0 < self.keep <= 1.0):
             raise ConfigError(
-                f"keep must be in (0, 1], got {self.keep!r}; it is the fraction of candidates "
-                "that is trained on."
+                f'keep must be in (0, 1] or "auto", got {self.keep!r}; it is the fraction of '
+                "candidates that is trained on."
+            )
+        if self.keep == "auto" and self.policy != "slap":
+            raise ConfigError(
+                f'keep must be a number with policy {self.policy!r}, got "auto"; only slap finds '
+                "out what is dispensable."
             )
         for name, choices in (("policy", PolicyName), ("on_bad_shard", OnBadShard)):
             value = getattr(self, name)
@@ -143,7 +149,7 @@ class SlapConfig:
                 f"probe_fraction must be in [0, 0.15], got {self.probe_fraction!r}; probing more "
                 "costs more than selection saves."
             )
-        for name in ("forgetting", "rank_cap"):
+        for name in ("keep_min", "forgetting", "rank_cap"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} must be in (0, 1], got {getattr(self, name)!r}.")
         if not self.temperature > 0.0:
@@ -184,3 +190,7 @@ class SlapConfig:
             for f in fields(self)
             if saved.get(f.name) != getattr(self, f.name)
         ]
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -96,7 +96,7 @@ class HashingEncoder:
                 f"{DEFAULT_DIM}."
             )
         self._dim = dim
-        self._projection = _projection(dim)
+        self._projection = sparse_projection(dim)
 
     def __reduce__(self) -> tuple[type[HashingEncoder], tuple[int]]:
         # The projection is sixteen megabytes, and follows from the dimension.
@@ -135,7 +135,7 @@ class HashingEncoder:
         return unit_rows(vectors), np.zeros((len(samples), 0), dtype=np.float32)
 
 
-def _projection(dim: int) -> Any:
+def sparse_projection(dim: int) -> Any:
     """(NUM_BUCKETS, dim) CSR with a few entries +-1 per row, the same on every machine."""
     from scipy.sparse import csr_matrix
 

@@ -13,15 +13,16 @@ import numpy as np
 
 from slap_stream.appraisal import Appraiser
 from slap_stream.composer import Composer
+from slap_stream.evidence import copy_likelihood, worth
 from slap_stream.feedback import Answers, Awaiting
 from slap_stream.intake import Intake
 from slap_stream.learnability import LearnabilityModel
-from slap_stream.plan import LanePlan, Progress
+from slap_stream.plan import Keep, LanePlan, Progress
 from slap_stream.policies import Policy, Uds
 from slap_stream.policies.base import SketchPolicy, top_of_each_stratum
 from slap_stream.quota import apportion
 from slap_stream.repeats import copy_number
-from slap_stream.reservoir import RecentlyTrained, Reservoirs, SketchQueue
+from slap_stream.reservoir import RecentlyTrained, Reservoirs, SketchQueue, nearest_other
 from slap_stream.rng import Purpose, gumbels, uniforms
 from slap_stream.strata import Strata, cluster_sums
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, ShardGate, State
@@ -50,6 +51,7 @@ class Lane:
         policy: Rule that picks a batch.
         strata: Shared strata; whoever owns them moves them.
         model: Shared model; whoever owns it refreshes it.
+        keep: Shared fraction that is kept; likewise.
         gate: Who makes sure that shards are on disk before their candidates are offered.
     """
 
@@ -60,12 +62,18 @@ class Lane:
         policy: Policy,
         strata: Strata,
         model: LearnabilityModel,
+        keep: Keep,
         gate: ShardGate | None = None,
     ) -> None:
         config = plan.config
-        shape = {"columns": plan.columns, "metric_dim": model.metric.shape[1]}
+        shape = {
+            "columns": plan.columns,
+            "dim": plan.store.shape[1],
+            "metric_dim": model.metric.shape[1],
+        }
         self.index = index
-        self._plan, self._policy, self._strata, self._model = plan, policy, strata, model
+        self._plan, self._policy, self._strata = plan, policy, strata
+        self._model, self._keep = model, keep
         self.progress = Progress(num_strata=strata.num_strata)
         self.intake = Intake(
             plan.table,
@@ -87,7 +95,6 @@ class Lane:
         self._recent = RecentlyTrained(
             num_strata=strata.num_strata,
             per_stratum=per_stratum,
-            dim=plan.store.shape[1],
             **shape,
         )
         self._appraiser = Appraiser(
@@ -104,6 +111,7 @@ class Lane:
             plan,
             policy,
             model,
+            keep,
             intake=self.intake,
             pool=self.pool,
             recent=self._recent,
@@ -113,6 +121,8 @@ class Lane:
         )
         # Sums over observed samples of 1, p, y, p p, y y and p y, p the loss predicted for y.
         self._agreement = np.zeros(6)
+        # Of candidates that left since the last refresh: sum of their worth, and how many.
+        self._left_worth, self._left_count = 0.0, 0
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
@@ -143,7 +153,7 @@ class Lane:
             ShardError: If a shard cannot be fetched and bad shards are not to be skipped.
         """
         size = self._plan.batch_size
-        self._refill(self._plan.offered_before(self.progress.step, self.num_candidates))
+        self._refill(self._plan.offered_before(self.progress.part, self.num_candidates))
         slots, open_ = self._composer.open_slots()
         while np.count_nonzero(open_) < size and self._refill(
             self.intake.position + size, force=True
@@ -157,9 +167,10 @@ class Lane:
             open_ = np.ones(len(slots), bool)
         chosen = self._composer.choose(slots, open_)
         ids = self.pool.ints("sample_id")[chosen].copy()
+        end = self._plan.after(self.progress.part, self._keep.value)
         self._train(chosen, ids, self._composer.loss_weights(slots, chosen))
-        self._drop(self._composer.leaving())
-        self.progress.step += 1
+        self._drop(self._composer.leaving(end))
+        self.progress.advance(end)
         self._composed += 1
         return ids
 
@@ -206,23 +217,44 @@ class Lane:
         self.progress.offered += self.progress.by_stratum(stratum)
 
     def _appraise(self, slots: IntArray) -> None:
-        """Judge pooled candidates by the model of the last refresh."""
-        if not (self._policy.needs_losses and self._model.fitted and len(slots)):
-            return
+        """Judge pooled candidates by the model of the last refresh, and by what was trained on."""
         pool = self.pool
+        pool.floats("worth")[slots] = 1.0
+        if not len(slots) or not (self._model_counts or self._policy.weighs_evidence):
+            return
         stratum, own = pool.ints("stratum")[slots], pool.floats("own_loss")[slots]
         age = self._refreshes - pool.ints("own_since")[slots]
         stale = (age >= FRESH_REFRESHES) & (not self._plan.config.measures_all)
         judged = self._appraiser.appraise(pool.x[slots], stratum, np.where(stale, np.nan, own))
         pool.z[slots] = judged.z
-        distance = self._recent.nearest_embedding(
-            pool.x[slots], stratum, pool.ints("sample_id")[slots]
-        )
-        distance /= self._appraiser.apart
         pool.floats("loss")[slots] = judged.loss
+        pool.floats("rank")[slots] = judged.rank
+        pool.floats("mismatch")[slots] = judged.mismatch
+        pool.floats("distance")[slots] = np.inf
+        if self._policy.weighs_evidence:
+            distance = self._recent.nearest_embedding(
+                pool.unit[slots], stratum, pool.ints("sample_id")[slots]
+            )
+            pool.floats("distance")[slots] = distance / self._appraiser.apart
+        self._weigh(slots)
+
+    @property
+    def _model_counts(self) -> bool:
+        return self._model.fitted and self._policy.uses_losses
+
+    def _weigh(self, slots: IntArray) -> None:
+        """Renew the utility and the worth of pooled candidates that have been judged."""
+        pool = self.pool
+        copy = copy_likelihood(pool.floats("distance")[slots])
+        mismatch = pool.floats("mismatch")[slots]
         pool.floats("utility")[slots] = self._policy.utility(
-            rank=judged.rank, loss=judged.loss, distance=distance, evidence=judged.evidence
+            rank=pool.floats("rank")[slots],
+            loss=pool.floats("loss")[slots],
+            copy=copy,
+            mismatch=mismatch,
         )
+        if self._policy.weighs_evidence:
+            pool.floats("worth")[slots] = worth(copy, mismatch)
 
     def _train(self, slots: IntArray, ids: IntArray, weights: FloatArray) -> None:
         """Book a batch: its samples leave the pool, their losses are awaited."""
@@ -231,11 +263,37 @@ class Lane:
         self._recent.add(ids, stratum, x, self.pool.z[slots])
         self._chosen.add(self.pool.sketch[slots])
         self.progress.trained += self.progress.by_stratum(stratum)
-        self.pool.remove(slots)
+        unit = self.pool.unit[slots]
+        self._leave(slots)
+        if self._policy.weighs_evidence:
+            self._bring_near(ids, stratum, unit)
+
+    def _bring_near(self, ids: IntArray, stratum: IntArray, unit: Float32Array) -> None:
+        """What waits in the pool may be a copy of what was just trained on."""
+        pool, slots = self.pool, self.pool.slots()
+        waiting, distance = pool.ints("stratum")[slots], pool.floats("distance")
+        for name in np.unique(stratum):
+            inside, mine = slots[waiting == name], stratum == name
+            if len(inside):
+                near = nearest_other(
+                    pool.unit[inside], pool.ints("sample_id")[inside], unit[mine], ids[mine]
+                )
+                distance[inside] = np.minimum(distance[inside], near / self._appraiser.apart)
+        self._weigh(slots)
 
     def _drop(self, slots: IntArray) -> None:
         stratum = self.pool.ints("stratum")[slots]
         self.progress.pruned += self.progress.by_stratum(stratum)
+        self._leave(slots)
+
+    def _leave(self, slots: IntArray) -> None:
+        """Free slots of candidates that were trained on or pruned, and book their worth."""
+        weight = self.pool.floats("worth")[slots]
+        self.progress.worth += np.bincount(
+            self.pool.ints("stratum")[slots], weights=weight, minlength=self.progress.num_strata
+        )
+        self._left_worth += float(weight.sum())
+        self._left_count += len(slots)
         self.pool.remove(slots)
 
     def probe_candidates(self, count: int) -> IntArray:
@@ -298,16 +356,17 @@ class Lane:
     def probe_budget(self, candidates: int) -> int:
         """Probes due now for a lane with so many candidates; the smallest lane's count makes it
         equal on all lanes."""
-        if not 0 < self.progress.step < self._plan.steps:
+        if not 0 < self.progress.part < self._plan.parts:
             return 0
         return max(0, min(self._due_probes(candidates)))
 
     def _due_probes(self, candidates: int) -> tuple[int, int]:
         """Candidates that are still to be probed, and those that are in the pool, of a lane with so
         many candidates in all."""
-        plan, last = self._plan, max(0, self.progress.step - 1)
-        due = int(plan.config.probe_fraction * plan.offered_before(last, candidates)) - self._probed
-        return due, plan.pooled_after(last, candidates)
+        plan, progress = self._plan, self.progress
+        offered = plan.offered_before(progress.before, candidates)
+        due = int(plan.config.probe_fraction * offered) - self._probed
+        return due, plan.pooled_after(progress.before, progress.part, candidates)
 
     def take_probed(
         self,
@@ -365,6 +424,8 @@ class Lane:
             "moments": self._answers.moments().to_dict(),
             "centroid_sum": self._centroid_sum.copy(),
             "centroid_count": self._centroid_count.copy(),
+            "left_worth": self._left_worth,
+            "left_count": self._left_count,
         }
 
     def refresh(self) -> None:
@@ -373,12 +434,13 @@ class Lane:
         self._answers.clear()
         self._centroid_sum[:] = 0.0
         self._centroid_count[:] = 0.0
+        self._left_worth, self._left_count = 0.0, 0
         self._agreement *= self._plan.config.forgetting
-        if self._model.fitted and self._policy.needs_losses:
+        if self._model_counts or self._policy.weighs_evidence:
             self._appraiser.refresh()
             self._recent.project(self._appraiser.project)
             self._appraise(self.pool.slots())
-            self._composer.compare = True
+            self._composer.compare = self._model.fitted
 
     def agreement(self) -> FloatArray:
         """(6,) sums over observed samples of 1, p, y, p p, y y, p y; p was predicted for y."""
@@ -388,11 +450,9 @@ class Lane:
         """All that the next batches follow from, besides the shared model; only reads."""
         return {
             "lane": self.index,
-            "epoch": self.progress.epoch,
-            "step": self.progress.step,
-            "offered": self.progress.offered.copy(),
-            "trained": self.progress.trained.copy(),
-            "pruned": self.progress.pruned.copy(),
+            "progress": self.progress.state_dict(),
+            "left_worth": self._left_worth,
+            "left_count": self._left_count,
             "probed": self._probed,
             "refreshes": self._refreshes,
             "composed": self._composed,
@@ -408,10 +468,8 @@ class Lane:
 
     def load_state_dict(self, state: State) -> None:
         """Go on from a saved state; model and strata must have been loaded before."""
-        progress = self.progress
-        progress.epoch, progress.step = int(state["epoch"]), int(state["step"])
-        for name in ("offered", "trained", "pruned"):
-            setattr(progress, name, np.array(state[name], np.int64))
+        self.progress.load_state_dict(state["progress"])
+        self._left_worth, self._left_count = float(state["left_worth"]), int(state["left_count"])
         self._probed, self._refreshes = int(state["probed"]), int(state["refreshes"])
         self._composed = int(state["composed"])
         self._composer.compare = bool(state["compare"])
@@ -419,10 +477,10 @@ class Lane:
         self.counters, self._composer.gauges = Counter(state["counters"]), dict(state["gauges"])
         self._centroid_sum = np.array(state["centroid_sum"], np.float64)
         self._centroid_count = np.array(state["centroid_count"], np.float64)
-        self.intake.load_state_dict(state["intake"], progress.epoch)
+        self.intake.load_state_dict(state["intake"], self.progress.epoch)
         for name, part in self._parts().items():
             part.load_state_dict(state[name], self.intake.rows_of)
-        if self._model.fitted and self._policy.needs_losses:
+        if self._model_counts:
             slots = self.pool.slots()
             self.pool.z[slots] = self._appraiser.project(self.pool.x[slots])
             self._recent.project(self._appraiser.project)

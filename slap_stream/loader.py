@@ -28,7 +28,7 @@ from slap_stream.types import FloatArray, IntArray, RowStore, State
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 SAMPLE_ID = "sample_id"
 
 
@@ -45,7 +45,9 @@ class PendingBatches:
     def __init__(self, sampler: SlapSampler) -> None:
         self._sampler = sampler
         self._lookahead = sampler.config.lookahead
-        self._pending: deque[IntArray] = deque()
+        # Each with the share of the epoch that is done after it.
+        self._pending: deque[tuple[IntArray, float]] = deque()
+        self.progress = 0.0
         self._pulled = 0
 
     def __len__(self) -> int:
@@ -61,7 +63,7 @@ class PendingBatches:
         if self._pulled >= len(self._pending):
             raise StopIteration
         self._pulled += 1
-        return self._pending[self._pulled - 1].tolist()  # type: ignore[no-any-return]
+        return self._pending[self._pulled - 1][0].tolist()  # type: ignore[no-any-return]
 
     @property
     def undelivered(self) -> int:
@@ -72,6 +74,7 @@ class PendingBatches:
         """Compose up to the lookahead; begins the next epoch if this one is all delivered."""
         if not self._pending and self._sampler.exhausted:
             self._sampler.start_next_epoch()
+            self.progress = 0.0
         self._compose(self._lookahead)
 
     def ask(self) -> bool:
@@ -81,7 +84,7 @@ class PendingBatches:
 
     def deliver(self) -> None:
         """The oldest pending batch has been delivered."""
-        self._pending.popleft()
+        self.progress = self._pending.popleft()[1]
         self._pulled -= 1
 
     def _compose(self, ahead: int) -> None:
@@ -89,15 +92,21 @@ class PendingBatches:
             batch = self._sampler.compose()
             if batch is None:
                 break
-            self._pending.append(batch)
+            self._pending.append((batch, self._sampler.progress))
 
     def state_dict(self) -> State:
-        """The pending batches, verbatim."""
-        return {"pending": [batch.copy() for batch in self._pending]}
+        """The pending batches, verbatim, and how much of the epoch is done."""
+        return {
+            "pending": [batch.copy() for batch, _ in self._pending],
+            "pending_progress": [progress for _, progress in self._pending],
+            "progress": self.progress,
+        }
 
     def load_state_dict(self, state: State) -> None:
         """Take over saved pending batches."""
-        self._pending = deque(np.asarray(batch, np.int64) for batch in state["pending"])
+        batches = [np.asarray(batch, np.int64) for batch in state["pending"]]
+        self._pending = deque(zip(batches, map(float, state["pending_progress"]), strict=True))
+        self.progress = float(state["progress"])
 
 
 class SlapDataLoader(DataLoader[Any]):
@@ -216,6 +225,15 @@ class SlapDataLoader(DataLoader[Any]):
         """Epoch of the next batch, counted from 0."""
         finished = self.composer.exhausted and not self._pending.undelivered
         return self.composer.epoch + int(finished)
+
+    @property
+    def progress(self) -> float:
+        """Share of the epoch's candidates that were trained on or pruned, in [0, 1].
+
+        As of the batch delivered last: 1 with the epoch's last one. A learning rate that follows
+        (epoch + progress) / epochs is decayed fully whatever the number of batches comes to.
+        """
+        return self._pending.progress
 
     def observe(self, ids: Any, losses: Any) -> None:
         """Feed back the losses of samples that were trained on; free, the step has made them.

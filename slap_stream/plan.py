@@ -10,10 +10,13 @@ import numpy as np
 from slap_stream.config import SlapConfig
 from slap_stream.errors import AlignmentError, ConfigError
 from slap_stream.order import ShardTable
-from slap_stream.types import IntArray, RowStore
+from slap_stream.types import FloatArray, IntArray, RowStore, State
 
 # Batches, beyond the lookahead, for which a trained sample's loss is still accepted.
 FEEDBACK_PATIENCE = 16
+# Parts of an epoch for each candidate of a lane, where the number of batches is not known in
+# advance.
+PARTS_PER_CANDIDATE = 2**20
 
 
 def steps_of_epoch(num_candidates: int, global_batch: int, keep: float) -> int:
@@ -25,13 +28,17 @@ def steps_of_epoch(num_candidates: int, global_batch: int, keep: float) -> int:
 class LanePlan:
     """What all lanes of a run have in common.
 
+    An epoch is divided into equal parts, and a batch moves every lane on by the same number of
+    them, so that lanes of unequal size end together. With a fixed `keep` a part is a batch; with
+    "auto" parts are fine, and a batch takes the more of them the less is kept.
+
     Attributes:
         table: The dataset's shards.
         store: Embeddings, lengths, features and sources by sample id.
         config: Settings.
         num_lanes: Lanes of the run.
         batch_size: Samples of a lane batch.
-        steps: Batches of an epoch.
+        parts: Parts of an epoch.
     """
 
     table: ShardTable
@@ -39,7 +46,32 @@ class LanePlan:
     config: SlapConfig
     num_lanes: int
     batch_size: int
-    steps: int
+    parts: int
+
+    @property
+    def least_stride(self) -> int:
+        """Parts of a batch when everything is kept: the fewest that hold a batch in any lane."""
+        if self.config.keep != "auto":
+            return 1
+        return self.batch_size * PARTS_PER_CANDIDATE
+
+    @property
+    def max_steps(self) -> int:
+        """Batches of an epoch; with "auto", the most there can be."""
+        return self.parts // self.least_stride
+
+    def stride(self, keep: float) -> int:
+        """Parts that a batch takes while this fraction is kept."""
+        return 1 if self.config.keep != "auto" else int(self.least_stride / keep)
+
+    def after(self, part: int, keep: float) -> int:
+        """Where the epoch is after a batch; what is too little for another one goes with it."""
+        end = part + self.stride(keep)
+        return end if self.parts - end >= self.least_stride else self.parts
+
+    def steps_left(self, part: int, keep: float) -> int:
+        """Batches from here on, if `keep` stays."""
+        return -(-(self.parts - part) // self.stride(keep))
 
     @property
     def pool_size(self) -> int:
@@ -49,8 +81,12 @@ class LanePlan:
         more; and never more than the largest lane has.
         """
         largest = -(-self.table.num_candidates // self.num_lanes)
-        intake = -(-largest // self.steps)
+        intake = self.leaving_most(self.config.keep_min, largest)
         return min(largest, max(self.config.pool_batches * self.batch_size, 2 * intake))
+
+    def leaving_most(self, keep: float, candidates: int) -> int:
+        """Most candidates that leave a lane with so many at a batch."""
+        return -(-candidates * self.stride(keep) // self.parts)
 
     @property
     def columns(self) -> int:
@@ -62,17 +98,16 @@ class LanePlan:
         """Batches for which a trained sample's loss is accepted after it was composed."""
         return self.config.lookahead + max(FEEDBACK_PATIENCE, 2 * self.config.probe_every)
 
-    def offered_before(self, step: int, candidates: int) -> int:
-        """Candidates that a lane with so many was offered when it composes batch `step`.
+    def offered_before(self, part: int, candidates: int) -> int:
+        """Candidates that a lane with so many was offered when it composes a batch here.
 
         The pool is filled first, then kept level, and drained last.
         """
-        return min(candidates, self.pool_size + step * candidates // self.steps)
+        return min(candidates, self.pool_size + part * candidates // self.parts)
 
-    def pooled_after(self, step: int, candidates: int) -> int:
-        """Candidates left in the pool after batch `step`, before the next refill."""
-        leaving = (step + 1) * candidates // self.steps
-        return self.offered_before(step, candidates) - leaving
+    def pooled_after(self, part: int, end: int, candidates: int) -> int:
+        """Candidates left in the pool after the batch from here to `end`, before a refill."""
+        return self.offered_before(part, candidates) - end * candidates // self.parts
 
 
 def plan_run(
@@ -116,10 +151,11 @@ def plan_run(
             f"embeddings must have one row per sample, got {store.shape[0]} rows for "
             f"{table.num_samples} samples; make them again for this dataset."
         )
-    steps = steps_of_epoch(table.num_candidates, global_batch, config.keep)
+    keep = config.keep_min if config.keep == "auto" else config.keep
+    steps = steps_of_epoch(table.num_candidates, global_batch, keep)
     if not steps:
         raise ConfigError(
-            f"keep * candidates must fill a global batch of {global_batch}, got {config.keep} * "
+            f"keep * candidates must fill a global batch of {global_batch}, got {keep} * "
             f"{table.num_candidates}; use a smaller batch or more data."
         )
     if table.max_occurrences > steps:
@@ -133,7 +169,10 @@ def plan_run(
         config=config,
         num_lanes=num_lanes,
         batch_size=global_batch // num_lanes,
-        steps=steps,
+        # Those of the smallest lane, so that everyone has a batch left at every batch.
+        parts=PARTS_PER_CANDIDATE * (table.num_candidates // num_lanes)
+        if config.keep == "auto"
+        else steps,
     )
 
 
@@ -145,26 +184,94 @@ class Progress:
         num_strata: Strata.
         epoch: Epoch.
         step: Batches composed in it.
+        part: Parts of it that are done.
+        before: The same before the last batch.
         offered: (num_strata,) candidates offered so far.
         trained: (num_strata,) samples composed into batches so far.
         pruned: (num_strata,) candidates pruned so far.
+        worth: (num_strata,) sum over trained and pruned ones of the probability that the
+            candidate was not dispensable.
     """
 
     num_strata: int
     epoch: int = 0
     step: int = 0
+    part: int = 0
+    before: int = 0
     offered: IntArray = field(init=False)
     trained: IntArray = field(init=False)
     pruned: IntArray = field(init=False)
+    worth: FloatArray = field(init=False)
 
     def __post_init__(self) -> None:
         self.begin(self.epoch)
 
     def begin(self, epoch: int) -> None:
         """Begin an epoch."""
-        self.epoch, self.step = epoch, 0
+        self.epoch = epoch
+        self.step = self.part = self.before = 0
         self.offered, self.trained, self.pruned = np.zeros((3, self.num_strata), np.int64)
+        self.worth = np.zeros(self.num_strata)
+
+    def advance(self, part: int) -> None:
+        """A batch has been composed; the epoch is now at this part."""
+        self.step += 1
+        self.before, self.part = self.part, part
 
     def by_stratum(self, stratum: IntArray) -> IntArray:
         """(num_strata,) how many of (n,) strata are each."""
         return np.bincount(stratum, minlength=self.num_strata)
+
+    def state_dict(self) -> State:
+        """All of it."""
+        return {name: getattr(self, name) for name in _COUNTERS} | {
+            name: getattr(self, name).copy() for name in (*_COUNTS, "worth")
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a saved state."""
+        for name in _COUNTERS:
+            setattr(self, name, int(state[name]))
+        for name in _COUNTS:
+            setattr(self, name, np.array(state[name], np.int64))
+        self.worth = np.array(state["worth"], np.float64)
+
+
+_COUNTERS = ("epoch", "step", "part", "before")
+_COUNTS = ("offered", "trained", "pruned")
+
+
+class Keep:
+    """The fraction that is kept: as configured, or what is not shown to be dispensable.
+
+    State: how many candidates have left the lanes lately, and how many of them were worth keeping.
+
+    Attributes:
+        value: The fraction now in force; one for all lanes.
+    """
+
+    def __init__(self, config: SlapConfig) -> None:
+        self._config = config
+        self._worth = self._count = 0.0
+        self.value = 1.0 if config.keep == "auto" else float(config.keep)
+
+    @property
+    def dispensable(self) -> float:
+        """Share of the candidates lately that was held dispensable."""
+        return 1.0 - self._worth / self._count if self._count else 0.0
+
+    def refresh(self, worth: float, count: float) -> None:
+        """Take in the sum of the worth of so many candidates that left since the last refresh."""
+        self._worth = self._worth * self._config.forgetting + worth
+        self._count = self._count * self._config.forgetting + count
+        if self._config.keep == "auto" and self._count:
+            self.value = float(np.clip(1.0 - self.dispensable, self._config.keep_min, 1.0))
+
+    def state_dict(self) -> State:
+        """Sums and the fraction."""
+        return {"worth": self._worth, "count": self._count, "value": self.value}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a saved state."""
+        self._worth, self._count = float(state["worth"]), float(state["count"])
+        self.value = float(state["value"])

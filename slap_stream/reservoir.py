@@ -31,7 +31,14 @@ COLUMNS: dict[str, type] = {
     "own_since": np.int64,
     # Nuclear norm of the candidate's logits, 0 if it was not measured.
     "nuclear_norm": np.float64,
+    # Rank of the excess loss, and probability that the target belongs to another prompt.
+    "rank": np.float64,
+    "mismatch": np.float64,
+    # Distance of the embedding to the nearest one trained on lately, in typical distances.
+    "distance": np.float64,
+    # What is made of these: utility, and probability that the candidate is not dispensable.
     "utility": np.float64,
+    "worth": np.float64,
 }
 
 
@@ -41,20 +48,24 @@ class Reservoirs:
     Args:
         capacity: Candidates held at most.
         columns: Columns of a design row.
+        dim: Dimensions of the embedding, the last columns of a design row.
         metric_dim: Dimensions of the metric space.
         sketch_dim: Length of the gradient sketches that candidates carry; 0: they carry none.
 
     Attributes:
         x: (capacity, columns) float32 design rows.
+        unit: (capacity, dim) float32 unit embeddings.
         z: (capacity, metric_dim) float32 unit vectors of the metric space.
         sketch: (capacity, sketch_dim) float32 measured gradient sketches, zero where none was.
         data: (capacity,) arrays by the names in `COLUMNS`; `sample_id` is -1 where a slot is free.
     """
 
     def __init__(
-        self, *, capacity: int, columns: int, metric_dim: int, sketch_dim: int = 0
+        self, *, capacity: int, columns: int, dim: int, metric_dim: int, sketch_dim: int = 0
     ) -> None:
         self.capacity = capacity
+        self._dim = dim
+        self.unit: Float32Array = np.zeros((capacity, dim), np.float32)
         self.x: Float32Array = np.zeros((capacity, columns), np.float32)
         self.z: Float32Array = np.zeros((capacity, metric_dim), np.float32)
         self.sketch: Float32Array = np.zeros((capacity, sketch_dim), np.float32)
@@ -100,6 +111,7 @@ class Reservoirs:
         slots = free[: len(x)]
         self.x[slots] = x
         self.sketch[slots] = 0.0
+        self.unit[slots] = unit_rows(x[:, -self._dim :])
         self.floats("own_loss")[slots] = np.nan
         for name in COLUMNS:
             if name in columns:
@@ -184,6 +196,7 @@ class Reservoirs:
             self.data[name][slots] = np.asarray(state[name], dtype)
         self.x[slots] = rows_of(self.ints("sample_id")[slots])
         self.sketch[slots] = np.reshape(state["sketch"], (len(slots), self.sketch.shape[1]))
+        self.unit[slots] = unit_rows(self.x[slots][:, -self._dim :])
 
 
 class RecentlyTrained:
@@ -239,20 +252,20 @@ class RecentlyTrained:
         return self._nearest(self.z, z, stratum, sample_id)
 
     def nearest_embedding(
-        self, x: Float32Array, stratum: IntArray, sample_id: IntArray
+        self, unit: Float32Array, stratum: IntArray, sample_id: IntArray
     ) -> FloatArray:
-        """The same between unit embeddings of (n, columns) design rows.
+        """The same between (n, dim) unit embeddings.
 
         The metric space says what teaches alike; only the embeddings tell copies apart from what
         is merely of the same kind.
         """
-        return self._nearest(self.unit, unit_rows(x[:, -self._dim :]), stratum, sample_id)
+        return self._nearest(self.unit, unit, stratum, sample_id)
 
     def nearest_of_all(self, unit: Float32Array, sample_id: IntArray) -> FloatArray:
         """(n,) distance of (n, dim) unit embeddings to the nearest other one, whatever its stratum;
         inf where no other sample was trained on."""
         used = self.sample_id != EMPTY
-        return _nearest_other(unit, sample_id, self.unit[used], self.sample_id[used])
+        return nearest_other(unit, sample_id, self.unit[used], self.sample_id[used])
 
     def _nearest(
         self, known: Float32Array, vectors: Float32Array, stratum: IntArray, sample_id: IntArray
@@ -262,7 +275,7 @@ class RecentlyTrained:
             used = self.sample_id[name] != EMPTY
             if used.any():
                 inside = np.flatnonzero(stratum == name)
-                result[inside] = _nearest_other(
+                result[inside] = nearest_other(
                     vectors[inside],
                     sample_id[inside],
                     known[name][used],
@@ -311,12 +324,18 @@ class SketchQueue:
         self.sketch = sketch.reshape(len(state["sketch"]), self._dim)
 
 
-def _nearest_other(
-    vectors: Float32Array, sample_id: IntArray, known: Float32Array, known_id: IntArray
+def nearest_other(
+    unit: Float32Array, sample_id: IntArray, others: Float32Array, other_id: IntArray
 ) -> FloatArray:
-    """(n,) distance of each unit vector to the nearest known one of another sample, inf if none."""
-    itself = sample_id[:, None] == known_id
-    cosine = np.where(itself, -np.inf, vectors @ known.T)
+    """(n,) distance of unit vectors to the nearest of another sample; inf where there is none.
+
+    Args:
+        unit: (n, dim) unit vectors.
+        sample_id: (n,) their samples.
+        others: (m, dim) unit vectors.
+        other_id: (m,) their samples.
+    """
+    cosine = np.where(sample_id[:, None] == other_id, -np.inf, unit @ others.T)
     best = cosine.max(axis=1, initial=-np.inf).astype(np.float64)
     distance: FloatArray = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * best))
     return distance

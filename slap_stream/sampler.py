@@ -23,7 +23,7 @@ from slap_stream.learnability import (
     single_threaded,
 )
 from slap_stream.order import ShardTable
-from slap_stream.plan import plan_run
+from slap_stream.plan import Keep, plan_run
 from slap_stream.policies import make_policy
 from slap_stream.run_state import check_state, describe_run
 from slap_stream.strata import Strata
@@ -31,7 +31,7 @@ from slap_stream.types import FloatArray, IntArray, ShardGate, State
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 # Feature columns that, with the length of the whole sample, say how long its target is: a mean
 # loss over few tokens is another thing than one over many.
 LENGTH_FEATURES = ("target_share",)
@@ -116,7 +116,7 @@ class SlapSampler:
             batch_size=self.batch_size,
             world_size=self.world_size,
         )
-        self.steps = self._plan.steps
+        self._keep = Keep(config)
         column_of = {
             name: NUM_OWN_COLUMNS + place for place, name in enumerate(store.feature_names)
         }
@@ -139,7 +139,7 @@ class SlapSampler:
         policy = make_policy(config)
         each = num_lanes // self.world_size
         self.lanes = [
-            Lane(index, self._plan, policy, self._strata, self._model, self._gate)
+            Lane(index, self._plan, policy, self._strata, self._model, self._keep, self._gate)
             for index in range(self.rank * each, (self.rank + 1) * each)
         ]
 
@@ -148,9 +148,14 @@ class SlapSampler:
         """Batches composed in this epoch."""
         return self.lanes[0].progress.step
 
+    @property
+    def progress(self) -> float:
+        """Share of this epoch that has been composed, in [0, 1]."""
+        return self.lanes[0].progress.part / self._plan.parts
+
     def __len__(self) -> int:
-        """Batches of an epoch."""
-        return self.steps
+        """Batches of an epoch; with keep="auto", the most there can be."""
+        return self._plan.max_steps
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the rest of this epoch's batches."""
@@ -177,7 +182,7 @@ class SlapSampler:
     @property
     def exhausted(self) -> bool:
         """Whether every batch of this epoch has been composed."""
-        return self.step >= self.steps
+        return self.lanes[0].progress.part >= self._plan.parts
 
     def start_next_epoch(self) -> None:
         """Begin the next epoch; what was learnt stays."""
@@ -346,6 +351,10 @@ class SlapSampler:
             sums += np.asarray(state["centroid_sum"], np.float64)
             counts += np.asarray(state["centroid_count"], np.float64)
         self._strata.move(sums, counts, self.config.forgetting)
+        self._keep.refresh(
+            sum(float(state["left_worth"]) for state in statistics),
+            sum(float(state["left_count"]) for state in statistics),
+        )
         for lane in self.lanes:
             lane.refresh()
 
@@ -363,6 +372,8 @@ class SlapSampler:
                 sum(lane.intake.withdrawn + lane.counters["withdrawn"] for lane in lanes)
             ),
             "nonfinite_rows": float(sum(lane.intake.nonfinite_rows for lane in lanes)),
+            "keep": self._keep.value,
+            "dispensable": self._keep.dispensable,
             "strata": float(self._strata.num_strata),
             "strata_by_source": float(self._strata.by_source),
             "fitted": float(self._model.fitted),
@@ -393,6 +404,7 @@ class SlapSampler:
             "target": self._target,
             "model": self._model.state_dict(),
             "strata": self._strata.state_dict(),
+            "keep": self._keep.state_dict(),
             "lanes": [lane.state_dict() for lane in self.lanes],
         }
 
@@ -422,6 +434,7 @@ class SlapSampler:
         self.set_target(state["target"])
         self._model.load_state_dict(state["model"])
         self._strata.load_state_dict(state["strata"])
+        self._keep.load_state_dict(state["keep"])
         saved = {int(lane["lane"]): lane for lane in state["lanes"]}
         for lane in self.lanes:
             lane.load_state_dict(saved[lane.index])
@@ -444,7 +457,8 @@ class SlapSampler:
         # From lane 0's first block on every rank: all lanes share the centroids.
         first = self.lanes[0].intake if self.lanes[0].index == 0 else None
         if first is None:
-            lane = Lane(0, self._plan, make_policy(self.config), self._strata, self._model)
+            policy = make_policy(self.config)
+            lane = Lane(0, self._plan, policy, self._strata, self._model, self._keep)
             first = lane.intake
         self._strata.seed(first.first_embeddings(), self.config.seed)
         self._seeded = True
@@ -452,13 +466,13 @@ class SlapSampler:
     def _cut_epoch_short(self) -> None:
         self._cut_short += 1
         logger.warning(
-            "epoch %d ends after %d of %d batches: too many candidates were withdrawn.",
+            "epoch %d ends after %d batches, %.0f %% of it: too many candidates were withdrawn.",
             self.epoch,
             self.step,
-            self.steps,
+            100 * self.progress,
         )
         for lane in self.lanes:
-            lane.progress.step = self.steps
+            lane.progress.part = self._plan.parts
 
 
 def _correlation(n: float, p: float, y: float, pp: float, yy: float, py: float) -> float:

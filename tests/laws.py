@@ -77,9 +77,14 @@ def hold_epoch_laws(sampler: SlapSampler, batches: Sequence[NDArray[np.int64]]) 
         batches: The epoch's batches.
     """
     table, config = sampler.table, sampler.config
-    size = sampler.batch_size
-    steps = int(Fraction(repr(config.keep)) * table.num_candidates // size)
-    assert len(batches) == steps
+    size, steps = sampler.batch_size, len(batches)
+    if config.keep == "auto":
+        least = int(Fraction(repr(config.keep_min)) * table.num_candidates // size)
+        # The pool's own rounding may leave a batch less than the least fraction would.
+        assert least - 1 <= steps <= len(sampler) == table.num_candidates // size
+    else:
+        assert steps == int(Fraction(repr(config.keep)) * table.num_candidates // size)
+    assert sampler.progress == 1.0
     assert all(len(batch) == size for batch in batches)
     metrics = sampler.metrics()
     assert metrics["offered"] == table.num_candidates

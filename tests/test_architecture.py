@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parent.parent / "slap_stream"
 FLOORS = {
     0: "config errors types",
     1: "kernels rng chat shard_index",
-    2: "order strata plan quota repeats reservoir learnability appraisal feedback intake policies "
-    "embeddings encoders encoding corpus converting",
+    2: "order strata plan quota repeats reservoir learnability appraisal evidence feedback intake "
+    "policies embeddings encoders encoding corpus converting",
     3: "composer lane run_state sampler",
     4: "loader probe probing shards sharding",
 }

@@ -28,14 +28,17 @@ WHOLE = {
     "recent_per_stratum": 1,
     "sketch_dim": 16,
 }
-WEIGHTS = ["rank_weight", "copy_weight", "suspect_weight", "curvature", "diversity"]
+WEIGHTS = ["rank_weight", "copy_weight", "mismatch_weight", "curvature", "diversity"]
 
 
 @pytest.mark.parametrize(
     ("setting", "value", "words"),
     [
-        ("keep", 0.0, r"keep must be in \(0, 1\], got 0\.0; it is the fraction"),
-        ("keep", 1.01, r"keep must be in \(0, 1\], got 1\.01"),
+        ("keep", 0.0, r'keep must be in \(0, 1\] or "auto", got 0\.0; it is the fraction'),
+        ("keep", 1.01, r'keep must be in \(0, 1\] or "auto", got 1\.01'),
+        ("keep", math.nan, r'keep must be in \(0, 1\] or "auto", got nan'),
+        ("keep", "most", r'keep must be in \(0, 1\] or "auto", got .most.'),
+        ("keep_min", 0.0, r"keep_min must be in \(0, 1\], got 0\.0"),
         ("policy", "best", "policy must be one of slap, slap_paper, uniform, .*, got 'best'"),
         ("on_bad_shard", "ignore", "on_bad_shard must be one of raise, skip, got 'ignore'"),
         ("sketch_dim", 100, "sketch_dim must be a power of two, got 100; try 512"),
@@ -67,7 +70,7 @@ def test_a_weight_must_not_be_negative(setting: str) -> None:
         SlapConfig(**{setting: -0.1})
 
 
-@pytest.mark.parametrize("setting", [*WEIGHTS, "keep", "probe_fraction", "temperature"])
+@pytest.mark.parametrize("setting", [*WEIGHTS, "keep_min", "probe_fraction", "temperature"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, True, "0.7", None])
 def test_a_quantity_must_be_a_finite_number(setting: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{setting} must be a finite number, got {value!r}"):
@@ -76,7 +79,13 @@ def test_a_quantity_must_be_a_finite_number(setting: str, value: Any) -> None:
 
 def test_the_ends_of_every_range_are_allowed() -> None:
     SlapConfig(**WHOLE, **dict.fromkeys(WEIGHTS, 0.0))
-    SlapConfig(keep=1, probe_fraction=0.15, forgetting=1.0, rank_cap=1.0)
+    SlapConfig(keep=1, keep_min=1.0, probe_fraction=0.15, forgetting=1.0, rank_cap=1.0)
+
+
+def test_only_slap_finds_out_how_much_to_keep() -> None:
+    assert SlapConfig(keep="auto").keep == "auto"
+    with pytest.raises(ConfigError, match="keep must be a number with policy 'uniform', got"):
+        SlapConfig(keep="auto", policy="uniform")
 
 
 def test_an_error_is_also_the_builtin_that_callers_expect() -> None:

@@ -25,7 +25,7 @@ def plan_of(
         config=SlapConfig(keep=keep, pool_batches=pool_batches),
         num_lanes=num_lanes,
         batch_size=batch_size,
-        steps=steps_of_epoch(num_candidates, num_lanes * batch_size, keep),
+        parts=steps_of_epoch(num_candidates, num_lanes * batch_size, keep),
     )
 
 
@@ -77,13 +77,13 @@ def test_the_pool_fills_stays_level_and_drains(
     )
     for candidates in set(np.diff(lane_bounds(num_candidates, num_lanes)).tolist()):
         pooled, offered = 0, 0
-        for step in range(plan.steps):
+        for step in range(plan.max_steps):
             before, offered = offered, plan.offered_before(step, candidates)
             assert offered >= before
             pooled += offered - before
             # A full batch can be made, and a batch's worth of room was never exceeded.
             assert batch_size <= pooled <= plan.pool_size
-            after = plan.pooled_after(step, candidates)
+            after = plan.pooled_after(step, plan.after(step, keep), candidates)
             assert 0 <= after <= pooled - batch_size
             pooled = after
         assert offered == candidates

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slap_stream.quota import apportion, apportion_pruning
+from slap_stream.quota import apportion, claims_of
 from tests.strategies import Array, seeds
 
 PLENTY = 10**6
@@ -66,7 +66,7 @@ def test_quotas_never_ask_for_more_than_there_is(
     slots = data.draw(st.integers(0, int(stock.sum())))
     quotas: list[Array] = [
         apportion(offered, trained, stock, slots),
-        apportion_pruning(trained, offered, stock, slots, ratio=0.4),
+        apportion(offered * 0.4, trained, stock, slots),
     ]
     for quota in quotas:
         assert quota.sum() == slots
@@ -80,15 +80,41 @@ def test_a_stratum_without_stock_is_repaid_later() -> None:
     assert apportion(offered, trained + first, np.array([10, 10]), 4).tolist() == [0, 4]
 
 
-def test_pruning_goes_to_what_was_pruned_least_for_what_was_trained() -> None:
-    trained, pruned, stock = np.array([10, 10, 0]), np.array([5, 0, 0]), np.array([9, 9, 9])
-    assert apportion_pruning(trained, pruned, stock, 4, ratio=0.5).tolist() == [0, 4, 0]
-    # Strata that have nothing to prune are passed over.
-    assert apportion_pruning(trained, pruned, np.array([9, 1, 9]), 3, ratio=0.5).tolist() == [
-        1,
-        1,
-        1,
-    ]
+@settings(max_examples=200)
+@given(
+    columns=st.lists(st.tuples(st.integers(0, 30), st.floats(0, 1)), min_size=1, max_size=6).filter(
+        lambda columns: sum(offered for offered, _ in columns) > 0
+    ),
+    keep=st.floats(0.01, 1.0),
+)
+def test_what_is_dispensable_has_no_claim_as_far_as_that_is_to_be_pruned(
+    columns: list[tuple[int, float]], keep: float
+) -> None:
+    offered = np.array([count for count, _ in columns])
+    worth = offered * np.array([part for _, part in columns])
+    claims = claims_of(offered, worth, keep)
+    assert np.all((claims >= worth - 1e-9) & (claims <= offered + 1e-9))
+    # What is worth keeping, or what is kept if that is more.
+    assert claims.sum() == pytest.approx(max(worth.sum(), keep * offered.sum()))
+    # So no stratum's share of what is kept is more than it has.
+    share = claims / max(claims.sum(), 1e-12) * keep * offered.sum()
+    assert np.all(share <= offered + 1e-6)
+
+
+def test_without_evidence_claims_are_what_was_offered() -> None:
+    offered = np.array([7, 0, 3])
+    assert claims_of(offered, offered.astype(float), 0.5).tolist() == [7, 0, 3]
+
+
+def test_a_stratum_of_copies_yields_its_slots() -> None:
+    offered, worth = np.array([50, 50]), np.array([50.0, 10.0])
+    claims = claims_of(offered, worth, 0.6)
+    assert claims.tolist() == [50, 10]
+    quota = apportion(claims, np.zeros(2, np.int64), offered, 60)
+    assert quota.tolist() == [50, 10]
+    # More is kept than is worth it: the copies get what is left.
+    claims = claims_of(offered, worth, 0.8)
+    assert apportion(claims, np.zeros(2, np.int64), offered, 80).tolist() == [50, 30]
 
 
 def test_more_slots_than_stock_are_refused() -> None:

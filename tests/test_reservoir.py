@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slap_stream.kernels import unit_rows
 from slap_stream.reservoir import RecentlyTrained, Reservoirs, first_of_each
 from tests.laws import as_json
 from tests.strategies import Array, repeated, seeds, unit_vectors
@@ -23,7 +24,7 @@ def rows_of(ids: Array) -> Array:
 
 def pool_of(capacity: int) -> Reservoirs:
     """An empty pool."""
-    return Reservoirs(capacity=capacity, columns=COLUMNS, metric_dim=METRIC_DIM)
+    return Reservoirs(capacity=capacity, columns=COLUMNS, dim=2, metric_dim=METRIC_DIM)
 
 
 def offer(pool: Reservoirs, ids: Array, **columns: Array) -> Array:
@@ -91,7 +92,7 @@ def test_the_lowest_scores_leave_but_those_due_go_first(
 
 
 def test_what_was_measured_is_noted_on_every_copy() -> None:
-    pool = Reservoirs(capacity=6, columns=COLUMNS, metric_dim=METRIC_DIM, sketch_dim=2)
+    pool = Reservoirs(capacity=6, columns=COLUMNS, dim=2, metric_dim=METRIC_DIM, sketch_dim=2)
     slots = offer(pool, np.array([5, 6, 5, 7]), occurrence=np.array([0, 0, 1, 0]))
     ids, sketches = np.array([7, 5, 99, 5]), np.arange(8, dtype=np.float32).reshape(4, 2)
     sketches[0, 1] = np.inf
@@ -126,6 +127,8 @@ def test_a_pool_survives_a_checkpoint() -> None:
     for name, column in pool.data.items():
         np.testing.assert_array_equal(other.data[name][other.slots()], column[pool.slots()])
     np.testing.assert_array_equal(other.x[other.slots()], pool.x[pool.slots()])
+    np.testing.assert_array_equal(other.unit[other.slots()], pool.unit[pool.slots()])
+    np.testing.assert_allclose(pool.unit[pool.slots()], unit_rows(pool.x[pool.slots()][:, -2:]))
 
 
 @settings(max_examples=60)
@@ -168,7 +171,7 @@ def test_the_last_samples_of_each_stratum_are_remembered(
     np.testing.assert_array_equal(again.nearest(query, strata, strangers), distance)
 
     rows = rows_of(np.arange(8) + 40) + np.float32([0.0, 3.0, 1.0])
-    apart = recent.nearest_embedding(rows, strata, strangers)
+    apart = recent.nearest_embedding(unit_rows(rows[:, 1:]), strata, strangers)
     for row, name, found in zip(rows, strata.tolist(), apart.tolist(), strict=True):
         others = [rows_of(np.array([i]))[0, 1:] for i in expected[name]]
         # Sample 0's embedding is zero and stays so: it is at distance sqrt(2) from any other.
@@ -178,7 +181,9 @@ def test_the_last_samples_of_each_stratum_are_remembered(
         ]
         nearest = np.sqrt(2 - 2 * max(cosines)) if cosines else np.inf
         assert found == pytest.approx(nearest, abs=1e-3)
-    np.testing.assert_array_equal(again.nearest_embedding(rows, strata, strangers), apart)
+    np.testing.assert_array_equal(
+        again.nearest_embedding(unit_rows(rows[:, 1:]), strata, strangers), apart
+    )
     np.testing.assert_array_equal(again.x, recent.x)
     assert as_json(again.state_dict()) == as_json(recent.state_dict())
 
@@ -194,7 +199,7 @@ def test_a_sample_is_no_copy_of_its_own_earlier_visit() -> None:
     assert distance[0] == np.inf
     assert distance[1] < 1e-3
     rows = rows_of(np.array([7, 7]))
-    apart = recent.nearest_embedding(rows, stratum, np.array([7, 8]))
+    apart = recent.nearest_embedding(unit_rows(rows[:, 1:]), stratum, np.array([7, 8]))
     assert apart[0] == np.inf
     assert apart[1] < 1e-3
 

@@ -26,7 +26,17 @@ from tests.laws import (
 )
 
 POLICIES = get_args(PolicyName)
+# Every policy, and the one that follows what it finds dispensable.
+RULES: list[dict[str, Any]] = [
+    *({"policy": policy} for policy in POLICIES),
+    {"policy": "slap", "keep": "auto", "keep_min": 0.4},
+]
 DIM = 8
+
+
+def rule_name(rule: dict[str, Any]) -> str:
+    """Its name in the list of tests."""
+    return "-".join(str(value) for value in rule.values())
 
 
 def embeddings(num_samples: int, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -40,20 +50,30 @@ def make(
     counts: list[int] | None = None,
     batch_size: int = 24,
     sources: Any = None,
+    mismatched: float | None = None,
     rank: int = 0,
     world_size: int = 1,
     **settings: Any,
 ) -> SlapSampler:
-    """A sampler over random embeddings; policies that measure every candidate do so."""
-    if SlapConfig(policy=settings.get("policy", "slap")).measures_all:
+    """A sampler over random embeddings.
+
+    Policies that measure every candidate do so. `mismatched`: share of targets of other prompts.
+    """
+    policy = settings.get("policy", "slap")
+    if SlapConfig(policy=policy).measures_all:
         settings.setdefault("probe_fraction", 1.0)
-    vectors: Any = embeddings(sum(sizes))
-    if settings.get("policy") == "rho_loss":
-        reference = np.random.default_rng(2).gamma(4.0, 0.5, (sum(sizes), 1))
-        vectors = ArrayStore(vectors, features=reference, feature_names=["reference_loss"])
+    rows: Any = embeddings(sum(sizes))
+    columns = {}
+    if mismatched is not None:
+        columns["mismatch"] = np.random.default_rng(3).random(sum(sizes)) < mismatched
+    if policy == "rho_loss":
+        columns["reference_loss"] = np.random.default_rng(2).gamma(4.0, 0.5, sum(sizes))
+    if columns:
+        features = np.stack(list(columns.values()), axis=1).astype(np.float16)
+        rows = ArrayStore(rows, features=features, feature_names=list(columns))
     return SlapSampler(
         np.array(sizes),
-        vectors,
+        rows,
         batch_size=batch_size,
         shard_counts=None if counts is None else np.array(counts),
         sources=sources,
@@ -83,13 +103,14 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
         "batch_size": batch_size,
         "num_lanes": num_lanes,
         "keep": keep,
+        "mismatched": draw(st.sampled_from([None, 0.3, 0.8])),
         "pool_batches": draw(st.integers(2, 6)),
         "shards_per_block": draw(st.integers(1, 3)),
         "seed": draw(st.integers(0, 99)),
     }
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("rule", RULES, ids=rule_name)
 @settings(max_examples=40)
 @given(run=runs())
 @example(
@@ -104,8 +125,12 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
         "seed": 0,
     }
 )
-def test_an_epoch_keeps_the_laws(policy: PolicyName, run: dict[str, Any]) -> None:
-    sampler = make(**run, policy=policy)
+def test_an_epoch_keeps_the_laws(rule: dict[str, Any], run: dict[str, Any]) -> None:
+    run = run | rule
+    candidates = sum(run["sizes"] if run["counts"] is None else run["counts"])
+    keep = run["keep_min"] if run["keep"] == "auto" else run["keep"]
+    assume(keep * candidates >= run["batch_size"] * (1 if run["counts"] is None else 3))
+    sampler = make(**run)
     batches = drive([sampler], LossTable(sampler.table.num_samples, 16))
     hold_epoch_laws(sampler, batches)
 
@@ -136,18 +161,17 @@ def test_strata_are_trained_in_proportion(policy: PolicyName, num_lanes: int) ->
     hold_proportionality(sampler)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("rule", RULES, ids=rule_name)
 @pytest.mark.parametrize("num_lanes", [1, 4])
-def test_a_saved_run_goes_on_as_the_unbroken_one(policy: PolicyName, num_lanes: int) -> None:
+def test_a_saved_run_goes_on_as_the_unbroken_one(rule: dict[str, Any], num_lanes: int) -> None:
     # Several streams' worth of weights: repeated, left out, once.
     sizes, counts = [30, 20, 25, 30, 15], [30, 40, 12, 60, 15]
 
     def fresh() -> SlapSampler:
-        return make(sizes, counts=counts, batch_size=8, num_lanes=num_lanes, policy=policy)
+        return make(sizes, counts=counts, batch_size=8, num_lanes=num_lanes, mismatched=0.3, **rule)
 
-    steps = fresh().steps
     table = LossTable(sum(sizes), 16)
-    for at in range(4, 2 * steps, 4):
+    for at in range(4, len(drive([fresh()], table, epochs=2)), 4):
         hold_resume_law(fresh, table, at=at, epochs=2)
 
 
@@ -173,9 +197,9 @@ def observed(sampler: SlapSampler, table: LossTable) -> Any:
             yield batch
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("rule", RULES, ids=rule_name)
 @pytest.mark.parametrize("num_lanes", [1, 2, 4, 6, 8])
-def test_the_world_size_is_free(policy: PolicyName, num_lanes: int) -> None:
+def test_the_world_size_is_free(rule: dict[str, Any], num_lanes: int) -> None:
     sizes, counts = [30, 20, 25, 30, 15], [30, 40, 12, 60, 15]
     table = LossTable(sum(sizes), 16)
 
@@ -186,9 +210,10 @@ def test_the_world_size_is_free(policy: PolicyName, num_lanes: int) -> None:
                 counts=counts,
                 batch_size=24 // world_size,
                 num_lanes=num_lanes,
-                policy=policy,
+                mismatched=0.3,
                 rank=rank,
                 world_size=world_size,
+                **rule,
             )
             for rank in range(world_size)
         ]
@@ -368,7 +393,7 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing() -> None:
         with pytest.raises(StateError, match=difference):
             other.load_state_dict(state)
         assert as_json(other.state_dict()) == before
-    with pytest.raises(StateError, match="version must be 1, got 0"):
+    with pytest.raises(StateError, match="version must be 2, got 0"):
         sampler.load_state_dict({**state, "version": 0})
 
 

@@ -19,6 +19,7 @@ from slap_stream.embeddings import EmbeddingWriter
 from slap_stream.encoders import Encoder
 from slap_stream.encoding.features import FEATURE_NAMES, FIT_SAMPLES, HashedTfidf, feature_columns
 from slap_stream.encoding.layout import MAX_SOURCES, ROWS_PER_CHUNK, ROWS_PER_SHARD, StoreLayout
+from slap_stream.encoding.pairing import PairModel
 from slap_stream.encoding.reference_loss import ReferenceLoss
 from slap_stream.encoding.text_sample import TextSample
 from slap_stream.encoding.texts import CorpusTexts
@@ -30,6 +31,8 @@ _BATCH = 512
 SAMPLES_PER_WORKER = 65_536
 # Stretches of the corpus that document frequencies are counted on.
 _FIT_STRETCHES = 20
+# Column with the probability that a target belongs to another prompt.
+MISMATCH = "mismatch"
 
 
 class Texts(Protocol):
@@ -52,6 +55,8 @@ class EmbedReport:
         feature_names: Names of the feature columns.
         num_sources: Sources told apart; 0 if the corpus has none.
         length_unit: `tokens`, or `characters / 4`.
+        misplaced_share: Share of the targets that seem to belong to other prompts; None if that
+            was not found out: too few samples, or nothing was left to embed.
         seconds: Wall-clock time of this call.
     """
 
@@ -62,6 +67,7 @@ class EmbedReport:
     feature_names: tuple[str, ...]
     num_sources: int
     length_unit: str
+    misplaced_share: float | None
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,6 +82,7 @@ class _Job:
     texts: Texts
     writer: EmbeddingWriter
     tfidf: HashedTfidf
+    pairing: PairModel
     encoder: Encoder
     reference: ReferenceLoss | None
 
@@ -95,7 +102,9 @@ class _Job:
                 break
             pairs = self.tfidf.transform(batch)
             embedding[at:end], extra = self.encoder.encode(batch, pairs)
-            columns = [feature_columns(batch, pairs), extra]
+            told = feature_columns(batch, pairs)
+            mismatch = self.pairing.mismatch(batch, pairs, told)
+            columns = [told, mismatch[:, None], extra]
             if self.reference is not None:
                 columns.append(self.reference.columns(batch))
             feature[at:end] = np.concatenate(columns, axis=1)
@@ -181,7 +190,7 @@ def embed(
         "version": encoder.version,
         "dim": encoder.dim,
     }
-    feature_names = (*FEATURE_NAMES, *encoder.feature_names)
+    feature_names = (*FEATURE_NAMES, MISMATCH, *encoder.feature_names)
     if reference is not None:
         described["reference_model"] = {"name": reference.name, "version": reference.version}
         feature_names = (*feature_names, *reference.feature_names)
@@ -198,16 +207,25 @@ def embed(
         rows_per_chunk=min(ROWS_PER_CHUNK, rows_per_shard),
     )
     writer = EmbeddingWriter(path, layout)
-    embedded = 0
+    embedded, misplaced = 0, None
     if overwrite or not writer.is_finished():
         with writer.open(overwrite=overwrite) as (blocks, journal):
             embedded = sum(stop - start for start, stop in map(layout.block, blocks))
-            tfidf = HashedTfidf()
+            tfidf, pairing = HashedTfidf(), PairModel()
             if blocks:
-                # Also after a kill: the same samples give the same frequencies.
-                tfidf.fit(_fit_samples(texts, num_samples))
+                # Also after a kill: the same samples give the same frequencies and odds.
+                sample = list(_fit_samples(texts, num_samples))
+                tfidf.fit(sample)
+                pairs = tfidf.transform(sample)
+                pairing.fit(sample, pairs, feature_columns(sample, pairs))
+            misplaced = pairing.share if pairing.fitted else None
             job = _Job(
-                texts=texts, writer=writer, tfidf=tfidf, encoder=encoder, reference=reference
+                texts=texts,
+                writer=writer,
+                tfidf=tfidf,
+                pairing=pairing,
+                encoder=encoder,
+                reference=reference,
             )
             for block in _finished(job, blocks, num_workers, progress=progress):
                 journal.append({"block": block})
@@ -219,6 +237,7 @@ def embed(
         feature_names=feature_names,
         num_sources=len(source_names),
         length_unit=layout.length_unit,
+        misplaced_share=misplaced,
         seconds=round(time.perf_counter() - began, 3),
     )
 

@@ -134,18 +134,23 @@ def feature_columns(samples: Sequence[TextSample], pairs: HashedPairs) -> Float3
     ]
     columns[:, 2] = np.asarray(pairs.prompt.multiply(pairs.target).sum(axis=1)).reshape(-1)
     for row, sample in enumerate(samples):
-        prompt = sample.prompt.encode()[-_COMPRESSED_BYTES:]
-        target = sample.target.encode()[:_COMPRESSED_BYTES]
-        columns[row, 3] = _compression(target, b"")
-        columns[row, 4] = _compression(target, prompt)
+        columns[row, 3] = compression(sample.target)
+        columns[row, 4] = compression(sample.target, sample.prompt)
     columns[:, 5] = pairs.rarity
     return columns
 
 
-def _compression(text: bytes, read_before: bytes) -> float:
-    """Deflated over raw bytes, the end marker's cost taken off; 1 for an empty text."""
-    if not text:
+def compression(text: str, read_before: str = "") -> float:
+    """Deflated over raw bytes, the end marker's cost taken off; 1 for an empty text.
+
+    Args:
+        text: What is compressed; of a book-length one the beginning.
+        read_before: What the compressor has read before; of a long one the end.
+    """
+    raw = text.encode()[:_COMPRESSED_BYTES]
+    if not raw:
         return 1.0
-    packer = zlib.compressobj(6, zlib.DEFLATED, -15, 8, zlib.Z_DEFAULT_STRATEGY, read_before)
-    size = len(packer.compress(text)) + len(packer.flush())
-    return min(max(size - 2, 0) / len(text), 2.0)
+    before = read_before.encode()[-_COMPRESSED_BYTES:]
+    packer = zlib.compressobj(6, zlib.DEFLATED, -15, 8, zlib.Z_DEFAULT_STRATEGY, before)
+    size = len(packer.compress(raw)) + len(packer.flush())
+    return min(max(size - 2, 0) / len(raw), 2.0)

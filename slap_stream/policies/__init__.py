@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from slap_stream.config import SlapConfig
 from slap_stream.policies.base import Policy, PoolView
 from slap_stream.policies.divbs import DivBS
@@ -38,18 +40,18 @@ __all__ = [
 
 def make_policy(config: SlapConfig) -> Policy:
     """The policy that a config names."""
-    policies: dict[str, Policy] = {
-        "slap": Slap(config),
-        "slap_paper": SlapPaper(),
-        "uniform": Uniform(),
-        "subset": Subset(config),
-        "rs2": RS2(config),
-        "max_loss": MaxLoss(config),
-        "infobatch": InfoBatch(config),
-        "k_centre": KCentre(),
-        "rho_loss": RhoLoss(config),
-        "greats": Greats(),
-        "divbs": DivBS(),
-        "uds": Uds(),
+    policies: dict[str, Callable[[SlapConfig], Policy]] = {
+        "slap": Slap,
+        "slap_paper": lambda _: SlapPaper(),
+        "uniform": lambda _: Uniform(),
+        "subset": Subset,
+        "rs2": RS2,
+        "max_loss": MaxLoss,
+        "infobatch": InfoBatch,
+        "k_centre": lambda _: KCentre(),
+        "rho_loss": RhoLoss,
+        "greats": lambda _: Greats(),
+        "divbs": lambda _: DivBS(),
+        "uds": lambda _: Uds(),
     }
-    return policies[config.policy]
+    return policies[config.policy](config)

@@ -74,22 +74,25 @@ class Policy(Protocol):
         proportional: Whether strata get slots in proportion to what was offered. If not, quotas
             are ignored and only their sum counts.
         needs_losses: Whether batches are drawn uniformly until losses can be predicted.
+        uses_losses: Whether it is told losses, ranks and the metric space once these are known.
+        weighs_evidence: Whether what can be spared is told, and yields its strata's slots.
     """
 
     proportional: bool
     needs_losses: bool
+    uses_losses: bool
+    weighs_evidence: bool
 
     def utility(
-        self, *, rank: FloatArray, loss: FloatArray, distance: FloatArray, evidence: FloatArray
+        self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
     ) -> FloatArray:
         """What one candidate is worth on its own, before noise.
 
         Args:
             rank: (n,) rank in [0, 1] of the excess loss inside the stratum.
             loss: (n,) predicted loss.
-            distance: (n,) distance of the embedding to the nearest one trained on lately, over
-                that of two candidates drawn at random; inf if nothing was.
-            evidence: (n,) evidence of corruption, in standard deviations.
+            copy: (n,) likelihood of being a near-copy of what was trained on lately.
+            mismatch: (n,) probability that the target belongs to another prompt.
         """
         ...
 
@@ -112,9 +115,11 @@ class PlainPolicy:
 
     proportional = False
     needs_losses = False
+    uses_losses = False
+    weighs_evidence = False
 
     def utility(
-        self, *, rank: FloatArray, loss: FloatArray, distance: FloatArray, evidence: FloatArray
+        self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
     ) -> FloatArray:
         """Zero: a batch is chosen by other numbers."""
         return np.zeros(len(rank))

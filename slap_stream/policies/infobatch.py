@@ -28,9 +28,10 @@ class InfoBatch(PlainPolicy):
     """
 
     needs_losses = True
+    uses_losses = True
 
     def __init__(self, config: SlapConfig) -> None:
-        self._pruned = 1.0 - config.keep
+        self._pruned = 1.0 - float(config.keep)
 
     def score(self, view: PoolView) -> FloatArray:
         """What is to be pruned leaves first, then other low losses; oldest first in each group."""

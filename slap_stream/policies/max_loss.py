@@ -21,12 +21,14 @@ class MaxLoss:
 
     proportional = False
     needs_losses = True
+    uses_losses = True
+    weighs_evidence = False
 
     def __init__(self, config: SlapConfig) -> None:
         self._config = config
 
     def utility(
-        self, *, rank: FloatArray, loss: FloatArray, distance: FloatArray, evidence: FloatArray
+        self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
     ) -> FloatArray:
         """The loss."""
         return loss

@@ -18,6 +18,7 @@ class RhoLoss(SlidingPolicy):
     """
 
     needs_losses = True
+    uses_losses = True
 
     def __init__(self, config: SlapConfig) -> None:
         self._config = config

@@ -9,14 +9,6 @@ from slap_stream.kernels import compose_greedily
 from slap_stream.policies.base import PoolView, top_of_each_stratum
 from slap_stream.types import Float32Array, FloatArray, IntArray
 
-# A candidate whose embedding is this close to something trained on lately is a copy; from the
-# second figure on it is none. In distances between random candidates: of instruction data with 20 %
-# of near-copies added, 22 % lie below 0.6, and 0 to 1 % without (hashing encoder).
-SURE_COPY, NO_COPY = 0.3, 0.6
-# Evidence of corruption up to here, in standard deviations, is not held against a candidate; more
-# than MAX_SUSPICION above it makes no difference.
-TOLERATED_EVIDENCE = 2.0
-MAX_SUSPICION = 3.0
 # Relative distances beyond the typical one are not worth more: outliers would win every slot.
 DISTANCE_CAP = 1.0
 
@@ -25,7 +17,7 @@ class Slap:
     """Score candidates one by one, then compose the batch greedily from a shortlist.
 
     s = u / temperature + Gumbel noise, where u rewards the rank of the length-residual loss and
-    charges near-copies of what is learnt and what looks corrupted;
+    charges near-copies of what was trained on and targets of other prompts;
 
         U(S) = sum_i s_i - curvature * sum_{i<j} relu(<z_i, z_j>) / |S|
                + diversity * sum_i min(rd_i(S), cap)
@@ -35,23 +27,24 @@ class Slap:
     """
 
     proportional = True
-    needs_losses = True
+    # Ranks are equal and the metric space is empty until losses can be predicted; copies and
+    # mismatches are known from the start.
+    needs_losses = False
+    uses_losses = True
+    weighs_evidence = True
 
     def __init__(self, config: SlapConfig) -> None:
         self._config = config
 
     def utility(
-        self, *, rank: FloatArray, loss: FloatArray, distance: FloatArray, evidence: FloatArray
+        self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
     ) -> FloatArray:
-        """u = rank_weight * min(rank, cap) - copies that are learnt - what looks corrupted."""
+        """u = rank_weight * min(rank, cap) - copy_weight * copy - mismatch_weight * mismatch."""
         config = self._config
-        likeness = np.clip((NO_COPY - distance) / (NO_COPY - SURE_COPY), 0.0, 1.0)
-        copy = likeness * (1.0 - rank)
-        suspect = np.clip(evidence - TOLERATED_EVIDENCE, 0.0, MAX_SUSPICION)
         utility: FloatArray = (
             config.rank_weight * np.minimum(rank, config.rank_cap)
             - config.copy_weight * copy
-            - config.suspect_weight * suspect
+            - config.mismatch_weight * mismatch
         )
         return utility
 

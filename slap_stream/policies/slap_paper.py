@@ -26,9 +26,11 @@ class SlapPaper:
 
     proportional = False
     needs_losses = True
+    uses_losses = True
+    weighs_evidence = False
 
     def utility(
-        self, *, rank: FloatArray, loss: FloatArray, distance: FloatArray, evidence: FloatArray
+        self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
     ) -> FloatArray:
         """The loss."""
         return loss

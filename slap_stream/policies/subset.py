@@ -23,7 +23,7 @@ class Subset(PlainPolicy):
     """
 
     def __init__(self, config: SlapConfig) -> None:
-        self._seed, self._keep = config.seed, config.keep
+        self._seed, self._keep = config.seed, float(config.keep)
 
     def begins(self, epoch: int) -> float:
         """Where the arc begins."""

@@ -13,9 +13,11 @@ class Uniform:
 
     proportional = True
     needs_losses = False
+    uses_losses = False
+    weighs_evidence = False
 
     def utility(
-        self, *, rank: FloatArray, loss: FloatArray, distance: FloatArray, evidence: FloatArray
+        self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
     ) -> FloatArray:
         """Zero: all candidates are worth the same."""
         return np.zeros(len(rank))

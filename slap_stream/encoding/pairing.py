@@ -1,0 +1,266 @@
+"""How likely it is that a target belongs to another prompt, learnt from the corpus itself.
+
+A classifier learns to tell the corpus's pairs of prompt and target from pairs in which the target
+was taken from another sample of the same source. It needs no labels and no language model: only
+what the words say. The classifier's odds are those of a pair being as found rather than shuffled,
+o(x) / n(x). If a share c of the pairs found is itself shuffled, then o = (1 - c) p + c n, and a
+pair with features x is shuffled with probability c n(x) / o(x). Where real pairs hardly ever look
+like shuffled ones the found pairs that do are all shuffled, so c is the smallest ratio
+of found to shuffled pairs below any threshold of the odds.
+
+So nothing is held against a clean corpus, whatever it looks like: c is then near zero.
+
+Reference: telling data from noise is noise-contrastive estimation (Gutmann and Hyvarinen, AISTATS
+    2010); the share by the smallest ratio is Blanchard, Lee and Scott, "Semi-supervised novelty
+    detection", JMLR 2010; their use together for misplaced targets is this project's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from slap_stream.encoders import sparse_projection
+from slap_stream.encoding.features import FEATURE_NAMES, HashedPairs, compression
+from slap_stream.encoding.text_sample import TextSample
+from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray
+
+logger = logging.getLogger(__name__)
+
+# A sample is judged by a classifier that was not trained on it, nor on its exact copies.
+FOLDS = 4
+# With fewer samples nothing is learnt and nothing is held against a pair.
+MIN_SAMPLES = 400
+# Sources with fewer samples share one estimate of how much is misplaced.
+MIN_OF_SOURCE = 300
+# Part of the shuffled pairs below the thresholds at which found and shuffled pairs are compared:
+# enough of them for a steady ratio, few enough that hardly a real pair is among them.
+TAILS = (0.1, 0.2, 0.3)
+# A larger share says that the words cannot tell pairs apart, not that most are misplaced.
+MAX_SHARE = 0.5
+# Dimensions in which a target is predicted from its prompt.
+PROJECTED_DIM = 256
+# Ridge penalty, in mean eigenvalues.
+PENALTY = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sides:
+    """Prompts and targets of n samples, ready to be paired in any way."""
+
+    samples: Sequence[TextSample]
+    pairs: HashedPairs
+    features: Float32Array
+    prompt: Float32Array
+    target: Float32Array
+
+
+class PairModel:
+    """Tells pairs that belong together from shuffled ones.
+
+    State: for each fold a linear map from projected prompts to projected targets, and a classifier;
+    the misplaced share of each source.
+
+    Attributes:
+        share: Share of the targets that are misplaced, over all sources.
+        share_of: The same of each source with enough samples, by name.
+    """
+
+    def __init__(self) -> None:
+        self._projection = sparse_projection(PROJECTED_DIM)
+        self._maps: list[Float32Array] = []
+        self._centre: Float32Array = np.zeros(PROJECTED_DIM, np.float32)
+        self._classifiers: list[Any] = []
+        self.share_of: dict[str, float] = {}
+        self.share = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The projection is sixteen megabytes, and follows from the dimension.
+        return {name: value for name, value in vars(self).items() if name != "_projection"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _projection=sparse_projection(PROJECTED_DIM))
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there were samples enough to learn from."""
+        return bool(self._classifiers)
+
+    def fit(
+        self, samples: Sequence[TextSample], pairs: HashedPairs, features: Float32Array
+    ) -> None:
+        """Learn from n samples; with fewer than `MIN_SAMPLES` of them nothing is learnt.
+
+        Args:
+            samples: n samples.
+            pairs: Their hashed vectors.
+            features: (n, len(FEATURE_NAMES)) as `feature_columns` gives them.
+        """
+        from sklearn.ensemble import HistGradientBoostingClassifier
+
+        if len(samples) < MIN_SAMPLES:
+            logger.info(
+                "%d samples are too few to learn which targets belong to which prompts: the column "
+                "mismatch is 0 for all.",
+                len(samples),
+            )
+            return
+        sides = self._sides(samples, pairs, features)
+        fold = _folds(samples)
+        source = np.array([sample.source or "" for sample in samples])
+        partner = _partners(source)
+        self._centre = sides.target.mean(axis=0)
+        self._maps = [
+            _ridge(sides.prompt[fold != f], sides.target[fold != f]) for f in range(FOLDS)
+        ]
+        found = self._columns(sides, fold)
+        shuffled = self._columns(sides, fold, partner)
+        odds: FloatArray = np.zeros((2, len(samples)))
+        for f in range(FOLDS):
+            train, held = fold != f, fold == f
+            rows = np.concatenate([found[train], shuffled[train]])
+            label = np.repeat([1, 0], int(train.sum()))
+            classifier = HistGradientBoostingClassifier(
+                max_iter=150,
+                learning_rate=0.06,
+                min_samples_leaf=40,
+                early_stopping=False,
+                random_state=0,
+            ).fit(rows, label)
+            self._classifiers.append(classifier)
+            if held.any():
+                odds[0, held] = classifier.decision_function(found[held])
+                odds[1, held] = classifier.decision_function(shuffled[held])
+        self.share = misplaced_share(odds[0], odds[1])
+        for name in np.unique(source):
+            mine = source == name
+            if np.count_nonzero(mine) >= MIN_OF_SOURCE:
+                self.share_of[str(name)] = misplaced_share(odds[0, mine], odds[1, mine])
+
+    def mismatch(
+        self, samples: Sequence[TextSample], pairs: HashedPairs, features: Float32Array
+    ) -> Float32Array:
+        """(n,) probability in [0, 1] that a sample's target belongs to another prompt.
+
+        Arguments as in `fit`.
+        """
+        if not self.fitted:
+            return np.zeros(len(samples), np.float32)
+        fold = _folds(samples)
+        columns = self._columns(self._sides(samples, pairs, features), fold)
+        odds = np.zeros(len(samples))
+        for f, classifier in enumerate(self._classifiers):
+            if (fold == f).any():
+                odds[fold == f] = classifier.decision_function(columns[fold == f])
+        share = np.array([self.share_of.get(s.source or "", self.share) for s in samples])
+        probability: Float32Array = np.minimum(1.0, share * np.exp(-odds)).astype(np.float32)
+        return probability
+
+    def _sides(
+        self, samples: Sequence[TextSample], pairs: HashedPairs, features: Float32Array
+    ) -> _Sides:
+        return _Sides(
+            samples=samples,
+            pairs=pairs,
+            features=features,
+            prompt=_unit((pairs.prompt @ self._projection).toarray()),
+            target=_unit((pairs.target @ self._projection).toarray()),
+        )
+
+    def _columns(
+        self, sides: _Sides, fold: IntArray, partner: IntArray | None = None
+    ) -> FloatArray:
+        """(n, 6) what is told of each prompt with its own target, or with its partner's."""
+        cosine, packed, alone = (
+            sides.features[:, FEATURE_NAMES.index(name)]
+            for name in ("prompt_target_cosine", "target_given_prompt", "target_compression")
+        )
+        at = np.arange(len(fold))
+        if partner is not None:
+            at, alone = partner, alone[partner]
+            cosine = np.asarray(sides.pairs.prompt.multiply(sides.pairs.target[at]).sum(1))
+            packed = np.array(
+                [
+                    compression(sides.samples[other].target, sample.prompt)
+                    for sample, other in zip(sides.samples, at, strict=True)
+                ]
+            )
+        likeness = np.zeros(len(fold))
+        centred = sides.target[at] - self._centre
+        for f, linear in enumerate(self._maps):
+            mine = fold == f
+            if mine.any():
+                predicted = _with_one(sides.prompt[mine]) @ linear - self._centre
+                likeness[mine] = np.sum(_unit(predicted) * _unit(centred[mine]), axis=1)
+        columns = (
+            cosine.reshape(-1),
+            likeness,
+            np.log1p([len(sample.prompt) for sample in sides.samples]),
+            np.log1p([len(sides.samples[other].target) for other in at]),
+            packed,
+            alone,
+        )
+        table: FloatArray = np.stack(columns, axis=1).astype(np.float64)
+        return table
+
+
+def misplaced_share(found: FloatArray, shuffled: FloatArray) -> float:
+    """Share of found pairs that must be shuffled ones, from the odds of both.
+
+    Args:
+        found: (n,) log odds of the pairs as found.
+        shuffled: (m,) log odds of shuffled pairs.
+
+    Returns:
+        Share in [0, `MAX_SHARE`]; 0 if more than that would have to be, for then the odds do not
+        tell pairs apart.
+    """
+    ratios = [
+        float(np.mean(found <= threshold) / np.mean(shuffled <= threshold))
+        for threshold in np.quantile(shuffled, TAILS)
+    ]
+    share = min(ratios)
+    return share if share <= MAX_SHARE else 0.0
+
+
+def _folds(samples: Sequence[TextSample]) -> IntArray:
+    """(n,) fold of each sample, the same for samples with the same words."""
+    digests = [xxhash.xxh3_64_intdigest(f"{s.prompt}\n{s.target}") for s in samples]
+    return np.array([digest % FOLDS for digest in digests], np.int64)
+
+
+def _partners(source: NDArray[np.str_]) -> IntArray:
+    """(n,) another sample of the same source for each, of any source where it is the only one."""
+    rng = np.random.default_rng(0)
+    partner = np.arange(len(source))
+    for name in np.unique(source):
+        mine = rng.permutation(np.flatnonzero(source == name))
+        partner[mine] = np.roll(mine, 1)
+    alone: BoolArray = partner == np.arange(len(source))
+    partner[alone] = rng.integers(0, len(source), int(alone.sum()))
+    return partner
+
+
+def _ridge(prompt: Float32Array, target: Float32Array) -> Float32Array:
+    """(dim + 1, dim) linear map that predicts targets from prompts."""
+    rows = _with_one(prompt).astype(np.float64)
+    gram = rows.T @ rows
+    gram[np.diag_indices_from(gram)] += PENALTY * np.trace(gram) / len(gram)
+    solved: Float32Array = np.linalg.solve(gram, rows.T @ target).astype(np.float32)
+    return solved
+
+
+def _with_one(rows: Float32Array) -> Float32Array:
+    return np.concatenate([rows, np.ones((len(rows), 1), np.float32)], axis=1)
+
+
+def _unit(rows: Float32Array) -> Float32Array:
+    norm = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit: Float32Array = rows / np.maximum(norm, 1e-9)
+    return unit

@@ -1,0 +1,1 @@
+"""The selection benchmark: tasks and dirt, one run, its plan, and what is made of the results."""
