@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
                       help="settings of SlapConfig, for every arm")  # fmt: skip
     line.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    line.add_argument("--report", action="store_true", help="only tables and figure")
     line.add_argument("--worker", default="", help=argparse.SUPPRESS)
     return line
 
@@ -112,6 +113,30 @@ def work(arguments: argparse.Namespace, preset: Preset, part: int, parts: int) -
         )
 
 
+def run_all(arguments: argparse.Namespace, preset: Preset, given: Sequence[str]) -> int:
+    """Do what is not done, in as many processes as jobs; the worst exit status."""
+    if arguments.jobs == 1:
+        work(arguments, preset, 0, 1)
+        return 0
+    command = [sys.executable, __file__, *given, "--worker"]
+    workers = [
+        subprocess.Popen([*command, f"{part}/{arguments.jobs}"]) for part in range(arguments.jobs)
+    ]
+    return max(worker.wait() for worker in workers)
+
+
+def report(out: Path) -> int:
+    """Tables and figure of what is there."""
+    from slap_stream.tools.selection.report import draw, read_rows, summary, tables
+
+    rows = read_rows(out / "results.jsonl")
+    (out / "tables.md").write_text(tables(rows))
+    draw(rows, out / "selection.png")
+    print(tables(rows))
+    print(json.dumps(summary(rows)))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -120,17 +145,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:
         keys(arguments, preset)
-        if arguments.worker or arguments.jobs == 1:
-            part, parts = map(int, (arguments.worker or "0/1").split("/"))
+        if arguments.worker:
+            part, parts = map(int, arguments.worker.split("/"))
             work(arguments, preset, part, parts)
             return 0
-        workers = [
-            subprocess.Popen(
-                [sys.executable, __file__, *given, "--worker", f"{n}/{arguments.jobs}"]
-            )
-            for n in range(arguments.jobs)
-        ]
-        return max(worker.wait() for worker in workers)
+        if not arguments.report and (failed := run_all(arguments, preset, given)):
+            return failed
+        return report(arguments.out)
     except (SlapStreamError, OSError, ValueError) as error:
         print(f"bench_selection.py: {error}", file=sys.stderr)
         return 1

@@ -44,6 +44,10 @@ MIN_OF_SOURCE = 300
 TAILS = (0.1, 0.2, 0.3)
 # A larger share says that the words cannot tell pairs apart, not that most are misplaced.
 MAX_SHARE = 0.5
+# Chance that a found pair has higher odds than a shuffled one from which on a source's own ratio
+# is trusted. Below, it is too high (a quarter of clean translations), and the share over all
+# sources is taken if that is less.
+TELLING = 0.8
 # Dimensions in which a target is predicted from its prompt.
 PROJECTED_DIM = 256
 # Ridge penalty, in mean eigenvalues.
@@ -141,7 +145,9 @@ class PairModel:
         for name in np.unique(source):
             mine = source == name
             if np.count_nonzero(mine) >= MIN_OF_SOURCE:
-                self.share_of[str(name)] = misplaced_share(odds[0, mine], odds[1, mine])
+                share = misplaced_share(*odds[:, mine])
+                telling = _chance_above(*odds[:, mine]) >= TELLING
+                self.share_of[str(name)] = share if telling else min(share, self.share)
 
     def mismatch(
         self, samples: Sequence[TextSample], pairs: HashedPairs, features: Float32Array
@@ -175,7 +181,7 @@ class PairModel:
 
     def _columns(
         self, sides: _Sides, fold: IntArray, partner: IntArray | None = None
-    ) -> FloatArray:
+    ) -> Float32Array:
         """(n, 6) what is told of each prompt with its own target, or with its partner's."""
         cosine, packed, alone = (
             sides.features[:, FEATURE_NAMES.index(name)]
@@ -206,8 +212,8 @@ class PairModel:
             packed,
             alone,
         )
-        table: FloatArray = np.stack(columns, axis=1).astype(np.float64)
-        return table
+        # All in one precision: told apart by rounding, shuffled pairs would never look like found.
+        return np.stack([np.asarray(column, np.float32) for column in columns], axis=1)
 
 
 def misplaced_share(found: FloatArray, shuffled: FloatArray) -> float:
@@ -227,6 +233,15 @@ def misplaced_share(found: FloatArray, shuffled: FloatArray) -> float:
     ]
     share = min(ratios)
     return share if share <= MAX_SHARE else 0.0
+
+
+def _chance_above(found: FloatArray, shuffled: FloatArray) -> float:
+    """Chance that one of the first is larger than one of the second; ties count half."""
+    ordered = np.sort(shuffled)
+    below = np.searchsorted(ordered, found, side="left") + np.searchsorted(
+        ordered, found, side="right"
+    )
+    return float(below.mean()) / (2.0 * len(ordered))
 
 
 def _folds(samples: Sequence[TextSample]) -> IntArray:

@@ -91,7 +91,7 @@ def arms() -> dict[str, Arm]:
     without = {
         "rank": {"rank_weight": 0.0},
         "copies": {"copy_weight": 0.0},
-        "suspects": {"suspect_weight": 0.0},
+        "mismatch": {"mismatch_weight": 0.0},
         "curvature": {"curvature": 0.0},
         "diversity": {"diversity": 0.0},
         "composition": {"curvature": 0.0, "diversity": 0.0},

@@ -1,0 +1,248 @@
+"""The selection benchmark: what its corpora are made of, its runs, and what it makes of results."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from slap_stream import SlapConfig
+from slap_stream.errors import CorpusError
+from slap_stream.tools import bench_selection
+from slap_stream.tools.selection import schedule, tasks
+from slap_stream.tools.selection.report import Difference, holm, reached_after
+from slap_stream.tools.selection.schedule import PRESETS, Preset, arms, rate
+
+WORDS = [f"word{n}" for n in range(60)]
+TINY = Preset(
+    name="tiny",
+    size=160,
+    epochs=2,
+    hidden=32,
+    layers=1,
+    vocabulary=400,
+    max_tokens=64,
+    batch_size=8,
+    micro_batches=2,
+    evaluations=2,
+    heldout_per_task=8,
+    pretraining_steps=4,
+    shard_bytes=8_000,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Task files in the shapes of the real ones."""
+    place = tmp_path_factory.mktemp("data")
+    for name in tasks.TASKS:
+        for part, count in (("train", 400), ("test", 30)):
+            rng = random.Random(f"{name} {part}")
+            turns = 3 if name == "sgd" else 1
+            with gzip.open(place / f"{name}.{part}.jsonl.gz", "wt") as file:
+                for number in range(count):
+                    messages = []
+                    for _ in range(turns):
+                        said = rng.sample(WORDS, 8)
+                        messages += [
+                            {"role": "user", "content": " ".join(said)},
+                            {"role": "assistant", "content": " ".join(said[:4])},
+                        ]
+                    record = {"id": f"{name}-{part}-{number}", "source": "x", "messages": messages}
+                    file.write(json.dumps(record) + "\n")
+    return place
+
+
+def answers(records: list[dict[str, Any]]) -> Counter[str]:
+    """How often each answer occurs."""
+    return Counter(
+        turn["content"]
+        for record in records
+        for turn in record["messages"]
+        if turn["role"] == "assistant"
+    )
+
+
+def test_a_condition_is_told_by_its_name() -> None:
+    for name in ("balanced", "gsm8k+copies", "imbalanced+copies+shuffled"):
+        assert tasks.Condition.of(name).name == name
+    with pytest.raises(ValueError, match=r"condition must be one of balanced, .*got 'balanced\+x'"):
+        tasks.Condition.of("balanced+x")
+
+
+def test_a_dirty_mixture_holds_what_it_says(data: Path) -> None:
+    clean = tasks.training_records(data, tasks.Condition.of("imbalanced"), 200, seed=0)
+    assert Counter(r["source"] for r in clean) == {
+        "t0_50k": 130,
+        "sgd": 40,
+        "tatoeba": 20,
+        "gsm8k": 10,
+    }
+    assert {r["kind"] for r in clean} == {"clean"}
+    dirty = tasks.training_records(
+        data, tasks.Condition.of("imbalanced+copies+shuffled"), 200, seed=0
+    )
+    kinds = Counter(record["kind"] for record in dirty)
+    assert len(dirty) == 250
+    assert kinds["copy"] == 50
+    assert kinds["first"] == 3
+    assert kinds["shuffled"] == pytest.approx(50, abs=4)
+    assert len({record["id"] for record in dirty}) == len(dirty)
+    again = tasks.training_records(
+        data, tasks.Condition.of("imbalanced+copies+shuffled"), 200, seed=0
+    )
+    assert again == dirty
+    # What the base model was trained on is nowhere fine-tuned on.
+    seen = {r["id"] for name in tasks.TASKS for r in tasks.split_training(data, name)[0]}
+    assert seen
+    assert not seen & {record["id"].split(":")[1] for record in clean}
+
+
+def test_shuffled_targets_stay_in_their_source(data: Path) -> None:
+    _, records = tasks.split_training(data, "gsm8k")
+    before = answers(records)
+    tasks.shuffle_targets(records, random.Random(0))
+    assert answers(records) == before
+    assert sum(record.get("kind") == "shuffled" for record in records) == len(records)
+
+
+def test_a_near_copy_is_almost_the_same() -> None:
+    record = {
+        "id": "a",
+        "source": "s",
+        "messages": [
+            {"role": "user", "content": "How many apples does Ann have left of ten?"},
+            {"role": "assistant", "content": "She has four apples left."},
+        ],
+    }
+    copies = [tasks.near_copy(record, n, random.Random(n)) for n in range(40)]
+    words = set("How many apples does Ann have left of ten?".lower().rstrip("?").split())
+    for copied in copies:
+        said = set(copied["messages"][0]["content"].lower().rstrip("?.! ").split())
+        assert len(words - said) <= 2
+        assert said <= words | {""}
+    assert len({copied["messages"][0]["content"] for copied in copies}) > 10
+    assert record["messages"][0]["content"] == "How many apples does Ann have left of ten?"
+
+
+def test_dialogues_are_cut_after_an_answer(data: Path) -> None:
+    task = tasks.Task(name="sgd", max_characters=150, cut_turns=True)
+    for record in tasks.read_task(data, task, "train"):
+        assert record["messages"][-1]["role"] == "assistant"
+        assert sum(len(turn["content"]) for turn in record["messages"]) <= 150
+
+
+def test_held_out_records_share_little_with_the_training_set(data: Path) -> None:
+    _, seen = tasks.split_training(data, "gsm8k")
+    fresh = tasks.heldout_records(data, "gsm8k", 10, seen)
+    assert len(fresh) == 10
+    told = tasks.heldout_records(data, "gsm8k", 30, [*seen, *fresh[:5]])
+    assert not {record["id"] for record in fresh[:5]} & {record["id"] for record in told}
+
+
+def test_missing_data_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"data must hold gsm8k.train.jsonl.gz, got no such file"):
+        list(tasks.read_task(tmp_path, tasks.TASKS["gsm8k"], "train"))
+
+
+def test_the_learning_rate_warms_up_and_decays_fully() -> None:
+    rates = [rate(progress) for progress in np.linspace(0, 1, 101)]
+    assert 0 < rates[0] < 0.1
+    assert max(rates) == pytest.approx(1.0, abs=0.01)
+    assert rates[-1] == pytest.approx(0.0, abs=1e-12)
+    assert np.all(np.diff(rates[6:]) <= 0)
+
+
+@pytest.mark.parametrize("name", sorted(arms()))
+def test_every_arm_is_a_config(name: str) -> None:
+    arm = arms()[name]
+    assert arm.name == name
+    SlapConfig(**{"keep": 0.7} | dict(arm.config))
+
+
+def test_every_preset_names_arms_and_conditions_that_exist() -> None:
+    for preset in PRESETS.values():
+        assert set(preset.arms) <= set(arms())
+        assert [c.name for c in schedule.conditions_of(preset)] == list(preset.conditions)
+        assert preset.rate_for(0.66) == preset.learning_rate[0.7]
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=12))
+def test_differences_come_with_students_interval(values: list[float]) -> None:
+    difference = Difference.of(values)
+    assert difference.mean == pytest.approx(np.mean(values))
+    spread = np.std(values, ddof=1)
+    if spread > 1e-6:
+        low, high = stats.t.interval(
+            0.95, len(values) - 1, loc=np.mean(values), scale=spread / len(values) ** 0.5
+        )
+        assert difference.margin == pytest.approx((high - low) / 2)
+        assert difference.p == pytest.approx(stats.ttest_1samp(values, 0.0).pvalue)
+        assert difference.mean < difference.upper < difference.mean + difference.margin
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert str(Difference.of([0.25])) == "+0.2500"
+    assert str(Difference.of([0.1, 0.3])) == "+0.2000 ± 1.2706"
+
+
+def test_holm_corrects_the_smallest_most() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+
+
+def test_a_loss_is_reached_when_it_is_not_left_again() -> None:
+    row = {"curve": [[0, 5.0], [100, 3.0], [200, 4.0], [300, 2.0]]}
+    assert reached_after(row, 3.0) == pytest.approx(250)
+    assert reached_after(row, 1.0) == float("inf")
+    assert reached_after(row, 6.0) == 0.0
+
+
+def test_runs_are_made_once_and_reported(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    given = [
+        *("--data", str(data), "--out", str(tmp_path), "--preset", "tiny", "--seeds", "1"),
+        *("--conditions", "balanced+copies+shuffled", "--set", "warmup_losses=16"),
+    ]
+    assert bench_selection.main([*given, "--arms", "full", "oracle"]) == 0
+    first = (tmp_path / "results.jsonl").read_text()
+    assert bench_selection.main([*given, "--arms", "full", "oracle", "slap_auto"]) == 0
+    text = (tmp_path / "results.jsonl").read_text()
+    assert text.startswith(first)
+    full, oracle, auto = map(json.loads, text.splitlines())
+    assert full["samples"] == full["candidates"] // 8 * 8
+    assert oracle["samples"] == int(0.7 * oracle["candidates"] / 2 / 8) * 8 * 2
+    assert auto["samples"] <= full["samples"]
+    # The oracle knows; and all kinds are accounted for.
+    rates = [row["trained"]["shuffled"] / row["offered"]["shuffled"] for row in (full, oracle)]
+    assert rates[0] > 0.9
+    assert rates[1] < 0.7
+    for row in (full, oracle, auto):
+        assert sum(row["trained"].values()) == row["samples"]
+        assert sum(row["offered"].values()) == row["candidates"]
+        assert set(row["heldout"]) == set(tasks.TASKS)
+    printed = capsys.readouterr().out
+    assert "| oracle warmup_losses=16 | 0.68 | " in printed
+    assert json.loads(printed.splitlines()[-1])["balanced+copies+shuffled"]
+    assert (tmp_path / "selection.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_argument_is_one_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", str(data), "--out", str(tmp_path)]
+    assert bench_selection.main([*given, "--arms", "best"]) == 1
+    assert "arms must be of full, " in capsys.readouterr().err
+    assert bench_selection.main([*given, "--conditions", "best"]) == 1
+    assert "condition must be one of balanced" in capsys.readouterr().err
