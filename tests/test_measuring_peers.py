@@ -89,6 +89,23 @@ def test_a_measurement_stays_as_long_as_its_candidate() -> None:
     )
 
 
+def test_with_probes_to_spare_what_was_measured_longest_ago_follows_what_is_new() -> None:
+    table = LossTable(1280, 16)
+    sampler = measuring("greats", table, pool_batches=8)
+    for _ in zip(range(12), measured_steps(sampler, table), strict=False):
+        pass
+    sampler.compose()
+    pool = sampler.lanes[0].pool
+    slots = pool.slots()
+    new = np.isnan(pool.floats("own_loss")[slots])
+    assert 0 < np.count_nonzero(new) < len(slots) - 20
+    since = np.where(new, -1, pool.ints("own_since")[slots])
+    order = slots[np.lexsort((pool.ints("offered_at")[slots], since))]
+    count = np.count_nonzero(new) + 20
+    expected = pool.ints("sample_id")[order[:count]]
+    assert set(sampler.probe_candidates(count).tolist()) == set(expected.tolist())
+
+
 def test_other_policies_measure_a_few_only() -> None:
     for policy in ("slap", "slap_paper", "infobatch", "uniform"):
         with pytest.raises(ConfigError, match=r"probe_fraction must be in \[0, 0.15\], got 0.5"):
