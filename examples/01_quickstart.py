@@ -21,11 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from quickstart_data import Record, docstring_records, read_records, split
+from quickstart_data import Record, docstring_records, read_records, split, train_tokenizer
 from quickstart_figure import Curve, draw
 from quickstart_report import Run, kinds_of, report, strata_of
 from streaming import StreamingDataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slap_stream import (
@@ -35,7 +34,7 @@ from slap_stream import (
     SlapDataLoader,
     per_sample_loss,
 )
-from slap_stream.chat import DEFAULT_CHAT_TEMPLATE, ChatCollator, encode
+from slap_stream.chat import ChatCollator, encode
 from slap_stream.errors import SlapStreamError
 from slap_stream.shards import corpus_size, iter_corpus
 from slap_stream.tools import convert, embed
@@ -51,27 +50,6 @@ TOKENS_PER_RUN = 600_000
 # Says that a directory is a quickstart's own and may be overwritten.
 MARKER = ".quickstart"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def train_tokenizer(records: list[Record], path: Path) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the training texts, with a chat template."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    roles = ["<|system|>", "<|user|>", "<|assistant|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=2048,
-        special_tokens=["<|end|>", "<|pad|>", *roles],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator((m["content"] for r in records for m in r["messages"]), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>"
-    )
-    tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
-    tokenizer.save_pretrained(path)
-    return tokenizer
 
 
 def command(tool: Any, *arguments: str | Path) -> None:

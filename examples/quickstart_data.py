@@ -1,4 +1,5 @@
-"""Data of the quickstart: questions about the Python code of this very installation, and a split.
+"""Data of the examples: questions about the Python code of this very installation, a split of
+them, and a tokenizer.
 
 Every function and class with a docstring gives one record of one of four kinds, which is also
 its source: `explain` (code -> docstring), `purpose` (class outline -> docstring), `signature`
@@ -20,6 +21,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from slap_stream.chat import DEFAULT_CHAT_TEMPLATE
 from slap_stream.converting.inputs import cut, find_inputs
 from slap_stream.converting.readers import read
 from slap_stream.converting.records import COLUMNS, RecordDropped, normalise
@@ -165,6 +170,27 @@ def _shingles(record: Record) -> set[int]:
     words = text.lower().split()
     last = max(1, len(words) - SHINGLE_WORDS + 1)
     return {hash(tuple(words[start : start + SHINGLE_WORDS])) for start in range(last)}
+
+
+def train_tokenizer(records: list[Record], path: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of the training texts, with a chat template."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    roles = ["<|system|>", "<|user|>", "<|assistant|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048,
+        special_tokens=["<|end|>", "<|pad|>", *roles],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator((m["content"] for r in records for m in r["messages"]), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>"
+    )
+    tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    tokenizer.save_pretrained(path)
+    return tokenizer
 
 
 def answer_of(record: Record) -> str:

@@ -148,6 +148,50 @@ class Composer:
             self._compare_with_uniform(policy, slots, positions)
         return slots[positions]
 
+    def choose_probes(self, count: int) -> IntArray:
+        """Choose whom to probe: half uniformly in strata, so that means stay unbiased, half where
+        the prediction is least certain.
+
+        Args:
+            count: How many.
+
+        Returns:
+            (count,) slots, all different; as many as the pool has if it has fewer.
+
+        Raises:
+            ValueError: If the pool is empty.
+        """
+        pool, progress, slots = self._pool, self._progress, self._pool.slots()
+        slots = slots[self._copy_number(slots) == 0]
+        if not len(slots):
+            raise ValueError(
+                "probe_candidates needs candidates in the pool; compose a batch first."
+            )
+        known = ~np.isnan(pool.floats("own_loss")[slots])
+        if np.count_nonzero(~known) >= count:
+            slots = slots[~known]
+        elif self._plan.config.measures_all:
+            # All that is new, then what was measured longest ago.
+            since = np.where(known, pool.ints("own_since")[slots], -1)
+            slots = slots[np.lexsort((pool.ints("offered_at")[slots], since))[:count]]
+        # Otherwise what was measured before may be measured again.
+        count = min(count, len(slots))
+        uncertain = count // 2 if self._model.fitted else 0
+        view = self.view(slots)
+        draws = uniforms(
+            self._plan.config.seed, Purpose.PROBE, progress.epoch, view.sample_id, view.occurrence
+        )
+        stock = progress.by_stratum(view.stratum)
+        quota = apportion(stock, np.zeros_like(stock), stock, count - uncertain)
+        picked = top_of_each_stratum(draws, view, quota)
+        if uncertain:
+            rest = np.setdiff1d(np.arange(len(slots)), picked)
+            variance = self._model.variance(pool.x[slots[rest]])
+            least_certain = np.argsort(-variance, kind="stable")[:uncertain]
+            picked = np.concatenate([picked, rest[least_certain]])
+        probes: IntArray = slots[picked]
+        return probes
+
     def loss_weights(self, slots: IntArray, chosen: IntArray) -> FloatArray:
         """Weights of a batch's losses, as the policy wants them.
 

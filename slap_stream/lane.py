@@ -19,11 +19,9 @@ from slap_stream.intake import Intake
 from slap_stream.learnability import LearnabilityModel
 from slap_stream.plan import Keep, LanePlan, Progress
 from slap_stream.policies import Policy, Uds
-from slap_stream.policies.base import SketchPolicy, top_of_each_stratum
-from slap_stream.quota import apportion
-from slap_stream.repeats import copy_number
+from slap_stream.policies.base import SketchPolicy
 from slap_stream.reservoir import RecentlyTrained, Reservoirs, SketchQueue, nearest_other
-from slap_stream.rng import Purpose, gumbels, uniforms
+from slap_stream.rng import gumbels
 from slap_stream.strata import Strata, cluster_sums
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, ShardGate, State
 
@@ -297,8 +295,7 @@ class Lane:
         self.pool.remove(slots)
 
     def probe_candidates(self, count: int) -> IntArray:
-        """Choose candidates whose losses would tell most: half uniformly in strata, so that means
-        stay unbiased, half where the prediction is least certain.
+        """Choose candidates whose losses would tell most.
 
         Args:
             count: How many; ids repeat if the pool holds fewer.
@@ -309,54 +306,20 @@ class Lane:
         Raises:
             ValueError: If the pool is empty.
         """
-        slots = self.pool.slots()
-        slots = slots[
-            copy_number(self.pool.ints("sample_id")[slots], self.pool.ints("occurrence")[slots])
-            == 0
-        ]
-        if not len(slots):
-            raise ValueError(
-                "probe_candidates needs candidates in the pool; compose a batch first."
-            )
-        known = ~np.isnan(self.pool.floats("own_loss")[slots])
-        if np.count_nonzero(~known) >= count:
-            slots = slots[~known]
-        elif self._plan.config.measures_all:
-            # All that is new, then what was measured longest ago.
-            since = np.where(known, self.pool.ints("own_since")[slots], -1)
-            offered_at = self.pool.ints("offered_at")[slots]
-            slots = slots[np.lexsort((offered_at, since))[:count]]
-        # Otherwise what was measured before may be measured again.
-        count_now = min(count, len(slots))
-        uncertain = count_now // 2 if self._model.fitted else 0
-        view = self._composer.view(slots)
-        draws = uniforms(
-            self._plan.config.seed,
-            Purpose.PROBE,
-            self.progress.epoch,
-            view.sample_id,
-            view.occurrence,
-        )
-        stock = self.progress.by_stratum(view.stratum)
-        quota = apportion(stock, np.zeros_like(stock), stock, count_now - uncertain)
-        picked = top_of_each_stratum(draws, view, quota)
-        if uncertain:
-            rest = np.setdiff1d(np.arange(len(slots)), picked)
-            variance = self._model.variance(self.pool.x[slots[rest]])
-            picked = np.concatenate(
-                [picked, rest[np.argsort(-variance, kind="stable")[:uncertain]]]
-            )
+        slots = np.resize(self._composer.choose_probes(count), count)
         due, pooled = self._due_probes(self._plan.table.num_candidates // self._plan.num_lanes)
         # What left the pool before it could be probed cannot be made up for.
         self._probed += count + max(0, due - pooled)
-        picked = np.resize(picked, count)
-        self.awaiting_probed.ask(self._composed, view.sample_id[picked], self.pool.x[slots[picked]])
-        return view.sample_id[picked]
+        ids = self.pool.ints("sample_id")[slots]
+        self.awaiting_probed.ask(self._composed, ids, self.pool.x[slots])
+        return ids
 
     def probe_budget(self, candidates: int) -> int:
         """Probes due now for a lane with so many candidates; the smallest lane's count makes it
         equal on all lanes."""
-        if not 0 < self.progress.part < self._plan.parts:
+        progress = self.progress
+        # Withdrawals may empty the pool before the plan does.
+        if not 0 < progress.part < self._plan.parts or not len(self.pool):
             return 0
         return max(0, min(self._due_probes(candidates)))
 

@@ -189,6 +189,9 @@ class SlapDataLoader(DataLoader[Any]):
             timeout=timeout,
             worker_init_fn=worker_init_fn,
             multiprocessing_context=multiprocessing_context,
+            # Torch draws the workers' seed at every iteration: from the global generator, a resumed
+            # run would draw once more than the unbroken one, and its dropout would differ.
+            generator=torch.Generator().manual_seed(config.seed),
         )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -223,8 +226,7 @@ class SlapDataLoader(DataLoader[Any]):
     @property
     def epoch(self) -> int:
         """Epoch of the next batch, counted from 0."""
-        finished = self.composer.exhausted and not self._pending.undelivered
-        return self.composer.epoch + int(finished)
+        return self.composer.epoch + int(self._finished)
 
     @property
     def progress(self) -> float:
@@ -233,7 +235,11 @@ class SlapDataLoader(DataLoader[Any]):
         As of the batch delivered last: 1 with the epoch's last one. A learning rate that follows
         (epoch + progress) / epochs is decayed fully whatever the number of batches comes to.
         """
-        return self._pending.progress
+        return 1.0 if self._finished else self._pending.progress
+
+    @property
+    def _finished(self) -> bool:
+        return self.composer.exhausted and not self._pending.undelivered
 
     def observe(self, ids: Any, losses: Any) -> None:
         """Feed back the losses of samples that were trained on; free, the step has made them.

@@ -19,6 +19,7 @@ FLOORS = {
     "policies embeddings encoders encoding corpus converting",
     3: "composer lane run_state sampler",
     4: "loader probe probing shards sharding",
+    5: "integrations",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 ONLY_IMPORTER = {"numba": "kernels", "zarr": "embeddings", "streaming": "shards"}
@@ -72,6 +73,7 @@ def test_modules_import_only_from_their_own_floor_and_below() -> None:
     [
         ("order.py", "from slap_stream.sampler import SlapSampler", "a floor above"),
         ("lane.py", "def f():\n    import slap_stream.loader", "a floor above"),
+        ("loader.py", "import slap_stream.integrations.transformers", "a floor above"),
         ("quota.py", "import numba", "only kernels may"),
         ("tidy.py", "", "stands on no floor"),
     ],

@@ -137,6 +137,20 @@ def test_someone_elses_shards_are_trained_on_and_resumed(
     assert "step 15" not in printed
 
 
+def test_a_hugging_face_training_is_broken_off_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    arguments = ("--records", "400", "--save-every", "5", "--out", out)
+    run_here("03_hf_trainer.py", *arguments)
+    printed = capsys.readouterr().out
+    assert "taken away after step 19 of 26" in printed
+    assert "step 26 of 26: the last epoch trained on 208 of" in printed
+    with pytest.raises(SystemExit, match="2"):
+        run_here("03_hf_trainer.py", *arguments)
+    assert "--out must be new" in capsys.readouterr().err
+
+
 def test_docstrings_become_questions_of_every_kind() -> None:
     data = import_module("quickstart_data")
     records = data.docstring_records(300, seed=1)

@@ -122,6 +122,12 @@ def test_breaking_off_goes_on_with_the_epoch(corpus: Path, unbroken: list[list[i
     assert ids == unbroken
 
 
+def test_iterating_leaves_torchs_random_state_alone(corpus: Path) -> None:
+    before = torch.get_rng_state()
+    run(make(corpus), 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_run_killed_and_resumed_equals_the_unbroken_one(
     corpus: Path, unbroken: list[list[int]], tmp_path: Path
 ) -> None:

@@ -305,6 +305,19 @@ def test_losses_that_are_not_finite_are_counted_and_left_out() -> None:
     assert np.isfinite(list(sampler.metrics().values())).all()
 
 
+def test_nothing_is_due_to_be_probed_where_withdrawals_have_emptied_the_pool() -> None:
+    sampler = make([40] * 5, batch_size=8, keep=1.0, probe_fraction=0.1)
+    batches = iter(sampler)
+    next(batches)
+    sampler.update(sampler.probe_candidates(8), np.full(8, np.nan), np.ones((8, 16)))
+    # Exactly one batch less: the pool is empty a step before the epoch ends.
+    for _ in range(23):
+        next(batches)
+    assert not sampler.exhausted
+    assert sampler.metrics()["pooled"] == 0
+    assert sampler.probe_budget() == 0
+
+
 def test_rows_that_are_not_finite_are_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:
     vectors = embeddings(200)
     vectors[::10] = np.nan

@@ -1,0 +1,1 @@
+"""Training loops of other libraries that slap_stream plugs into."""

@@ -1,0 +1,408 @@
+"""SlapTrainer: Hugging Face's Trainer, on batches that are composed while the model trains."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from slap_stream.chat import ChatCollator
+from slap_stream.config import SlapConfig
+from slap_stream.errors import ConfigError, StateError
+from slap_stream.loader import SAMPLE_ID, SlapDataLoader
+from slap_stream.probe import LearnabilityProbe, per_sample_loss
+from slap_stream.shards import shard_table
+
+STATE_FILE = "slap_stream.json"
+METRICS_PREFIX = "slap/"
+
+
+class SlapTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
+    """A `Trainer` that decides which samples are worth a step; everything else is the Trainer's.
+
+    The loss that is trained on is what the stock Trainer would make of the same batch, label
+    smoothing, `compute_loss_func` and token counts over accumulated batches included. Beside it
+    each sample's mean loss goes back to the loader, and a `LearnabilityProbe` steps along with the
+    optimizer. Evaluation and prediction are the stock Trainer's.
+
+    A checkpoint holds the loader's state in `slap_stream.json`, and `resume_from_checkpoint` goes
+    on exactly; `ignore_data_skip` has no meaning here. Batches are always whole, as with
+    `dataloader_drop_last`, and have one row per sample: there is no packing. The columns that a
+    `ChatCollator` reads are never removed. The loader's metrics go to the reporters (TensorBoard,
+    Weights & Biases) and to the caller's callbacks as `slap/...`, but neither to the console nor
+    to `log_history`, which every checkpoint holds.
+
+    Args:
+        model: As for `Trainer`; a causal language model, or see `sample_losses`.
+        args: As for `Trainer`; `per_device_train_batch_size` must be the dataset's `batch_size`.
+            What cannot be honoured is refused by name.
+        data_collator: As for `Trainer`; makes a mapping with `labels`.
+        train_dataset: A `StreamingDataset`.
+        eval_dataset: As for `Trainer`.
+        embeddings: The training set's, as for `SlapDataLoader`.
+        slap_config: Settings; default `SlapConfig()`. `probe_fraction=0` switches the probe off.
+        head: As for `LearnabilityProbe`.
+        loss_fn: As for `LearnabilityProbe`.
+        callbacks: As for `Trainer`.
+        **options: Everything else that `Trainer` takes, which differs from version to version.
+
+    Raises:
+        TypeError: If the training set is not a `StreamingDataset`.
+        ConfigError: If settings contradict each other, or one of them cannot be honoured.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        embeddings: Any = None,
+        slap_config: SlapConfig | None = None,
+        head: nn.Module | None = None,
+        loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None,
+        callbacks: list[Any] | None = None,
+        **options: Any,
+    ) -> None:
+        # A copy, because two settings are changed below, and the caller may use theirs again.
+        args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
+        _check_arguments(args)
+        if train_dataset is not None:
+            _check_dataset(train_dataset, embeddings, args)
+        # The loader itself knows where to go on; batches skipped by the Trainer would be lost.
+        args.ignore_data_skip = True
+        if isinstance(data_collator, ChatCollator):
+            args.remove_unused_columns = False
+        self._embeddings = embeddings
+        self._slap_config = slap_config or SlapConfig()
+        self._head, self._loss_fn = head, loss_fn
+        self._resume_from: str | None = None
+        self.loader: SlapDataLoader | None = None
+        """The loader of the training that runs, or that ran last."""
+        self.probe: LearnabilityProbe | None = None
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            # Before the caller's own, which then see what ours have set.
+            callbacks=[_Companion(self), *(callbacks or [])],
+            **options,
+        )
+        # Around the last one, which prints; callbacks that are added later are told again.
+        quiet = _HideMetrics()
+        self.callback_handler.callbacks.insert(-1, quiet)
+        self.callback_handler.callbacks.append(_ShowMetrics(quiet))
+
+    def sample_losses(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        """What each sample of a training batch costs, from the forward of the training step.
+
+        Override it for a model whose loss is not the cross-entropy of the next token, together
+        with `head=` and `loss_fn=`.
+
+        Args:
+            outputs: What the model returned.
+            labels: (batch, tokens) int64.
+
+        Returns:
+            (batch,) losses that tell samples apart; no gradient is needed.
+
+        Raises:
+            ConfigError: If there are no logits.
+        """
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        if logits is None:
+            raise ConfigError(
+                f"the model's output must be a mapping with logits, got {type(outputs).__name__} "
+                "without; switch fused losses off (use_liger_kernel), or override "
+                "SlapTrainer.sample_losses."
+            )
+        # One sample at a time: logits as float32 are the largest thing in a training step.
+        rows = range(len(labels))
+        return torch.cat([per_sample_loss(logits[i : i + 1], labels[i : i + 1]) for i in rows])
+
+    def get_train_dataloader(self) -> SlapDataLoader:
+        """A new loader over the training set, at the start of its first epoch."""
+        if self.train_dataset is None:
+            raise ValueError("train_dataset must be given to train, got None.")
+        args, collate = self.args, self.data_collator
+        if args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
+            collate = _ModelColumns(collate, self._signature_columns)
+        # Not prepared by Accelerate, which would divide and reorder the batches; the Trainer moves
+        # them to the device.
+        return _TrainerLoader(
+            self.train_dataset,
+            self._train_batch_size,
+            embeddings=self._embeddings,
+            config=self._slap_config,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The stock Trainer's loss; in training, each sample's own goes back to the loader."""
+        ids = inputs.pop(SAMPLE_ID, None) if model.training else None
+        # The stock Trainer takes them out of the inputs for some losses.
+        labels = inputs.get("labels")
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if ids is not None and self.loader is not None:
+            if labels is None:
+                raise ConfigError(
+                    f"data_collator must make labels, got the columns {sorted(inputs)!r}; use "
+                    "ChatCollator(tokenizer), or one that makes them."
+                )
+            with torch.no_grad():
+                self.loader.observe(ids, self.sample_losses(outputs, labels))
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, *device: Any
+    ) -> tuple[list[Any], Any]:
+        """The batches of one optimizer step."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, *device)
+        if len(batches) < num_batches:
+            # An epoch that ends early, because shards were withdrawn, may leave a few batches that
+            # no optimizer step would follow.
+            return [], None
+        return batches, num_items
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Samples of an epoch: those that are trained on, not those that are offered."""
+        if isinstance(dataloader, _TrainerLoader):
+            return dataloader.steps * int(self._train_batch_size)
+        return int(super().num_examples(dataloader))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the loader's metrics beside the training loss."""
+        if self.loader is None or "loss" not in logs:
+            super().log(logs, start_time)
+            return
+        metrics = {METRICS_PREFIX + name: n for name, n in self.loader.metrics().items()}
+        super().log({**logs, **metrics}, start_time)
+        # The history is written into every checkpoint.
+        entry = self.state.log_history[-1]
+        self.state.log_history[-1] = {name: entry[name] for name in entry if name not in metrics}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.loader is not None:
+            state = json.dumps(self.loader.state_dict(), default=lambda array: array.tolist())
+            (Path(output_dir) / STATE_FILE).write_text(state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # The Trainer tells nobody else where it resumes from, and the loader is not loaded here:
+        # its length has still to be that of a whole epoch.
+        self._resume_from = checkpoint
+
+    def _begin(self, loader: _TrainerLoader) -> None:
+        """Take up a training whose model and optimizer are as they are to start."""
+        self.loader, self.probe = loader, None
+        if self._resume_from is not None:
+            loader.load_state_dict(_read_state(Path(self._resume_from)))
+        if loader.config.probe_fraction > 0:
+            # Accelerate casts inside the model's forward only; the probe calls the head by itself.
+            with self.accelerator.autocast():
+                self.probe = LearnabilityProbe(
+                    self.model,
+                    loader,
+                    head=self._head,
+                    loss_fn=self._loss_fn,
+                    optimizer=self.optimizer,
+                    batch_size=self._train_batch_size,
+                )
+
+    def _step_probe(self) -> None:
+        if self.probe is not None:
+            with self.accelerator.autocast():
+                self.probe.step()
+
+
+class _TrainerLoader(SlapDataLoader):
+    """Its length is what the Trainer counts at the start of an epoch: the batches still to come.
+
+    After a resume in mid-epoch that is less than an epoch. The Trainer would otherwise wait for
+    batches that do not come, and never step on an epoch's last, shorter group of them.
+    """
+
+    @property
+    def steps(self) -> int:
+        """Batches of a whole epoch; with keep="auto", the most there can be."""
+        return len(self.composer)
+
+    @property
+    def delivered(self) -> int:
+        """Batches delivered in the epoch of the next batch."""
+        finished = self.progress == 1.0
+        return 0 if finished else self.composer.step - self._pending.undelivered
+
+    def __len__(self) -> int:
+        return self.steps - self.delivered
+
+
+class _ModelColumns:
+    """Hands a collator the columns that the model takes, and none besides."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any], columns: list[str]) -> None:
+        self._collate = collate
+        self._columns = frozenset(columns)
+
+    def __call__(self, samples: list[dict[str, Any]]) -> Any:
+        kept = [
+            {name: value for name, value in sample.items() if name in self._columns}
+            for sample in samples
+        ]
+        if not kept[0]:
+            raise ConfigError(
+                "remove_unused_columns must be False where the collator makes the model's inputs "
+                f"of other columns, got samples with only {sorted(samples[0])}; the model takes "
+                "none of them."
+            )
+        return self._collate(kept)
+
+
+class _Companion(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """What has to happen at moments that only callbacks are told of."""
+
+    def __init__(self, trainer: SlapTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, *, train_dataloader: Any, **others: Any
+    ) -> None:
+        """The optimizer has been made and loaded."""
+        self._trainer._begin(train_dataloader)
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, *, train_dataloader: Any, **others: Any
+    ) -> None:
+        """With keep="auto" fewer steps come than were planned for: the schedule follows the data.
+
+        The scheduler is about to step to the next of the planned steps; it is set to the one at
+        which as much of the data was planned to be done.
+        """
+        if train_dataloader.config.keep == "auto" and args.max_steps <= 0:
+            scheduler: Any = self._trainer.lr_scheduler
+            scheduler = getattr(scheduler, "scheduler", scheduler)
+            done = _epochs_done(train_dataloader) / args.num_train_epochs
+            scheduler.last_epoch = max(0, math.ceil(done * state.max_steps) - 1)
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, *, train_dataloader: Any, **others: Any
+    ) -> None:
+        """An optimizer step has been taken; it is logged and saved after this."""
+        self._trainer._step_probe()
+        # The Trainer counts from where it resumed.
+        state.epoch = _epochs_done(train_dataloader)
+
+    def on_epoch_end(
+        self, args: Any, state: Any, control: Any, *, train_dataloader: Any, **others: Any
+    ) -> None:
+        """The Trainer infers the epoch from the steps: wrong after one that ended early."""
+        by_epochs = args.max_steps <= 0
+        if by_epochs and train_dataloader.epoch >= math.ceil(args.num_train_epochs):
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, *, train_dataloader: Any, **others: Any
+    ) -> None:
+        """No more shards are needed; a new training has a loader of its own."""
+        train_dataloader.close()
+
+
+def _epochs_done(loader: SlapDataLoader) -> float:
+    """Epochs delivered; a finished one counts as the next one's beginning."""
+    return loader.epoch + loader.progress % 1.0
+
+
+class _HideMetrics(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Takes the loader's metrics out of what the callbacks after it are told."""
+
+    def __init__(self) -> None:
+        self.hidden: dict[str, float] = {}
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **others: Any
+    ) -> None:
+        """Every callback is handed the same dict."""
+        names = [name for name in logs if name.startswith(METRICS_PREFIX)]
+        self.hidden = {name: logs.pop(name) for name in names}
+
+
+class _ShowMetrics(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Puts back what was hidden."""
+
+    def __init__(self, quiet: _HideMetrics) -> None:
+        self._quiet = quiet
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **others: Any
+    ) -> None:
+        """Every callback is handed the same dict."""
+        logs.update(self._quiet.hidden)
+
+
+def _check_arguments(args: TrainingArguments) -> None:
+    """Refuse what cannot be honoured, by name."""
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise ConfigError(
+            f"SlapTrainer must run on one device, got a world of {args.world_size} with "
+            f"{args.n_gpu} devices each; ranks do not exchange their statistics yet: start one "
+            "process with one device visible (CUDA_VISIBLE_DEVICES=0)."
+        )
+    refused = {
+        "group_by_length": "the sampler composes the batches",
+        "auto_find_batch_size": "the batch size is fixed for a run; find it beforehand",
+        "include_tokens_per_second": "it would read an epoch in advance; use "
+        "include_num_input_tokens_seen",
+        "deepspeed": "its engine takes over the optimizer step, which the probe follows",
+    }
+    for name, cure in refused.items():
+        if getattr(args, name, None):
+            raise ConfigError(f"{name} must be off, got {getattr(args, name)!r}; {cure}.")
+
+
+def _check_dataset(dataset: Any, embeddings: Any, args: TrainingArguments) -> None:
+    shard_table(dataset)
+    if embeddings is None:
+        raise ConfigError(
+            "embeddings must be given with a train_dataset, got None; slap-embed makes them."
+        )
+    if dataset.batch_size not in (None, args.per_device_train_batch_size):
+        raise ConfigError(
+            f"per_device_train_batch_size must be the dataset's batch_size, {dataset.batch_size}, "
+            f"got {args.per_device_train_batch_size!r}; give both the same."
+        )
+
+
+def _read_state(checkpoint: Path) -> Any:
+    path = checkpoint / STATE_FILE
+    if not path.is_file():
+        raise StateError(
+            f"resume_from_checkpoint must be a checkpoint of a SlapTrainer, got {checkpoint}, "
+            f"which has no {STATE_FILE}; it was written by another Trainer or with "
+            "save_only_model: load its weights instead, and start anew."
+        )
+    return json.loads(path.read_text())
