@@ -6,15 +6,15 @@ import numpy as np
 
 from slap_stream.appraisal import Appraiser
 from slap_stream.intake import Intake
-from slap_stream.learnability import LearnabilityModel
+from slap_stream.learnability import NUM_OWN_COLUMNS, LearnabilityModel
 from slap_stream.plan import Keep, LanePlan, Progress
-from slap_stream.policies import Policy, PoolView, Slap, Uniform
+from slap_stream.policies import InfoBatch, Policy, PoolView, Slap, Uniform
 from slap_stream.policies.base import top_of_each_stratum
 from slap_stream.quota import apportion, claims_of
 from slap_stream.repeats import Turns, copy_number, pressing
-from slap_stream.reservoir import RecentlyTrained, Reservoirs
+from slap_stream.reservoir import RecentlyTrained, Reservoirs, SketchQueue
 from slap_stream.rng import Purpose, generator, uniforms
-from slap_stream.types import BoolArray, FloatArray, IntArray
+from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray
 
 
 class Composer:
@@ -29,10 +29,12 @@ class Composer:
         intake: The lane's candidates to come.
         pool: The lane's pool.
         recent: What the lane trained on lately.
+        chosen: Gradient sketches of what the lane chose last.
         appraiser: The lane's yardsticks.
         progress: How far the lane is; the lane moves it.
 
     Attributes:
+        target: (sketch_dim,) mean gradient sketch of a target set, None if there is none.
         compare: Whether the next batch is compared with one drawn uniformly.
         gauges: Learnability of the last batch that was compared, and of the other.
     """
@@ -48,13 +50,18 @@ class Composer:
         intake: Intake,
         pool: Reservoirs,
         recent: RecentlyTrained,
+        chosen: SketchQueue,
         appraiser: Appraiser,
         progress: Progress,
     ) -> None:
         self._index, self._plan, self._model, self._keep = index, plan, model, keep
         self._trained_policy = policy
-        self._intake, self._pool, self._recent = intake, pool, recent
+        self._intake, self._pool, self._recent, self._chosen = intake, pool, recent, chosen
         self._appraiser, self._progress = appraiser, progress
+        names = plan.store.feature_names
+        if "reference_loss" in names:
+            self._reference_column = NUM_OWN_COLUMNS + names.index("reference_loss")
+        self.target: Float32Array | None = None
         self.compare = False
         self.gauges: dict[str, float] = {}
 
@@ -141,6 +148,65 @@ class Composer:
             self._compare_with_uniform(policy, slots, positions)
         return slots[positions]
 
+    def choose_probes(self, count: int) -> IntArray:
+        """Choose whom to probe: half uniformly in strata, so that means stay unbiased, half where
+        the prediction is least certain.
+
+        Args:
+            count: How many.
+
+        Returns:
+            (count,) slots, all different; as many as the pool has if it has fewer.
+
+        Raises:
+            ValueError: If the pool is empty.
+        """
+        pool, progress, slots = self._pool, self._progress, self._pool.slots()
+        slots = slots[self._copy_number(slots) == 0]
+        if not len(slots):
+            raise ValueError(
+                "probe_candidates needs candidates in the pool; compose a batch first."
+            )
+        known = ~np.isnan(pool.floats("own_loss")[slots])
+        if np.count_nonzero(~known) >= count:
+            slots = slots[~known]
+        elif self._plan.config.measures_all:
+            # All that is new, then what was measured longest ago.
+            since = np.where(known, pool.ints("own_since")[slots], -1)
+            slots = slots[np.lexsort((pool.ints("offered_at")[slots], since))[:count]]
+        # Otherwise what was measured before may be measured again.
+        count = min(count, len(slots))
+        uncertain = count // 2 if self._model.fitted else 0
+        view = self.view(slots)
+        draws = uniforms(
+            self._plan.config.seed, Purpose.PROBE, progress.epoch, view.sample_id, view.occurrence
+        )
+        stock = progress.by_stratum(view.stratum)
+        quota = apportion(stock, np.zeros_like(stock), stock, count - uncertain)
+        picked = top_of_each_stratum(draws, view, quota)
+        if uncertain:
+            rest = np.setdiff1d(np.arange(len(slots)), picked)
+            variance = self._model.variance(pool.x[slots[rest]])
+            least_certain = np.argsort(-variance, kind="stable")[:uncertain]
+            picked = np.concatenate([picked, rest[least_certain]])
+        probes: IntArray = slots[picked]
+        return probes
+
+    def loss_weights(self, slots: IntArray, chosen: IntArray) -> FloatArray:
+        """Weights of a batch's losses, as the policy wants them.
+
+        Args:
+            slots: (n,) slots that the batch was chosen from, ascending.
+            chosen: (batch_size,) slots of the batch.
+
+        Returns:
+            (batch_size,) weights; ones unless the policy makes up for what it prunes.
+        """
+        policy = self.policy
+        if not isinstance(policy, InfoBatch):
+            return np.ones(len(chosen))
+        return policy.loss_weights(self.view(slots))[np.searchsorted(slots, chosen)]
+
     def view(self, slots: IntArray) -> PoolView:
         """What a policy sees of the candidates in (n,) slots, in their order."""
         pool = self._pool
@@ -155,6 +221,14 @@ class Composer:
             z=pool.z[slots],
             recent=self._recent,
             typical=self._appraiser.typical,
+            epoch=self._progress.epoch,
+            embedding=lambda: pool.unit[slots],
+            measured=lambda: ~np.isnan(pool.floats("own_loss")[slots]),
+            sketch=lambda: pool.sketch[slots],
+            nuclear_norm=lambda: pool.floats("nuclear_norm")[slots],
+            chosen=lambda: self._chosen.sketch,
+            reference_loss=lambda: pool.x[slots, self._reference_column].astype(np.float64),
+            target=self.target,
             rng=lambda: generator(
                 self._plan.config.seed,
                 Purpose.POLICY,

@@ -8,9 +8,24 @@ from typing import Any, Literal, get_args
 
 from slap_stream.errors import ConfigError
 
-PolicyName = Literal["slap", "slap_paper", "uniform", "max_loss"]
+PolicyName = Literal[
+    "slap",
+    "slap_paper",
+    "uniform",
+    "subset",
+    "rs2",
+    "max_loss",
+    "infobatch",
+    "k_centre",
+    "rho_loss",
+    "greats",
+    "divbs",
+    "uds",
+]
 OnBadShard = Literal["raise", "skip"]
 
+# Policies whose sources measure every candidate.
+_MEASURING = ("max_loss", "rho_loss", "greats", "divbs", "uds")
 _WEIGHTS = ("rank_weight", "copy_weight", "mismatch_weight", "curvature", "diversity")
 _FLOATS = ("keep_min", "probe_fraction", "forgetting", "temperature", "rank_cap", *_WEIGHTS)
 
@@ -33,7 +48,8 @@ class SlapConfig:
         pool_batches: Lane batches of candidates that wait in the pool, at most.
         lookahead: Batches composed ahead of the one that is asked for; feedback is late by this.
         probe_every: Optimizer steps between two refreshes.
-        probe_fraction: Fraction of the offered candidates that the probe reads, in [0, 0.15].
+        probe_fraction: Fraction of the offered candidates that the probe reads, in [0, 0.15]; in
+            [0, 1] for policies that are meant to measure every candidate.
         sketch_dim: Length of a gradient sketch, a power of two.
         metric_dim: Dimensions of the learned metric space, in which batches are made diverse.
         warmup_losses: Losses that must have been seen before a batch is composed by them; until
@@ -123,7 +139,12 @@ class SlapConfig:
                 f"pool_batches must be at least 2, got {self.pool_batches!r}; with fewer there is "
                 "nothing to choose from."
             )
-        if not 0.0 <= self.probe_fraction <= 0.15:
+        if self.measures_all and not 0.0 <= self.probe_fraction <= 1.0:
+            raise ConfigError(
+                f"probe_fraction must be in [0, 1], got {self.probe_fraction!r}; with 1 every "
+                "candidate is measured."
+            )
+        if not self.measures_all and not 0.0 <= self.probe_fraction <= 0.15:
             raise ConfigError(
                 f"probe_fraction must be in [0, 0.15], got {self.probe_fraction!r}; probing more "
                 "costs more than selection saves."
@@ -141,6 +162,17 @@ class SlapConfig:
                 raise ConfigError(
                     f"{name} must not be negative, got {getattr(self, name)!r}; 0 switches it off."
                 )
+
+    @property
+    def measures_all(self) -> bool:
+        """Whether the policy is meant to see a measurement of every candidate: `probe_fraction` may
+        then be up to 1, and what was measured stays as long as the candidate does."""
+        return self.policy in _MEASURING
+
+    @property
+    def measures_nuclear_norms(self) -> bool:
+        """Whether the policy wants the nuclear norm of each measured candidate's logits."""
+        return self.policy == "uds"
 
     def _require_int(self, name: str, least: int) -> None:
         value = getattr(self, name)

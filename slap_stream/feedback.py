@@ -23,12 +23,14 @@ class Asked:
         sample_id: (n,) sample ids.
         x: (n, columns) design rows.
         open: (n,) whether the loss is still awaited.
+        weight: (n,) weight of each loss in the batch's.
     """
 
     step: int
     sample_id: IntArray
     x: Float32Array
     open: BoolArray
+    weight: FloatArray
 
 
 class Awaiting:
@@ -42,10 +44,30 @@ class Awaiting:
         self.depth = depth
         self._asked: deque[Asked] = deque(maxlen=depth)
 
-    def ask(self, step: int, sample_id: IntArray, x: Float32Array) -> None:
-        """Remember that losses of (n,) samples with (n, columns) rows are awaited."""
+    def ask(
+        self,
+        step: int,
+        sample_id: IntArray,
+        x: Float32Array,
+        weight: FloatArray | None = None,
+    ) -> None:
+        """Remember that losses of (n,) samples with (n, columns) rows are awaited.
+
+        Args:
+            step: Batches composed in the run before.
+            sample_id: (n,) sample ids.
+            x: (n, columns) design rows.
+            weight: (n,) weights of the losses; None: ones.
+        """
+        count = len(sample_id)
         self._asked.append(
-            Asked(step=step, sample_id=sample_id, x=x, open=np.ones(len(sample_id), bool))
+            Asked(
+                step=step,
+                sample_id=sample_id,
+                x=x,
+                open=np.ones(count, bool),
+                weight=np.ones(count) if weight is None else weight,
+            )
         )
 
     def entries(self) -> tuple[IntArray, IntArray, IntArray, IntArray]:
@@ -78,16 +100,23 @@ class Awaiting:
             self._asked[q].open[p] = False
         return np.stack(rows)
 
+    def weights(self, question: IntArray, position: IntArray) -> FloatArray:
+        """(n,) weights of the losses that (n,) open questions ask for."""
+        pairs = zip(question, position, strict=True)
+        return np.array([self._asked[q].weight[p] for q, p in pairs], np.float64)
+
     def state_dict(self) -> State:
-        """Ids, steps and what is open, flattened."""
+        """Ids, steps, what is open, and weights, flattened."""
         sizes = [len(asked.sample_id) for asked in self._asked]
         joined = [asked.sample_id for asked in self._asked]
         open_ = [asked.open for asked in self._asked]
+        weights = [asked.weight for asked in self._asked]
         return {
             "sizes": np.asarray(sizes, np.int64),
             "steps": np.asarray([asked.step for asked in self._asked], np.int64),
             "sample_id": np.concatenate(joined) if joined else np.zeros(0, np.int64),
             "open": np.concatenate(open_) if open_ else np.zeros(0, bool),
+            "weight": np.concatenate(weights) if weights else np.zeros(0),
         }
 
     def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
@@ -104,6 +133,7 @@ class Awaiting:
                     sample_id=ids[start:stop],
                     x=x[start:stop],
                     open=np.array(state["open"], bool)[start:stop],
+                    weight=np.array(state["weight"], np.float64)[start:stop],
                 )
             )
             start = int(stop)
@@ -184,6 +214,36 @@ def check_feedback(ids: ArrayLike, losses: ArrayLike) -> tuple[IntArray, FloatAr
             f"{names.shape} and {values.shape}."
         )
     return names.astype(np.int64), values
+
+
+def check_sketches(sketches: ArrayLike, shape: tuple[int, ...]) -> Float32Array:
+    """Gradient sketches, of one sample or of n, as a float32 array of its own.
+
+    Raises:
+        FeedbackError: If their shape is not this.
+    """
+    rows = np.array(sketches, np.float32)
+    if rows.shape != shape:
+        wanted = "(n, sketch_dim)" if len(shape) == 2 else "(sketch_dim,)"
+        raise FeedbackError(f"sketches must be {wanted} = {shape}, got {rows.shape}.")
+    return rows
+
+
+def weights_of(ids: ArrayLike, awaiting: Sequence[Awaiting]) -> FloatArray:
+    """(n,) weights of the losses that are awaited of (n,) ids, over all lanes.
+
+    Raises:
+        FeedbackError: If an id was not asked for lately, or was answered already.
+    """
+    names = np.asarray(ids)
+    names, weights = check_feedback(names, np.ones(names.shape))
+    owner, question, position = find_questions(
+        names, awaiting, "loss_weights: ids of yielded batches"
+    )
+    for index in np.unique(owner):
+        mine = owner == index
+        weights[mine] = awaiting[index].weights(question[mine], position[mine])
+    return weights
 
 
 class Answers:

@@ -18,21 +18,23 @@ from slap_stream.feedback import Answers, Awaiting
 from slap_stream.intake import Intake
 from slap_stream.learnability import LearnabilityModel
 from slap_stream.plan import Keep, LanePlan, Progress
-from slap_stream.policies import Policy
-from slap_stream.policies.base import top_of_each_stratum
-from slap_stream.quota import apportion
-from slap_stream.repeats import copy_number
-from slap_stream.reservoir import RecentlyTrained, Reservoirs, nearest_other
-from slap_stream.rng import Purpose, gumbels, uniforms
+from slap_stream.policies import Policy, Uds
+from slap_stream.policies.base import SketchPolicy
+from slap_stream.reservoir import RecentlyTrained, Reservoirs, SketchQueue, nearest_other
+from slap_stream.rng import gumbels
 from slap_stream.strata import Strata, cluster_sums
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, ShardGate, State
 
 logger = logging.getLogger(__name__)
 
+_Part = Reservoirs | RecentlyTrained | SketchQueue | Appraiser | Awaiting | Answers
+
 # Refreshes after which a measured loss gives way to the prediction: the model has moved on.
 FRESH_REFRESHES = 3
 # Samples trained on lately, over all strata; bounds the lane's memory where strata are many.
 MAX_RECENT = 2048
+# Gradient sketches remembered of the samples chosen last, where the policy asks for them.
+CHOSEN_SKETCHES = 1024
 
 
 class Lane:
@@ -83,7 +85,10 @@ class Lane:
                 "min_block": plan.pool_size,
             },
         )
-        self.pool = Reservoirs(capacity=plan.pool_size, **shape)
+        sketch_dim = config.sketch_dim if isinstance(policy, SketchPolicy) else 0
+        self.pool = Reservoirs(capacity=plan.pool_size, sketch_dim=sketch_dim, **shape)
+        remembered = CHOSEN_SKETCHES if isinstance(policy, Uds) else 0
+        self._chosen = SketchQueue(length=remembered, sketch_dim=sketch_dim)
         per_stratum = min(config.recent_per_stratum, max(1, MAX_RECENT // strata.num_strata))
         self._recent = RecentlyTrained(
             num_strata=strata.num_strata,
@@ -108,6 +113,7 @@ class Lane:
             intake=self.intake,
             pool=self.pool,
             recent=self._recent,
+            chosen=self._chosen,
             appraiser=self._appraiser,
             progress=self.progress,
         )
@@ -160,7 +166,7 @@ class Lane:
         chosen = self._composer.choose(slots, open_)
         ids = self.pool.ints("sample_id")[chosen].copy()
         end = self._plan.after(self.progress.part, self._keep.value)
-        self._train(chosen, ids)
+        self._train(chosen, ids, self._composer.loss_weights(slots, chosen))
         self._drop(self._composer.leaving(end))
         self.progress.advance(end)
         self._composed += 1
@@ -215,7 +221,8 @@ class Lane:
         if not len(slots) or not (self._model_counts or self._policy.weighs_evidence):
             return
         stratum, own = pool.ints("stratum")[slots], pool.floats("own_loss")[slots]
-        stale = self._refreshes - pool.ints("own_since")[slots] >= FRESH_REFRESHES
+        age = self._refreshes - pool.ints("own_since")[slots]
+        stale = (age >= FRESH_REFRESHES) & (not self._plan.config.measures_all)
         judged = self._appraiser.appraise(pool.x[slots], stratum, np.where(stale, np.nan, own))
         pool.z[slots] = judged.z
         pool.floats("loss")[slots] = judged.loss
@@ -247,11 +254,12 @@ class Lane:
         if self._policy.weighs_evidence:
             pool.floats("worth")[slots] = worth(copy, mismatch)
 
-    def _train(self, slots: IntArray, ids: IntArray) -> None:
+    def _train(self, slots: IntArray, ids: IntArray, weights: FloatArray) -> None:
         """Book a batch: its samples leave the pool, their losses are awaited."""
         stratum, x = self.pool.ints("stratum")[slots], self.pool.x[slots]
-        self.awaiting_trained.ask(self._composed, ids, x)
+        self.awaiting_trained.ask(self._composed, ids, x, weights)
         self._recent.add(ids, stratum, x, self.pool.z[slots])
+        self._chosen.add(self.pool.sketch[slots])
         self.progress.trained += self.progress.by_stratum(stratum)
         unit = self.pool.unit[slots]
         self._leave(slots)
@@ -287,8 +295,7 @@ class Lane:
         self.pool.remove(slots)
 
     def probe_candidates(self, count: int) -> IntArray:
-        """Choose candidates whose losses would tell most: half uniformly in strata, so that means
-        stay unbiased, half where the prediction is least certain.
+        """Choose candidates whose losses would tell most.
 
         Args:
             count: How many; ids repeat if the pool holds fewer.
@@ -299,68 +306,46 @@ class Lane:
         Raises:
             ValueError: If the pool is empty.
         """
-        slots = self.pool.slots()
-        slots = slots[
-            copy_number(self.pool.ints("sample_id")[slots], self.pool.ints("occurrence")[slots])
-            == 0
-        ]
-        if not len(slots):
-            raise ValueError(
-                "probe_candidates needs candidates in the pool; compose a batch first."
-            )
-        unknown = slots[np.isnan(self.pool.floats("own_loss")[slots])]
-        # Where little is unknown, what was measured before is measured again.
-        slots = unknown if len(unknown) >= count else slots
-        count_now = min(count, len(slots))
-        uncertain = count_now // 2 if self._model.fitted else 0
-        view = self._composer.view(slots)
-        draws = uniforms(
-            self._plan.config.seed,
-            Purpose.PROBE,
-            self.progress.epoch,
-            view.sample_id,
-            view.occurrence,
-        )
-        stock = self.progress.by_stratum(view.stratum)
-        quota = apportion(stock, np.zeros_like(stock), stock, count_now - uncertain)
-        picked = top_of_each_stratum(draws, view, quota)
-        if uncertain:
-            rest = np.setdiff1d(np.arange(len(slots)), picked)
-            variance = self._model.variance(self.pool.x[slots[rest]])
-            picked = np.concatenate(
-                [picked, rest[np.argsort(-variance, kind="stable")[:uncertain]]]
-            )
-        self._probed += count
-        picked = np.resize(picked, count)
-        self.awaiting_probed.ask(self._composed, view.sample_id[picked], self.pool.x[slots[picked]])
-        return view.sample_id[picked]
+        slots = np.resize(self._composer.choose_probes(count), count)
+        due, pooled = self._due_probes(self._plan.table.num_candidates // self._plan.num_lanes)
+        # What left the pool before it could be probed cannot be made up for.
+        self._probed += count + max(0, due - pooled)
+        ids = self.pool.ints("sample_id")[slots]
+        self.awaiting_probed.ask(self._composed, ids, self.pool.x[slots])
+        return ids
 
     def probe_budget(self, candidates: int) -> int:
         """Probes due now for a lane with so many candidates; the smallest lane's count makes it
         equal on all lanes."""
-        plan, progress = self._plan, self.progress
+        progress = self.progress
         # Withdrawals may empty the pool before the plan does.
-        if not 0 < progress.part < plan.parts or not len(self.pool):
+        if not 0 < progress.part < self._plan.parts or not len(self.pool):
             return 0
+        return max(0, min(self._due_probes(candidates)))
+
+    def _due_probes(self, candidates: int) -> tuple[int, int]:
+        """Candidates that are still to be probed, and those that are in the pool, of a lane with so
+        many candidates in all."""
+        plan, progress = self._plan, self.progress
         offered = plan.offered_before(progress.before, candidates)
         due = int(plan.config.probe_fraction * offered) - self._probed
-        return max(0, min(due, plan.pooled_after(progress.before, progress.part, candidates)))
+        return due, plan.pooled_after(progress.before, progress.part, candidates)
 
     def take_probed(
-        self, ids: IntArray, x: Float32Array, losses: FloatArray, sketches: Float32Array | None
+        self,
+        ids: IntArray,
+        x: Float32Array,
+        losses: FloatArray,
+        sketches: Float32Array | None = None,
+        nuclear_norms: FloatArray | None = None,
     ) -> None:
         """Take in what the probe measured of (n,) samples with design rows x (n, columns)."""
         fine = self._finite(ids, losses)
-        part = None if sketches is None else sketches[fine]
-        self._answers.add(ids[fine], x[fine], losses[fine], part)
-        order = np.argsort(ids[fine], kind="stable")
-        known, measured = ids[fine][order], losses[fine][order]
-        slots = self.pool.slots()
-        pooled = self.pool.ints("sample_id")[slots]
-        at = np.minimum(np.searchsorted(known, pooled), max(0, len(known) - 1))
-        hit = known[at] == pooled if len(known) else np.zeros(len(slots), bool)
-        self.pool.floats("own_loss")[slots[hit]] = measured[at[hit]]
-        self.pool.ints("own_since")[slots[hit]] = self._refreshes
+        ids, losses = ids[fine], losses[fine]
+        sketches = None if sketches is None else sketches[fine]
+        norms = None if nuclear_norms is None else nuclear_norms[fine]
+        self._answers.add(ids, x[fine], losses, sketches)
+        self.pool.measure(ids, losses, sketches, norms, since=self._refreshes)
 
     def take_trained(self, ids: IntArray, x: Float32Array, losses: FloatArray) -> None:
         """Take in the losses of (n,) samples that were trained on, with rows x (n, columns)."""
@@ -371,6 +356,10 @@ class Lane:
             p = x.astype(np.float64) @ self._model.coefficient.astype(np.float64)
             sums = [len(p), p.sum(), losses.sum(), p @ p, losses @ losses, p @ losses]
             self._agreement += np.asarray(sums, np.float64)
+
+    def set_target(self, sketch: Float32Array | None) -> None:
+        """Aim batches at the (sketch_dim,) mean gradient sketch of a target set, or at none."""
+        self._composer.target = sketch
 
     def _finite(self, ids: IntArray, losses: FloatArray) -> BoolArray:
         """(n,) finite losses; the others are counted and their samples withdrawn."""
@@ -459,10 +448,11 @@ class Lane:
             self.pool.z[slots] = self._appraiser.project(self.pool.x[slots])
             self._recent.project(self._appraiser.project)
 
-    def _parts(self) -> dict[str, Reservoirs | RecentlyTrained | Appraiser | Awaiting | Answers]:
+    def _parts(self) -> dict[str, _Part]:
         return {
             "pool": self.pool,
             "recent": self._recent,
+            "chosen": self._chosen,
             "appraiser": self._appraiser,
             "awaiting_trained": self.awaiting_trained,
             "awaiting_probed": self.awaiting_probed,

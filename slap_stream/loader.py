@@ -253,6 +253,20 @@ class SlapDataLoader(DataLoader[Any]):
         """
         self.composer.observe(_on_cpu(ids), _on_cpu(losses))
 
+    def loss_weights(self, ids: Any) -> torch.Tensor:
+        """Weights of the losses of the batch at hand; call it before `observe`.
+
+        Args:
+            ids: (n,) `batch["sample_id"]`.
+
+        Returns:
+            (n,) float64 weights on the CPU: ones, unless the policy makes up for what it prunes.
+
+        Raises:
+            FeedbackError: If an id was not yielded lately or was already observed.
+        """
+        return torch.from_numpy(self.composer.loss_weights(_on_cpu(ids)))
+
     def probe_budget(self) -> int:
         """Candidates due to be probed now; 0 if none."""
         return self.composer.probe_budget()
@@ -268,9 +282,11 @@ class SlapDataLoader(DataLoader[Any]):
         assert collate is not None, "set in the constructor"
         return collate(view.__getitems__([int(i) for i in ids]))
 
-    def update(self, ids: IntArray, losses: FloatArray, sketches: Any = None) -> None:
+    def update(
+        self, ids: IntArray, losses: FloatArray, sketches: Any = None, nuclear_norms: Any = None
+    ) -> None:
         """Feed back what the probe measured of the ids that `probe_candidates` gave."""
-        self.composer.update(ids, losses, sketches)
+        self.composer.update(ids, losses, sketches, nuclear_norms)
 
     def refresh(self) -> None:
         """Take in all feedback since the last refresh."""

@@ -14,7 +14,7 @@ is, so that adapters, biases and quantised heads need no code of their own.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,8 +67,15 @@ class ProbeHost(Protocol):
         """The collated batch of these samples, in this order."""
         ...
 
-    def update(self, ids: IntArray, losses: FloatArray, sketches: Float32Array | None, /) -> None:
-        """Take (n,) losses and (n, sketch_dim) sketches of these samples."""
+    def update(
+        self,
+        ids: IntArray,
+        losses: FloatArray,
+        sketches: Float32Array | None,
+        nuclear_norms: FloatArray | None,
+        /,
+    ) -> None:
+        """Take (n,) losses, (n, sketch_dim) sketches and (n,) nuclear norms of these samples."""
         ...
 
     def refresh(self) -> None:
@@ -140,10 +147,11 @@ class LearnabilityProbe:
         self._last_loss = 0.0
 
         found = find_head(self._model, head)
+        norms = loader.config.measures_nuclear_norms
         self._reader: Reader = (
-            CausalReader(self._model, found)
+            CausalReader(self._model, found, nuclear_norms=norms)
             if loss_fn is None
-            else LossFnReader(self._model, found, loss_fn)
+            else LossFnReader(self._model, found, loss_fn, nuclear_norms=norms)
         )
         checked = np.asarray(check_ids, np.int64)
         with quiet(self._model, self._device):
@@ -188,16 +196,44 @@ class LearnabilityProbe:
                 raise ValueError(
                     f"probe_candidates must be equally many of {lanes} lanes, got {len(ids)} ids."
                 )
-            losses, sketches = self._read(ids.reshape(lanes, -1))
+            losses, sketches, norms = self._read(ids.reshape(lanes, -1))
             finite = np.isfinite(losses)
             self._samples += len(ids)
             self._nonfinite += int(len(ids) - finite.sum())
             self._last_loss = float(losses[finite].mean()) if finite.any() else 0.0
             self._seconds += time.perf_counter() - began
-            self._loader.update(ids, losses, sketches)
+            self._loader.update(ids, losses, sketches, norms)
         # Also without anything probed: a refresh is an exchange that every rank takes part in.
         self._loader.refresh()
         return True
+
+    def mean_sketch(self, batches: Iterable[Mapping[str, Any]]) -> Float32Array:
+        """Mean gradient sketch of a target set under the present model, for `set_target`.
+
+        Args:
+            batches: Collated batches of the target set; every value's first axis is the samples.
+
+        Returns:
+            (sketch_dim,) mean over all samples; comparable with the candidates' sketches until the
+            preconditioner moves on.
+
+        Raises:
+            ValueError: If there is no batch, or the probe makes no sketches.
+        """
+        if self._sketch is None:
+            raise ValueError("mean_sketch needs sketches, got a probe made with sketches=False.")
+        sink = GradientSink(self._sketch, self._moment)
+        parts = []
+        with quiet(self._model, self._device):
+            for batch in batches:
+                size = len(next(iter(batch.values())))
+                self._reader.read(to_device(batch, self._device), size, sink)
+                parts.append(sink.take(size).cpu().numpy())
+        if not parts:
+            raise ValueError("batches must hold at least one batch, got none.")
+        # The sink is not finished: the second moment is of what is trained on, not of the target.
+        mean: Float32Array = np.concatenate(parts).mean(axis=0)
+        return mean
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers about the probe's work.
@@ -243,8 +279,10 @@ class LearnabilityProbe:
         self._moment.load_state_dict(state["second_moment"])
         self._step, self._samples, self._nonfinite = counts
 
-    def _read(self, ids: IntArray) -> tuple[FloatArray, Float32Array | None]:
-        """Losses and sketches of (lanes, n) samples, one preconditioner for all of them.
+    def _read(self, ids: IntArray) -> tuple[FloatArray, Float32Array | None, FloatArray | None]:
+        """Losses, sketches and nuclear norms of (lanes, n) samples, as far as they are wanted.
+
+        One preconditioner serves all of them.
 
         Lanes never share a forward, so that padding, and with it the last bits of a loss, does not
         depend on how lanes are spread over ranks.
@@ -256,13 +294,15 @@ class LearnabilityProbe:
                 for start in range(0, len(lane), self._batch_size):
                     chunk = lane[start : start + self._batch_size]
                     batch = to_device(self._loader.read_batch(chunk), self._device)
-                    columns = [self._reader.read(batch, len(chunk), sink)[:, None]]
+                    columns = [self._reader.read(batch, len(chunk), sink)]
                     if sink is not None:
                         columns.append(sink.take(len(chunk)))
-                    # (samples, 1 + sketch_dim): one copy to the CPU per batch.
+                    # (samples, numbers + sketch_dim): one copy to the CPU per batch.
                     rows.append(torch.cat(columns, 1).cpu().numpy())
         if sink is not None:
             sink.finish()
         table: Float32Array = np.concatenate(rows)
-        sketches = None if sink is None else np.ascontiguousarray(table[:, 1:])
-        return table[:, 0].astype(np.float64), sketches
+        numbers = 2 if self._loader.config.measures_nuclear_norms else 1
+        sketches = None if sink is None else np.ascontiguousarray(table[:, numbers:])
+        norms = table[:, 1].astype(np.float64) if numbers == 2 else None
+        return table[:, 0].astype(np.float64), sketches, norms

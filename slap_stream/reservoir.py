@@ -29,6 +29,8 @@ COLUMNS: dict[str, type] = {
     # The candidate's own probed loss, NaN if none, and the refresh it is from.
     "own_loss": np.float64,
     "own_since": np.int64,
+    # Nuclear norm of the candidate's logits, 0 if it was not measured.
+    "nuclear_norm": np.float64,
     # Rank of the excess loss, and probability that the target belongs to another prompt.
     "rank": np.float64,
     "mismatch": np.float64,
@@ -48,20 +50,25 @@ class Reservoirs:
         columns: Columns of a design row.
         dim: Dimensions of the embedding, the last columns of a design row.
         metric_dim: Dimensions of the metric space.
+        sketch_dim: Length of the gradient sketches that candidates carry; 0: they carry none.
 
     Attributes:
         x: (capacity, columns) float32 design rows.
         unit: (capacity, dim) float32 unit embeddings.
         z: (capacity, metric_dim) float32 unit vectors of the metric space.
+        sketch: (capacity, sketch_dim) float32 measured gradient sketches, zero where none was.
         data: (capacity,) arrays by the names in `COLUMNS`; `sample_id` is -1 where a slot is free.
     """
 
-    def __init__(self, *, capacity: int, columns: int, dim: int, metric_dim: int) -> None:
+    def __init__(
+        self, *, capacity: int, columns: int, dim: int, metric_dim: int, sketch_dim: int = 0
+    ) -> None:
         self.capacity = capacity
         self._dim = dim
         self.unit: Float32Array = np.zeros((capacity, dim), np.float32)
         self.x: Float32Array = np.zeros((capacity, columns), np.float32)
         self.z: Float32Array = np.zeros((capacity, metric_dim), np.float32)
+        self.sketch: Float32Array = np.zeros((capacity, sketch_dim), np.float32)
         self.data: dict[str, NDArray[np.generic]] = {
             name: np.zeros(capacity, dtype) for name, dtype in COLUMNS.items()
         }
@@ -103,6 +110,7 @@ class Reservoirs:
             )
         slots = free[: len(x)]
         self.x[slots] = x
+        self.sketch[slots] = 0.0
         self.unit[slots] = unit_rows(x[:, -self._dim :])
         self.floats("own_loss")[slots] = np.nan
         for name in COLUMNS:
@@ -111,6 +119,36 @@ class Reservoirs:
             elif name != "own_loss":
                 self.data[name][slots] = 0
         return slots
+
+    def measure(
+        self,
+        sample_id: IntArray,
+        losses: FloatArray,
+        sketches: Float32Array | None = None,
+        nuclear_norms: FloatArray | None = None,
+        *,
+        since: int,
+    ) -> None:
+        """Note what was measured of samples on all their copies in the pool.
+
+        Args:
+            sample_id: (n,) sample ids, in the pool or not; the first of equal ones counts.
+            losses: (n,) finite losses.
+            sketches: (n, sketch_dim) gradient sketches; not finite ones count as not measured.
+            nuclear_norms: (n,) nuclear norms of the logits.
+            since: Refreshes before.
+        """
+        known, first = np.unique(sample_id, return_index=True)
+        slots = self.slots()
+        slots = slots[np.isin(self.ints("sample_id")[slots], known)]
+        at = first[np.searchsorted(known, self.ints("sample_id")[slots])]
+        self.floats("own_loss")[slots] = losses[at]
+        self.ints("own_since")[slots] = since
+        if sketches is not None and self.sketch.shape[1]:
+            usable = np.isfinite(sketches).all(axis=1)
+            self.sketch[slots] = np.where(usable[:, None], sketches, 0.0)[at]
+        if nuclear_norms is not None:
+            self.floats("nuclear_norm")[slots] = nuclear_norms[at]
 
     def remove(self, slots: IntArray) -> None:
         """Free these slots."""
@@ -145,9 +183,10 @@ class Reservoirs:
         return slots[order]
 
     def state_dict(self) -> State:
-        """Columns of the slots in use, and which slots these are."""
+        """Columns and sketches of the slots in use, and which slots these are."""
         slots = self.slots()
-        return {"slots": slots, **{name: self.data[name][slots] for name in COLUMNS}}
+        columns = {name: self.data[name][slots] for name in COLUMNS}
+        return {"slots": slots, "sketch": self.sketch[slots], **columns}
 
     def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
         """Take over saved candidates; `rows_of` gives (n, columns) design rows of (n,) ids."""
@@ -156,6 +195,7 @@ class Reservoirs:
         for name, dtype in COLUMNS.items():
             self.data[name][slots] = np.asarray(state[name], dtype)
         self.x[slots] = rows_of(self.ints("sample_id")[slots])
+        self.sketch[slots] = np.reshape(state["sketch"], (len(slots), self.sketch.shape[1]))
         self.unit[slots] = unit_rows(self.x[slots][:, -self._dim :])
 
 
@@ -221,6 +261,12 @@ class RecentlyTrained:
         """
         return self._nearest(self.unit, unit, stratum, sample_id)
 
+    def nearest_of_all(self, unit: Float32Array, sample_id: IntArray) -> FloatArray:
+        """(n,) distance of (n, dim) unit embeddings to the nearest other one, whatever its stratum;
+        inf where no other sample was trained on."""
+        used = self.sample_id != EMPTY
+        return nearest_other(unit, sample_id, self.unit[used], self.sample_id[used])
+
     def _nearest(
         self, known: Float32Array, vectors: Float32Array, stratum: IntArray, sample_id: IntArray
     ) -> FloatArray:
@@ -250,6 +296,34 @@ class RecentlyTrained:
         self.unit[used] = unit_rows(self.x[used][:, -self._dim :])
 
 
+class SketchQueue:
+    """Gradient sketches of the samples chosen last, the oldest overwritten first.
+
+    Args:
+        length: Sketches held at most; may be 0.
+        sketch_dim: Length of a sketch.
+    """
+
+    def __init__(self, *, length: int, sketch_dim: int) -> None:
+        self._length, self._dim = length, sketch_dim
+        self.sketch: Float32Array = np.zeros((0, sketch_dim), np.float32)
+
+    def add(self, sketch: Float32Array) -> None:
+        """Append (n, sketch_dim) sketches; zero ones, which were not measured, are left out."""
+        if self._length:
+            held = np.concatenate([self.sketch, sketch[np.any(sketch != 0.0, axis=1)]])
+            self.sketch = held[-self._length :]
+
+    def state_dict(self) -> State:
+        """The sketches, oldest first."""
+        return {"sketch": self.sketch}
+
+    def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
+        """Take over saved sketches."""
+        sketch = np.asarray(state["sketch"], np.float32)
+        self.sketch = sketch.reshape(len(state["sketch"]), self._dim)
+
+
 def nearest_other(
     unit: Float32Array, sample_id: IntArray, others: Float32Array, other_id: IntArray
 ) -> FloatArray:
@@ -258,12 +332,12 @@ def nearest_other(
     Args:
         unit: (n, dim) unit vectors.
         sample_id: (n,) their samples.
-        others: (m, dim) unit vectors, m at least 1.
+        others: (m, dim) unit vectors.
         other_id: (m,) their samples.
     """
-    cosine = unit @ others.T
-    best = np.where(sample_id[:, None] == other_id, -np.inf, cosine).max(axis=1)
-    distance: FloatArray = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * best.astype(np.float64)))
+    cosine = np.where(sample_id[:, None] == other_id, -np.inf, unit @ others.T)
+    best = cosine.max(axis=1, initial=-np.inf).astype(np.float64)
+    distance: FloatArray = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * best))
     return distance
 
 

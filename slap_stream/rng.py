@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     SKETCH = 10
     CORPUS_PARTS = 11
     CORPUS_PLACES = 12
+    SUBSET = 13
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

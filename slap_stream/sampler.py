@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from slap_stream.config import SlapConfig
-from slap_stream.embeddings import ArrayStore
-from slap_stream.errors import AlignmentError, ConfigError, FeedbackError, StateError
-from slap_stream.feedback import check_feedback, find_questions
+from slap_stream.encoding.stores import as_row_store
+from slap_stream.errors import ConfigError, FeedbackError
+from slap_stream.feedback import check_feedback, check_sketches, find_questions, weights_of
 from slap_stream.lane import Lane
 from slap_stream.learnability import (
     INTERCEPT,
@@ -27,8 +25,9 @@ from slap_stream.learnability import (
 from slap_stream.order import ShardTable
 from slap_stream.plan import Keep, plan_run
 from slap_stream.policies import make_policy
+from slap_stream.run_state import check_state, describe_run
 from slap_stream.strata import Strata
-from slap_stream.types import IntArray, RowStore, ShardGate, State
+from slap_stream.types import FloatArray, IntArray, ShardGate, State
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ class SlapSampler:
         sizes = np.asarray(shard_sizes, np.int64)
         counts = None if shard_counts is None else np.asarray(shard_counts, np.int64)
         self.table = ShardTable.of(sizes, counts)
-        self._store = _open_store(embeddings, lengths, features, sources)
+        self._store = as_row_store(embeddings, lengths, features, sources)
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
         self._gate = gate
         if not (world_size >= 1 and 0 <= rank < world_size):
@@ -98,10 +97,16 @@ class SlapSampler:
         # Until somebody else merges; then a second clock would refresh twice.
         self.refreshes_itself = True
         self._cut_short = 0
+        self.set_target(None)
 
     def _build(self, num_lanes: int) -> None:
         """Make the shared model and strata, and this rank's lanes."""
         config, store = self.config, self._store
+        if config.policy == "rho_loss" and "reference_loss" not in store.feature_names:
+            raise ConfigError(
+                "policy='rho_loss' needs the feature column reference_loss, got "
+                f"{', '.join(store.feature_names) or 'no columns'}; embed with --reference-model."
+            )
         self.num_lanes = num_lanes
         self._plan = plan_run(
             self.table,
@@ -228,30 +233,66 @@ class SlapSampler:
             x = lane.awaiting_trained.answer(question[mine], position[mine])
             lane.take_trained(ids[mine], x, values[mine])
 
-    def update(self, ids: ArrayLike, losses: ArrayLike, sketches: ArrayLike | None = None) -> None:
+    def loss_weights(self, ids: ArrayLike) -> FloatArray:
+        """Weights of the losses of samples that are trained on now; call it before `observe`.
+
+        Args:
+            ids: (n,) sample ids of batches that were yielded lately.
+
+        Returns:
+            (n,) weights: ones, unless the policy makes up for what it prunes (`infobatch`).
+
+        Raises:
+            FeedbackError: If an id was not yielded lately or was already observed.
+        """
+        return weights_of(ids, [lane.awaiting_trained for lane in self.lanes])
+
+    def update(
+        self,
+        ids: ArrayLike,
+        losses: ArrayLike,
+        sketches: ArrayLike | None = None,
+        nuclear_norms: ArrayLike | None = None,
+    ) -> None:
         """Feed back what the probe measured of the ids that `probe_candidates` gave.
 
         Args:
             ids: (n,) sample ids.
             losses: (n,) mean loss per supervised token.
             sketches: (n, sketch_dim) gradient sketches.
+            nuclear_norms: (n,) nuclear norms of the logits, for `uds`.
 
         Raises:
             FeedbackError: If shapes differ or an id was not given by `probe_candidates`.
         """
         ids, values = check_feedback(ids, losses)
-        rows = None if sketches is None else np.asarray(sketches, np.float32)
-        if rows is not None and rows.shape != (len(ids), self.config.sketch_dim):
-            raise FeedbackError(
-                f"sketches must be (n, sketch_dim) = {(len(ids), self.config.sketch_dim)}, got "
-                f"{rows.shape}."
-            )
+        shape = len(ids), self.config.sketch_dim
+        rows = None if sketches is None else check_sketches(sketches, shape)
+        norms = None if nuclear_norms is None else check_feedback(ids, nuclear_norms)[1]
         awaiting = [lane.awaiting_probed for lane in self.lanes]
         owner, question, position = find_questions(ids, awaiting, "update: ids to be probed")
         for index in np.unique(owner):
             lane, mine = self.lanes[index], owner == index
             x = lane.awaiting_probed.answer(question[mine], position[mine])
-            lane.take_probed(ids[mine], x, values[mine], None if rows is None else rows[mine])
+            parts = (None if part is None else part[mine] for part in (rows, norms))
+            lane.take_probed(ids[mine], x, values[mine], *parts)
+
+    def set_target(self, sketch: ArrayLike | None) -> None:
+        """Say what the model is to become good at, for policies that aim at a target (`greats`).
+
+        Args:
+            sketch: (sketch_dim,) mean gradient sketch of a target set under the present model, as
+                `LearnabilityProbe.mean_sketch` gives it; None: no target any more.
+
+        Raises:
+            FeedbackError: If it has another shape or is not finite.
+        """
+        target = None if sketch is None else check_sketches(sketch, (self.config.sketch_dim,))
+        if target is not None and not np.isfinite(target).all():
+            raise FeedbackError("sketch must be finite, got NaN or infinity; keep the last one.")
+        self._target = target
+        for lane in self.lanes:
+            lane.set_target(target)
 
     def probe_budget(self) -> int:
         """Candidates due to be probed now on this rank, equally many per lane; 0 if none."""
@@ -360,6 +401,7 @@ class SlapSampler:
             "seeded": self._seeded,
             "refreshes_itself": self.refreshes_itself,
             "cut_short": self._cut_short,
+            "target": self._target,
             "model": self._model.state_dict(),
             "strata": self._strata.state_dict(),
             "keep": self._keep.state_dict(),
@@ -375,47 +417,27 @@ class SlapSampler:
             StateError: If the state is of another version, config, dataset or batch size; the
                 message lists the differences.
         """
-        if state.get("version") != STATE_VERSION:
-            raise StateError(
-                f"version must be {STATE_VERSION}, got {state.get('version')!r}; the state was "
-                "written by another version of slap_stream."
-            )
-        saved, now = state["run"], self._run()
-        config = self.config
-        if config.num_lanes is None:
-            # Not asked for, so the run's own number of lanes stays what it was.
-            now["num_lanes"] = int(saved["num_lanes"])
-            config = replace(config, num_lanes=state["config"].get("num_lanes"))
-        differences = config.differences(state["config"]) + [
-            f"{name}: {saved.get(name)!r} -> {now[name]!r}"
-            for name in now
-            if saved.get(name) != now[name]
-        ]
-        each = now["num_lanes"] // self.world_size
-        wanted = range(self.rank * each, (self.rank + 1) * each)
-        theirs = {int(lane["lane"]): lane for lane in state["lanes"]}
-        if now["num_lanes"] % self.world_size or not set(wanted) <= set(theirs):
-            differences.append(
-                f"lanes: {sorted(theirs)} of {now['num_lanes']} -> {list(wanted)} of rank "
-                f"{self.rank} in {self.world_size}"
-            )
-        if differences:
-            raise StateError(
-                "state must belong to this run, got one that differs (saved -> current) in "
-                + "; ".join(differences)
-                + "."
-            )
-        if now["num_lanes"] != self.num_lanes:
-            self._build(now["num_lanes"])
+        num_lanes = check_state(
+            state,
+            version=STATE_VERSION,
+            run=self._run(),
+            config=self.config,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        if num_lanes != self.num_lanes:
+            self._build(num_lanes)
         self.epoch = int(state["epoch"])
         self._seeded = bool(state["seeded"])
         self.refreshes_itself = bool(state["refreshes_itself"])
         self._cut_short = int(state["cut_short"])
+        self.set_target(state["target"])
         self._model.load_state_dict(state["model"])
         self._strata.load_state_dict(state["strata"])
         self._keep.load_state_dict(state["keep"])
+        saved = {int(lane["lane"]): lane for lane in state["lanes"]}
         for lane in self.lanes:
-            lane.load_state_dict(theirs[lane.index])
+            lane.load_state_dict(saved[lane.index])
 
     @property
     def shards_at_hand(self) -> int:
@@ -424,18 +446,12 @@ class SlapSampler:
         return min(blocks, len(self.table.sizes))
 
     def _run(self) -> dict[str, Any]:
-        """What must be the same for a state to be taken over; the world size is free."""
-        shards = np.stack([self.table.sizes, self.table.counts]).tobytes()
-        return {
-            "num_samples": self.table.num_samples,
-            "num_candidates": self.table.num_candidates,
-            "shards": hashlib.sha256(shards).hexdigest()[:16],
-            "embedding_dim": self._store.shape[1],
-            "feature_names": list(self._store.feature_names),
-            "source_names": list(self._store.source_names),
-            "global_batch": self.batch_size * self.world_size,
-            "num_lanes": self.num_lanes,
-        }
+        return describe_run(
+            self.table,
+            self._store,
+            global_batch=self.batch_size * self.world_size,
+            num_lanes=self.num_lanes,
+        )
 
     def _seed_strata(self) -> None:
         # From lane 0's first block on every rank: all lanes share the centroids.
@@ -457,18 +473,6 @@ class SlapSampler:
         )
         for lane in self.lanes:
             lane.progress.part = self._plan.parts
-
-
-def _open_store(embeddings: Any, lengths: Any, features: Any, sources: Any) -> RowStore:
-    if hasattr(embeddings, "read_ids"):
-        if any(extra is not None for extra in (lengths, features, sources)):
-            raise AlignmentError(
-                "lengths, features and sources must not be given with an EmbeddingStore; it "
-                "brings its own."
-            )
-        store: RowStore = embeddings
-        return store
-    return ArrayStore(embeddings, lengths=lengths, features=features, sources=sources)
 
 
 def _correlation(n: float, p: float, y: float, pp: float, yy: float, py: float) -> float:

@@ -24,6 +24,7 @@ class LossTable:
         rng = np.random.default_rng(seed)
         self.losses = rng.gamma(4.0, 0.5, num_samples)
         self.sketches = rng.normal(size=(num_samples, sketch_dim)).astype(np.float32)
+        self.norms = rng.gamma(4.0, 5.0, num_samples)
 
     def of(self, ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """(n,) losses."""
@@ -55,7 +56,7 @@ def drive(
             statistics = []
             for sampler in samplers:
                 ids = sampler.probe_candidates(sampler.probe_budget())
-                sampler.update(ids, table.of(ids), table.sketches[ids])
+                sampler.update(ids, table.of(ids), table.sketches[ids], table.norms[ids])
                 statistics += sampler.statistics()
             for sampler in samplers:
                 sampler.merge(copy.deepcopy(statistics))

@@ -28,12 +28,13 @@ def one_thread():
 class Host:
     """A loader of a fixed table: two lanes, everything handed over is kept."""
 
-    def __init__(self, read=None, *, every=1, n=6):
-        self.config = SlapConfig(probe_every=every, sketch_dim=DIM, seed=5)
+    def __init__(self, read=None, *, every=1, n=6, policy="slap"):
+        self.config = SlapConfig(probe_every=every, sketch_dim=DIM, seed=5, policy=policy)
         self.num_local_lanes = 2
         self.read = read or text_batch
         self.n = n
         self.reads, self.updates, self.refreshes, self.probe = [], [], 0, None
+        self.nuclear_norms = []
 
     def probe_budget(self):
         return self.n
@@ -45,8 +46,9 @@ class Host:
         self.reads.append(np.asarray(ids).tolist())
         return self.read(ids)
 
-    def update(self, ids, losses, sketches):
+    def update(self, ids, losses, sketches, nuclear_norms):
         self.updates.append((ids, losses, sketches))
+        self.nuclear_norms.append(nuclear_norms)
 
     def refresh(self):
         self.refreshes += 1

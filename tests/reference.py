@@ -209,3 +209,75 @@ def ridge(x: Array, y: Array, penalties: Array) -> tuple[Array, float]:
     coefficient = best[1].copy()
     coefficient[0] += y.mean()
     return coefficient, math.sqrt(best[0] * count)
+
+
+def along_arc(
+    place: Sequence[float], offered_at: Sequence[int], begin: float, length: float
+) -> tuple[list[int], list[int]]:
+    """Places on an arc of a circle of circumference 1 as offered, and the others going on from its
+    end."""
+    far = [(p - begin) % 1.0 for p in place]
+    on = [i for i in range(len(far)) if far[i] <= length]
+    off = [i for i in range(len(far)) if far[i] > length]
+    return sorted(on, key=lambda i: offered_at[i]), sorted(off, key=lambda i: far[i])
+
+
+def farthest_from(unit: Array, known: Array, count: int, *, first: int) -> list[int]:
+    """k-centre greedy: always the point whose nearest known or chosen one is farthest."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        centres = [*known, *(unit[i] for i in chosen)]
+        rest = [i for i in range(len(unit)) if i not in chosen]
+        if not centres:
+            chosen.append(first)
+            continue
+        chosen.append(
+            max(rest, key=lambda i: min(float(np.linalg.norm(unit[i] - c)) for c in centres))
+        )
+    return chosen
+
+
+def greats(sketch: Array, target: Array, count: int, *, eta: float) -> list[int]:
+    """Greedy for the gain on the target less what is shared with what was chosen before."""
+    chosen: list[int] = []
+    for _ in range(count):
+        rest = [i for i in range(len(sketch)) if i not in chosen]
+        gain = {
+            i: sketch[i] @ target - eta * sum(sketch[i] @ sketch[j] for j in chosen) for i in rest
+        }
+        chosen.append(max(rest, key=lambda i: gain[i]))
+    return chosen
+
+
+def divbs(sketch: Array, count: int) -> tuple[list[int], float]:
+    """Greedy for alignment with what the chosen do not span of the mean, by least squares.
+
+    Also returns how close two candidates came in a round, relative to the best alignment.
+    """
+    chosen: list[int] = []
+    mean, closest = sketch.mean(axis=0), 1.0
+    for _ in range(count):
+        left = mean
+        if chosen:
+            basis = sketch[chosen].T
+            left = mean - basis @ np.linalg.lstsq(basis, mean, rcond=None)[0]
+        rest = [i for i in range(len(sketch)) if i not in chosen]
+        aligned = sorted(((abs(sketch[i] @ left), -i) for i in rest), reverse=True)
+        if len(aligned) > 1:
+            closest = min(closest, 1.0 - aligned[1][0] / aligned[0][0])
+        chosen.append(-aligned[0][1])
+    return chosen, closest
+
+
+def uds(norms: Array, sketch: Array, queue: Array, count: int) -> list[int]:
+    """The highest nuclear norms plus mean distances to the queue, each over its spread."""
+    score = [0.0] * len(norms)
+    terms = [list(norms)]
+    if len(queue):
+        terms.append([float(np.mean([np.linalg.norm(s - q) for q in queue])) for s in sketch])
+    for values in terms:
+        mean = sum(values) / len(values)
+        spread = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+        if spread > 0.0:
+            score = [total + value / spread for total, value in zip(score, values, strict=True)]
+    return sorted(range(len(score)), key=lambda i: -score[i])[:count]

@@ -39,7 +39,7 @@ WEIGHTS = ["rank_weight", "copy_weight", "mismatch_weight", "curvature", "divers
         ("keep", math.nan, r'keep must be in \(0, 1\] or "auto", got nan'),
         ("keep", "most", r'keep must be in \(0, 1\] or "auto", got .most.'),
         ("keep_min", 0.0, r"keep_min must be in \(0, 1\], got 0\.0"),
-        ("policy", "best", "policy must be one of slap, slap_paper, uniform, max_loss, got 'best'"),
+        ("policy", "best", "policy must be one of slap, slap_paper, uniform, .*, got 'best'"),
         ("on_bad_shard", "ignore", "on_bad_shard must be one of raise, skip, got 'ignore'"),
         ("sketch_dim", 100, "sketch_dim must be a power of two, got 100; try 512"),
         ("pool_batches", 1, "pool_batches must be at least 2, got 1; .* nothing to choose from"),

@@ -104,6 +104,19 @@ def test_questions_survive_a_checkpoint() -> None:
     assert as_json(awaiting.state_dict()) == state
 
 
+def test_weights_belong_to_questions_and_survive_a_checkpoint() -> None:
+    awaiting = Awaiting(depth=2)
+    names = np.array([4, 5, 6])
+    awaiting.ask(0, names, rows_of(names), np.array([1.0, 2.5, 4.0]))
+    ask(awaiting, 1, 5)
+    again = Awaiting(depth=2)
+    again.load_state_dict(as_json(awaiting.state_dict()), rows_of)
+    for one in (awaiting, again):
+        _, _, question, position = one.entries()
+        assert one.weights(question, position).tolist() == [1.0, 2.5, 4.0, 1.0]
+        assert one.weights(question[[3, 1]], position[[3, 1]]).tolist() == [1.0, 2.5]
+
+
 def test_no_questions_survive_a_checkpoint_too() -> None:
     again = Awaiting(depth=3)
     again.load_state_dict(as_json(Awaiting(depth=3).state_dict()), rows_of)

@@ -18,7 +18,7 @@ import torch
 from streaming import Stream, StreamingDataset
 
 from slap_stream import SlapDataLoader
-from slap_stream.errors import AlignmentError, ConfigError, ShardError, StateError
+from slap_stream.errors import AlignmentError, ConfigError, FeedbackError, ShardError, StateError
 from slap_stream.shards import open_writer
 from tests.laws import as_json, config_of
 
@@ -270,3 +270,22 @@ def test_losses_may_be_tensors_of_any_float_type(corpus: Path) -> None:
         batch = next(batches)
         loader.observe(batch["sample_id"], torch.ones(BATCH, dtype=dtype, requires_grad=True))
     assert loader.metrics()["observed"] == 3 * BATCH
+
+
+def test_weights_of_losses_come_with_the_batch_at_hand(corpus: Path) -> None:
+    loader = make(corpus, config=config_of(policy="infobatch", lookahead=4, keep=0.5))
+    seen = []
+    for _ in range(2):
+        for batch in loader:
+            weights = loader.loss_weights(batch["sample_id"])
+            assert weights.shape == (BATCH,)
+            assert weights.dtype == torch.float64
+            # Asked again it says the same; batches composed ahead do not matter.
+            assert torch.equal(loader.loss_weights(batch["sample_id"].flip(0)), weights.flip(0))
+            seen.append(weights)
+            feed(loader, batch)
+    # Until losses can be predicted all count alike.
+    assert torch.all(seen[0] == 1.0)
+    assert torch.cat(seen).max() > 1.0
+    with pytest.raises(FeedbackError, match="loss_weights: ids of yielded batches"):
+        loader.loss_weights(batch["sample_id"])

@@ -13,7 +13,23 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from slap_stream.config import PolicyName, SlapConfig
-from slap_stream.policies import MaxLoss, Policy, PoolView, Slap, SlapPaper, Uniform, make_policy
+from slap_stream.policies import (
+    RS2,
+    DivBS,
+    Greats,
+    InfoBatch,
+    KCentre,
+    MaxLoss,
+    Policy,
+    PoolView,
+    RhoLoss,
+    Slap,
+    SlapPaper,
+    Subset,
+    Uds,
+    Uniform,
+    make_policy,
+)
 from slap_stream.policies.slap import DISTANCE_CAP
 from slap_stream.policies.slap_paper import NUM_LOSS_STRATA
 from slap_stream.reservoir import RecentlyTrained
@@ -22,7 +38,9 @@ from tests import reference
 from tests.strategies import Array, seeds, unit_vectors
 
 POLICIES = get_args(PolicyName)
-METRIC_DIM = 4
+# Columns of a view that are made when a policy calls for them.
+LAZY = ("embedding", "measured", "sketch", "nuclear_norm", "reference_loss")
+METRIC_DIM, EMBEDDING_DIM = 4, 6
 # Statistical tests fix their seeds; each would raise a false alarm for one seed in 10,000.
 FALSE_ALARM = 1e-4
 
@@ -35,16 +53,29 @@ def named(policy: PolicyName, **options: Any) -> Policy:
 def recent_of(num_strata: int, z: Array | None = None, stratum: Array | None = None) -> Any:
     """What was trained on lately: nothing, or samples with these metric vectors."""
     recent = RecentlyTrained(
-        num_strata=num_strata, per_stratum=64, columns=1, dim=1, metric_dim=METRIC_DIM
+        num_strata=num_strata,
+        per_stratum=64,
+        columns=EMBEDDING_DIM,
+        dim=EMBEDDING_DIM,
+        metric_dim=METRIC_DIM,
     )
     if z is not None and stratum is not None:
-        recent.add(10_000 + np.arange(len(z)), stratum, np.zeros((len(z), 1), np.float32), z)
+        x = np.zeros((len(z), EMBEDDING_DIM), np.float32)
+        x[:, :METRIC_DIM] = z
+        recent.add(10_000 + np.arange(len(z)), stratum, x, z)
     return recent
 
 
 def never() -> np.random.Generator:
     """The generator of policies that must not draw."""
     raise AssertionError("this policy must not draw")
+
+
+def sketches_of(seed: int, n: int, dim: int = 8) -> Array:
+    """(n, dim) gradient sketches, of which some are copies and a third were not measured."""
+    rng = np.random.default_rng(seed)
+    length = rng.gamma(2.0, 1.0, (n, 1)) * (rng.random((n, 1)) > 1 / 3)
+    return (length * unit_vectors(seed, n, dim, copies=True)).astype(np.float32)
 
 
 def view_of(
@@ -68,6 +99,14 @@ def view_of(
         "z": unit_vectors(seed, n, METRIC_DIM, copies=True),
         "recent": recent_of(num_strata),
         "typical": 0.5,
+        "epoch": 0,
+        "embedding": lambda: unit_vectors(seed, n, EMBEDDING_DIM, copies=True),
+        "measured": lambda: np.random.default_rng(seed).random(n) > 1 / 3,
+        "sketch": lambda: sketches_of(seed, n),
+        "nuclear_norm": lambda: np.random.default_rng(seed + 2).gamma(4.0, 5.0, n),
+        "chosen": lambda: sketches_of(seed + 3, 5),
+        "reference_loss": lambda: np.random.default_rng(seed + 1).gamma(4.0, 0.5, n),
+        "target": None,
         "rng": draws,
     }
     return PoolView(**(defaults | columns))
@@ -110,7 +149,9 @@ def test_a_batch_fills_the_quotas_with_different_candidates(
     # Where a candidate lies in the pool must not matter: a resumed run has another layout.
     order = np.random.default_rng(seed).permutation(n)
     columns = ("sample_id", "occurrence", "stratum", "offered_at", "gumbel", "loss", "utility", "z")
-    moved = replace(view, **{name: getattr(view, name)[order] for name in columns})
+    made = {name: getattr(view, name)()[order] for name in LAZY}
+    lazy = {name: lambda rows=rows: rows for name, rows in made.items()}
+    moved = replace(view, **{name: getattr(view, name)[order] for name in columns}, **lazy)
     again = rule.select(moved, quota)
     assert set(moved.sample_id[again].tolist()) == set(view.sample_id[chosen].tolist())
 
@@ -121,7 +162,15 @@ def test_every_name_has_its_policy() -> None:
         "slap": Slap,
         "slap_paper": SlapPaper,
         "uniform": Uniform,
+        "subset": Subset,
+        "rs2": RS2,
         "max_loss": MaxLoss,
+        "infobatch": InfoBatch,
+        "k_centre": KCentre,
+        "rho_loss": RhoLoss,
+        "greats": Greats,
+        "divbs": DivBS,
+        "uds": Uds,
     }
 
 
@@ -340,8 +389,8 @@ def test_slap_papers_window_slides() -> None:
 
 def test_max_loss_takes_the_highest_losses_whatever_the_stratum() -> None:
     view = view_of(0, 30)
-    view = replace(view, utility=utility_of(MaxLoss(), loss=view.loss))
-    chosen = MaxLoss().select(view, np.array([1, 1, 3]))
+    view = replace(view, utility=utility_of(MaxLoss(SlapConfig()), loss=view.loss))
+    chosen = MaxLoss(SlapConfig()).select(view, np.array([1, 1, 3]))
     assert chosen.tolist() == np.argsort(-view.loss)[:5].tolist()
 
 

@@ -121,6 +121,21 @@ def test_a_state_of_another_version_or_head_is_refused():
     assert probe.metrics()["probe_steps"] == 0
 
 
+def test_mean_sketch_is_that_of_the_candidates_and_leaves_the_second_moment():
+    host = Host()
+    probe = LearnabilityProbe(make("llama"), host)
+    before = probe.state_dict()["second_moment"]
+    mean = probe.mean_sketch([text_batch([0, 1, 2]), text_batch([3, 4, 5])])
+    for name, value in probe.state_dict()["second_moment"].items():
+        np.testing.assert_array_equal(value, before[name])
+    probe.step()
+    np.testing.assert_allclose(mean, host.updates[0][2].mean(axis=0), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="at least one batch, got none"):
+        probe.mean_sketch([])
+    with pytest.raises(ValueError, match="sketches=False"):
+        LearnabilityProbe(make("llama"), Host(), sketches=False).mean_sketch([text_batch([0])])
+
+
 class Compiled(nn.Module):
     """What torch.compile returns, without the seconds that importing the compiler takes."""
 

@@ -142,6 +142,51 @@ def test_without_sketches_only_losses_are_handed_over():
     assert host.updates[0][2] is None
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "chatglm", "qwen2_lora"])
+def test_nuclear_norms_are_those_of_the_models_own_supervised_logits(name):
+    model, host = make(name), Host(policy="uds")
+    LearnabilityProbe(model, host).step()
+    model.eval()
+    expected = []
+    for i in range(6):
+        batch = text_batch([i])
+        with torch.no_grad():
+            inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+            logits = model(**inputs).logits[0, :-1][batch["labels"][0, 1:] != -100]
+        expected.append(np.linalg.svd(logits.numpy(), compute_uv=False).sum())
+    np.testing.assert_allclose(host.nuclear_norms[0], expected, rtol=2e-4)
+    np.testing.assert_allclose(host.updates[0][1], own_losses(model), rtol=2e-5)
+
+
+def test_nuclear_norms_of_any_model_are_of_what_leaves_its_head():
+    torch.manual_seed(0)
+    model, host = Classifier(), Host(vector_batch, policy="uds")
+    LearnabilityProbe(model, host, head=model.out, loss_fn=softmax_losses).step()
+    with torch.no_grad():
+        left = model.eval().out(model.body(vector_batch(np.arange(6))["x"]))
+    # One row a sample: its only singular value is its length.
+    np.testing.assert_allclose(host.nuclear_norms[0], left.norm(dim=1), rtol=1e-4)
+
+
+def test_nuclear_norms_are_made_on_demand_and_of_what_is_there():
+    def nothing_in_row_3(ids):
+        batch = text_batch(ids)
+        batch["labels"][batch["sample_id"] == 3] = -100
+        return batch
+
+    model = make("llama")
+    plain, host = Host(), Host(nothing_in_row_3, policy="uds")
+    LearnabilityProbe(model, plain).step()
+    assert plain.nuclear_norms == [None]
+    probe = LearnabilityProbe(model, host)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[text_batch([4])["input_ids"][0, 4:]] = float("nan")
+    probe.step()
+    norms = host.nuclear_norms[0]
+    assert norms[3] == 0
+    assert np.isnan(norms[4])
+
+
 def test_a_sample_without_supervised_tokens_has_loss_and_sketch_zero():
     def nothing_in_row_3(ids):
         batch = text_batch(ids)

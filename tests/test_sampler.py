@@ -55,11 +55,22 @@ def make(
     world_size: int = 1,
     **settings: Any,
 ) -> SlapSampler:
-    """A sampler over random embeddings; `mismatched`: share of targets of other prompts."""
+    """A sampler over random embeddings.
+
+    Policies that measure every candidate do so. `mismatched`: share of targets of other prompts.
+    """
+    policy = settings.get("policy", "slap")
+    if SlapConfig(policy=policy).measures_all:
+        settings.setdefault("probe_fraction", 1.0)
     rows: Any = embeddings(sum(sizes))
+    columns = {}
     if mismatched is not None:
-        wrong = np.random.default_rng(3).random((sum(sizes), 1)) < mismatched
-        rows = ArrayStore(rows, features=wrong.astype(np.float16), feature_names=["mismatch"])
+        columns["mismatch"] = np.random.default_rng(3).random(sum(sizes)) < mismatched
+    if policy == "rho_loss":
+        columns["reference_loss"] = np.random.default_rng(2).gamma(4.0, 0.5, sum(sizes))
+    if columns:
+        features = np.stack(list(columns.values()), axis=1).astype(np.float16)
+        rows = ArrayStore(rows, features=features, feature_names=list(columns))
     return SlapSampler(
         np.array(sizes),
         rows,

@@ -363,3 +363,20 @@ class StackedStore(ReadsIds):
                 )
             )
         return concatenate(parts)
+
+
+def as_row_store(embeddings: Any, lengths: Any, features: Any, sources: Any) -> RowStore:
+    """The store that was given, or one over the arrays that were.
+
+    Raises:
+        AlignmentError: If arrays come with a store, which brings its own.
+    """
+    if hasattr(embeddings, "read_ids"):
+        if any(extra is not None for extra in (lengths, features, sources)):
+            raise AlignmentError(
+                "lengths, features and sources must not be given with an EmbeddingStore; it "
+                "brings its own."
+            )
+        store: RowStore = embeddings
+        return store
+    return ArrayStore(embeddings, lengths=lengths, features=features, sources=sources)

@@ -1,23 +1,57 @@
-"""Rules that pick a batch from the pool: slap, its reconstruction from the paper, and baselines."""
+"""Rules that pick a batch from the pool: slap, its reconstruction from the paper, and its peers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from slap_stream.config import SlapConfig
 from slap_stream.policies.base import Policy, PoolView
+from slap_stream.policies.divbs import DivBS
+from slap_stream.policies.greats import Greats
+from slap_stream.policies.infobatch import InfoBatch
+from slap_stream.policies.k_centre import KCentre
 from slap_stream.policies.max_loss import MaxLoss
+from slap_stream.policies.rho_loss import RhoLoss
+from slap_stream.policies.rs2 import RS2
 from slap_stream.policies.slap import Slap
 from slap_stream.policies.slap_paper import SlapPaper
+from slap_stream.policies.subset import Subset
+from slap_stream.policies.uds import Uds
 from slap_stream.policies.uniform import Uniform
 
-__all__ = ["MaxLoss", "Policy", "PoolView", "Slap", "SlapPaper", "Uniform", "make_policy"]
+__all__ = [
+    "RS2",
+    "DivBS",
+    "Greats",
+    "InfoBatch",
+    "KCentre",
+    "MaxLoss",
+    "Policy",
+    "PoolView",
+    "RhoLoss",
+    "Slap",
+    "SlapPaper",
+    "Subset",
+    "Uds",
+    "Uniform",
+    "make_policy",
+]
 
 
 def make_policy(config: SlapConfig) -> Policy:
     """The policy that a config names."""
-    policies: dict[str, Policy] = {
-        "slap": Slap(config),
-        "slap_paper": SlapPaper(),
-        "uniform": Uniform(),
-        "max_loss": MaxLoss(),
+    policies: dict[str, Callable[[SlapConfig], Policy]] = {
+        "slap": Slap,
+        "slap_paper": lambda _: SlapPaper(),
+        "uniform": lambda _: Uniform(),
+        "subset": Subset,
+        "rs2": RS2,
+        "max_loss": MaxLoss,
+        "infobatch": InfoBatch,
+        "k_centre": lambda _: KCentre(),
+        "rho_loss": RhoLoss,
+        "greats": lambda _: Greats(),
+        "divbs": lambda _: DivBS(),
+        "uds": lambda _: Uds(),
     }
-    return policies[config.policy]
+    return policies[config.policy](config)

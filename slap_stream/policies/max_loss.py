@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from slap_stream.policies.base import PoolView, top
+import numpy as np
+
+from slap_stream.config import SlapConfig
+from slap_stream.policies.base import PoolView, top, unmeasured
 from slap_stream.types import FloatArray, IntArray
 
 
 class MaxLoss:
-    """Trains on what is predicted to have the highest loss, whatever its stratum.
+    """Trains on what has the highest loss, whatever its stratum.
+
+    Losses are predicted unless they were measured lately. With `probe_fraction=1` each candidate
+    waits until it was measured.
 
     Reference: Loshchilov and Hutter, "Online batch selection for faster training of neural
         networks", 2015, in the greedy limit.
@@ -18,6 +24,9 @@ class MaxLoss:
     uses_losses = True
     weighs_evidence = False
 
+    def __init__(self, config: SlapConfig) -> None:
+        self._config = config
+
     def utility(
         self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
     ) -> FloatArray:
@@ -25,9 +34,10 @@ class MaxLoss:
         return loss
 
     def score(self, view: PoolView) -> FloatArray:
-        """The loss, without noise."""
-        return view.utility
+        """The loss, without noise; what still waits is not pruned."""
+        return np.where(unmeasured(view, self._config), np.inf, view.utility)
 
     def select(self, view: PoolView, quota: IntArray) -> IntArray:
         """The highest losses."""
-        return top(view.utility, view, int(quota.sum()))
+        last = unmeasured(view, self._config)
+        return top(view.utility, view, int(quota.sum()), last=last)

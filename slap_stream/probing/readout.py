@@ -138,17 +138,23 @@ class Reader(Protocol):
         ...
 
     def read(self, batch: Any, size: int, sink: GradientSink | None) -> Tensor:
-        """(size,) float32 losses of the batch's samples; gradients go to the sink."""
+        """Read a batch; gradients go to the sink.
+
+        Returns:
+            (size, 1) float32 losses of the batch's samples; (size, 2) with the nuclear norms of
+            their logits if these were asked for.
+        """
         ...
 
 
 class CausalReader:
     """Next-token cross-entropy at a linear head, a block of tokens at a time."""
 
-    def __init__(self, model: nn.Module, head: nn.Module) -> None:
+    def __init__(self, model: nn.Module, head: nn.Module, *, nuclear_norms: bool = False) -> None:
         """Read the model's logit transform from its configuration."""
         self._model = model
         self._head = head
+        self._nuclear_norms = nuclear_norms
         self._transform = LogitTransform.of(model)
         # The head of ChatGLM works on (tokens, batch, hidden).
         self._tokens_first = False
@@ -174,7 +180,7 @@ class CausalReader:
             shape = tuple(labels.shape)
             self._tokens_first = tuple(hidden.shape[:2]) == shape[::-1] != shape
             one = self._head.forward(hidden[:, -1:] if hidden.ndim == 3 else hidden)
-            losses = self.read(batch, size, None)
+            losses = self.read(batch, size, None)[:, 0]
             own = self._own_loss(inputs, labels)
         tolerance = _tolerance(one)
         ours = _over_all_tokens(losses, supervised)
@@ -200,14 +206,14 @@ class CausalReader:
 
     def read(self, batch: Any, size: int, sink: GradientSink | None) -> Tensor:
         """As `Reader.read`."""
-        losses: list[Tensor] = []
+        columns: list[Tensor] = []
 
         def consume(entered: Tensor) -> None:
-            losses.append(self._read_tokens(entered, batch["labels"], sink))
+            columns.append(self._read_tokens(entered, batch["labels"], sink))
 
         with torch.no_grad():
             run_to_head(self._model, self._head, call_inputs(self._model, batch), consume)
-        return losses[0]
+        return columns[0]
 
     def _read_tokens(self, entered: Tensor, labels: Tensor, sink: GradientSink | None) -> Tensor:
         hidden = entered.transpose(0, 1) if self._tokens_first else entered
@@ -235,7 +241,25 @@ class CausalReader:
             start += block
             # The vocabulary is known after the first token.
             block = _block_tokens(logits)
-        return _mean_over_tokens(token_losses, supervised)
+        losses = _mean_over_tokens(token_losses, supervised)
+        if not self._nuclear_norms:
+            return losses[:, None]
+        return torch.stack([losses, self._nuclear_norms_of(inputs, supervised)], 1)
+
+    def _nuclear_norms_of(self, inputs: Tensor, supervised: Tensor) -> Tensor:
+        """(batch,) nuclear norms from what enters the head at the (supervised tokens,).
+
+        A pass of its own: blocks of tokens cut samples, and a sample's logits are needed at once.
+        """
+        norms, start = [], 0
+        for tokens in supervised.sum(1).tolist():
+            logits = self._head.forward(inputs[start : start + tokens])
+            start += tokens
+            with torch.autocast(logits.device.type, enabled=False):
+                logits = logits.float()
+                self._transform.apply_(logits)
+                norms.append(_nuclear_norm(logits))
+        return torch.stack(norms)
 
     def _read_block(
         self,
@@ -289,14 +313,23 @@ class CausalReader:
 class LossFnReader:
     """Losses of the caller's making; gradients by autograd from the head's output on.
 
-    The model makes its own logits here, of every token.
+    The model makes its own logits here, of every token; nuclear norms are of all that left the head
+    for a sample, because which tokens a loss looks at is not known.
     """
 
-    def __init__(self, model: nn.Module, head: nn.Module, loss_fn: LossFn) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        head: nn.Module,
+        loss_fn: LossFn,
+        *,
+        nuclear_norms: bool = False,
+    ) -> None:
         """Keep what is needed to read."""
         self._model = model
         self._head = head
         self._loss_fn = loss_fn
+        self._nuclear_norms = nuclear_norms
         self._batch_axis = 0
 
     def check(self, batch: Any, size: int) -> tuple[int, int, torch.device]:
@@ -326,8 +359,13 @@ class LossFnReader:
     def read(self, batch: Any, size: int, sink: GradientSink | None) -> Tensor:
         """As `Reader.read`."""
         losses, entered, left = self._forward(batch, size)
+        columns = losses.detach()[:, None]
+        if self._nuclear_norms:
+            outputs = left.detach().float().movedim(self._batch_axis, 0)
+            norms = [_nuclear_norm(output.reshape(-1, left.shape[-1])) for output in outputs]
+            columns = torch.cat([columns, torch.stack(norms)[:, None]], 1)
         if sink is None:
-            return losses.detach()
+            return columns
         # The sum: each loss touches its own rows only.
         (gradient,) = torch.autograd.grad(losses.sum(), left)
         # (samples * tokens, width)
@@ -346,7 +384,7 @@ class LossFnReader:
                 # Of a loss that is not known, the squared gradient stands in for the curvature.
                 curvature = d.square() if sink.wants_curvature else None
                 sink.add(d, h, (owner[rows] == samples[:, None]).float(), curvature)
-        return losses.detach()
+        return columns
 
     def _forward(self, batch: Any, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """(size,) losses with a graph from the head's output on, what entered and left the head."""
@@ -363,6 +401,14 @@ class LossFnReader:
             )
         entered, left = calls[0]
         return losses.float(), entered, left
+
+
+def _nuclear_norm(logits: Tensor) -> Tensor:
+    """() sum of the singular values of (tokens, vocabulary) float32 logits; 0 of no tokens."""
+    if not bool(torch.isfinite(logits).all()):
+        return logits.new_tensor(torch.nan)
+    values: Tensor = torch.linalg.svdvals(logits)
+    return values.sum()
 
 
 def _over_all_tokens(losses: Tensor, supervised: Tensor) -> float:

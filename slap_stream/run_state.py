@@ -1,0 +1,90 @@
+"""Whether a saved state belongs to the run that it is loaded into."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from slap_stream.config import SlapConfig
+from slap_stream.errors import StateError
+from slap_stream.order import ShardTable
+from slap_stream.types import RowStore, State
+
+
+def describe_run(
+    table: ShardTable, store: RowStore, *, global_batch: int, num_lanes: int
+) -> dict[str, Any]:
+    """What must be the same for a state to be taken over; the world size is free."""
+    shards = np.stack([table.sizes, table.counts]).tobytes()
+    return {
+        "num_samples": table.num_samples,
+        "num_candidates": table.num_candidates,
+        "shards": hashlib.sha256(shards).hexdigest()[:16],
+        "embedding_dim": store.shape[1],
+        "feature_names": list(store.feature_names),
+        "source_names": list(store.source_names),
+        "global_batch": global_batch,
+        "num_lanes": num_lanes,
+    }
+
+
+def check_state(
+    state: State,
+    *,
+    version: int,
+    run: dict[str, Any],
+    config: SlapConfig,
+    rank: int,
+    world_size: int,
+) -> int:
+    """Compare a state with the run.
+
+    Args:
+        state: What a sampler's `state_dict` gave; arrays may be nested lists.
+        version: Version of the state that can be read.
+        run: What `describe_run` says of the run.
+        config: Settings of the run.
+        rank: This rank.
+        world_size: Ranks.
+
+    Returns:
+        The number of lanes to go on with: the saved one, unless the config asks for another.
+
+    Raises:
+        StateError: If the state is of another version, config, dataset or batch size, or lacks
+            lanes of this rank; the message lists the differences.
+    """
+    if state.get("version") != version:
+        raise StateError(
+            f"version must be {version}, got {state.get('version')!r}; the state was written by "
+            "another version of slap_stream."
+        )
+    saved = state["run"]
+    if config.num_lanes is None:
+        # Not asked for, so the run's own number of lanes stays what it was.
+        run = {**run, "num_lanes": int(saved["num_lanes"])}
+        config = replace(config, num_lanes=state["config"].get("num_lanes"))
+    differences = config.differences(state["config"]) + [
+        f"{name}: {saved.get(name)!r} -> {run[name]!r}"
+        for name in run
+        if saved.get(name) != run[name]
+    ]
+    num_lanes = int(run["num_lanes"])
+    each = num_lanes // world_size
+    wanted = range(rank * each, (rank + 1) * each)
+    theirs = {int(lane["lane"]) for lane in state["lanes"]}
+    if num_lanes % world_size or not set(wanted) <= theirs:
+        differences.append(
+            f"lanes: {sorted(theirs)} of {num_lanes} -> {list(wanted)} of rank {rank} in "
+            f"{world_size}"
+        )
+    if differences:
+        raise StateError(
+            "state must belong to this run, got one that differs (saved -> current) in "
+            + "; ".join(differences)
+            + "."
+        )
+    return num_lanes
