@@ -102,6 +102,14 @@ class Workshop:
         records: list[Record] = json.loads((path / "records.json").read_text())
         return records
 
+    def target(self, mixture: str, size: int) -> list[Record]:
+        """Clean records from what the base model was trained on, in a mixture's shares."""
+        chosen: list[Record] = []
+        for name, share in MIXTURES[mixture].items():
+            records, _ = split_training(self.data, name, limit=round(share * size))
+            chosen += records
+        return chosen
+
     def _make(self, name: str, write: Callable[[Path], None]) -> Path:
         """Make a directory unless it is there; one process at a time, and never half of it."""
         done, growing = self.place / name, self.place / f"{name}.growing"

@@ -107,8 +107,7 @@ def paired(arm: dict[int, Row], other: dict[int, Row], value: str = "loss") -> D
 
 def compute(row: Row) -> float:
     """Tokens through the model, a probe's forward counted as `FORWARD_SHARE` of a step."""
-    probed = float(row["metrics"].get("probe_samples", 0.0))
-    return float(row["tokens"]) * (1.0 + FORWARD_SHARE * probed / row["samples"])
+    return float(row["tokens"]) * (1.0 + FORWARD_SHARE * row["probed"] / row["samples"])
 
 
 def reached_after(row: Row, target: float) -> float:

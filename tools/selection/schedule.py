@@ -79,6 +79,7 @@ class Arm:
         probe: Whether the probe runs.
         knows: Whether what is dispensable is told to it: the oracle.
         keeps_as: Arm that must have run before, on as many samples of which this one trains.
+        target: Whether a target set of clean records is shown to it.
     """
 
     name: str
@@ -86,6 +87,11 @@ class Arm:
     probe: bool = True
     knows: bool = False
     keeps_as: str | None = None
+    target: bool = False
+
+
+# A batch is chosen from exactly what was measured since the last one, and every candidate is.
+MEASURED = {"probe_fraction": 1.0, "probe_every": 1, "pool_batches": 2, "lookahead": 0}
 
 
 def arms() -> dict[str, Arm]:
@@ -108,8 +114,20 @@ def arms() -> dict[str, Arm]:
             probe=False,
             keeps_as="slap_auto",
         ),
+        Arm(name="subset", config={"policy": "subset"}, probe=False),
+        Arm(name="rs2", config={"policy": "rs2"}, probe=False),
+        Arm(name="infobatch", config={"policy": "infobatch"}),
+        Arm(name="k_centre", config={"policy": "k_centre"}, probe=False),
         Arm(name="max_loss", config={"policy": "max_loss"}),
         Arm(name="slap_paper", config={"policy": "slap_paper"}),
+        # As their sources have it: every candidate is measured, and that is paid for.
+        *(
+            Arm(name=name, config={"policy": policy, **MEASURED}, target=policy == "greats")
+            for name, policy in (
+                *((policy, policy) for policy in ("greats", "divbs", "uds")),
+                ("max_loss_measured", "max_loss"),
+            )
+        ),
         Arm(name="slap"),
         Arm(name="slap_auto", config={"keep": "auto"}),
         Arm(name="oracle", config={"rank_weight": 0.0}, knows=True),

@@ -26,6 +26,8 @@ from slap_stream.tools.selection.tasks import Condition
 
 Batch = dict[str, torch.Tensor]
 EVALUATION_BATCH = 64
+# Records of a target set, and after how many batches its gradient is measured again.
+TARGET_SIZE, TARGET_EVERY = 32, 8
 
 
 def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
@@ -57,7 +59,8 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
     trained = np.zeros(len(corpus.kind), np.int64)
     curve = [(0, _mean(_evaluate(model, heldout, preset)))]
     seconds = {"train": 0.0, "compose": 0.0, "probe": 0.0}
-    tokens = samples = 0
+    tokens = samples = steps = shown = 0
+    targets = _target_batches(workshop, condition, tokenizer) if arm.target else []
     due = [part / preset.evaluations for part in range(1, preset.evaluations)]
     for epoch in range(preset.epochs):
         batches = iter(loader)
@@ -71,7 +74,8 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
             began = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = key.learning_rate * rate(done)
-            losses, count = _step(model, optimizer, batch, preset)
+            weights = loader.loss_weights(batch["sample_id"]) if arm.probe else None
+            losses, count = _step(model, optimizer, batch, preset, weights)
             tokens += count
             seconds["train"] += time.perf_counter() - began
             trained[batch["sample_id"].numpy()] += 1
@@ -79,7 +83,11 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
             if probe is not None:
                 began = time.perf_counter()
                 loader.observe(batch["sample_id"], losses)
+                if targets and steps % TARGET_EVERY == 0:
+                    loader.composer.set_target(probe.mean_sketch(targets))
+                    shown += TARGET_SIZE
                 probe.step()
+                steps += 1
                 seconds["probe"] += time.perf_counter() - began
             if due and done >= due[0]:
                 due.pop(0)
@@ -100,6 +108,7 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
         },
         "copied_records": len(np.unique(corpus.group[copied])),
         "tokens": tokens,
+        "probed": shown + int(loader.metrics().get("probe_samples", 0.0)),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "metrics": {name: round(value, 4) for name, value in loader.metrics().items()},
     }
@@ -125,14 +134,19 @@ def _store(corpus: Corpus, arm: Arm) -> Any:
 
 
 def _step(
-    model: Any, optimizer: torch.optim.Optimizer, batch: Batch, preset: Preset
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    preset: Preset,
+    weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, int]:
     """One optimizer step; (batch,) losses and the tokens that went through the model."""
     losses = torch.zeros(len(batch["input_ids"]))
     tokens = 0
     for rows, part in _micro_batches(batch, preset.micro_batches):
         some = _losses(model, part, preset)
-        (some.sum() / len(losses)).backward()
+        weighted = some if weights is None else some * weights[rows].to(some)
+        (weighted.sum() / len(losses)).backward()
         losses[rows] = some.detach().float().cpu()
         tokens += part["input_ids"].numel()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -170,6 +184,14 @@ def _heldout_batches(
         (np.array([source for source, _ in part]), collate([tokens for _, tokens in part]))
         for part in parts
     ]
+
+
+def _target_batches(workshop: Workshop, condition: Condition, tokenizer: Any) -> list[Batch]:
+    """Clean records that no run is trained or tested on, in the tasks' shares."""
+    rows = encoded(
+        workshop.target(condition.mixture, TARGET_SIZE), tokenizer, workshop.preset.max_tokens
+    )
+    return [ChatCollator(tokenizer)([tokens for _, tokens in rows])]
 
 
 @torch.no_grad()
