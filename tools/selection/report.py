@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from slap_stream.tools.selection.schedule import PRESETS
+
 Row = dict[str, Any]
 
 # A forward without a backward, in steps on the same tokens (measured: 0.31 and 0.32).
@@ -85,8 +87,13 @@ def read_rows(results: Path) -> list[Row]:
 
 def label(row: Row) -> str:
     """Arm, with what was set otherwise than usual."""
-    keep = "" if row["keep"] in (0.7, 1.0, "auto") else f" keep {row['keep']}"
-    return f"{row['arm']}{keep}{' ' if row['overrides'] else ''}{row['overrides']}"
+    parts = [row["arm"]]
+    if row["keep"] not in (0.7, 1.0, "auto"):
+        parts.append(f"keep {row['keep']}")
+    keep = 1.0 if isinstance(row["keep"], str) else row["keep"]
+    if row["learning_rate"] != PRESETS[row["preset"]].rate_for(keep):
+        parts.append(f"rate {row['learning_rate']}")
+    return " ".join([*parts, row["overrides"]]).strip()
 
 
 def by_condition(rows: Sequence[Row]) -> dict[str, dict[str, dict[int, Row]]]:

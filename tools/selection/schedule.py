@@ -43,11 +43,14 @@ class Preset:
     pretraining_per_task: int = 3_000
     pretraining_steps: int = 400
     pretraining_rate: float = 3e-3
-    learning_rate: Mapping[float, float] = field(default_factory=lambda: {1.0: 2e-3, 0.7: 2e-3})
+    learning_rate: Mapping[float, float] = field(default_factory=lambda: {1.0: 1e-3, 0.7: 1e-3})
     shard_bytes: int = 100_000
     device: str = "cpu"
     conditions: tuple[str, ...] = ("balanced", "imbalanced+copies+shuffled")
-    arms: tuple[str, ...] = ("full", "uniform", "max_loss", "slap_paper", "slap", "slap_auto")
+    arms: tuple[str, ...] = (
+        *("full", "uniform", "rs2", "infobatch", "max_loss", "slap_paper"),
+        *("slap", "slap_auto", "oracle", "uniform_as_auto"),
+    )
     seeds: int = 5
 
     def rate_for(self, keep: float) -> float:
