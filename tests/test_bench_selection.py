@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,20 @@ def test_runs_are_made_once_and_reported(
     assert "| oracle warmup_losses=16 | 0.68 | " in printed
     assert json.loads(printed.splitlines()[-1])["balanced+copies+shuffled"]
     assert (tmp_path / "selection.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arm", ["rho_loss", "greats", "infobatch"])
+def test_peers_get_what_their_sources_have(
+    arm: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", replace(TINY, size=64, epochs=1))
+    given = ["--data", str(data), "--out", str(tmp_path), "--preset", "tiny", "--seeds", "1"]
+    given += ["--conditions", "gsm8k", "--arms", arm, "--set", "warmup_losses=8"]
+    assert bench_selection.main(given) == 0
+    row = json.loads((tmp_path / "results.jsonl").read_text())
+    measured = row["probed"] / row["candidates"]
+    assert measured < 0.2 if arm == "infobatch" else measured > 0.6
+    assert (tmp_path / "made-tiny" / "reference-gsm8k").exists() == (arm == "rho_loss")
 
 
 def test_a_wrong_argument_is_one_line(

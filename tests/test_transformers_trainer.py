@@ -171,6 +171,11 @@ def test_a_resumed_run_equals_the_unbroken_one(
     assert history(again) == history(unbroken)
 
 
+def test_a_policy_that_weighs_losses_is_refused() -> None:
+    with pytest.raises(ConfigError, match="policy must not be 'infobatch' with SlapTrainer"):
+        SlapTrainer(slap_config=SlapConfig(policy="infobatch"))
+
+
 def test_with_auto_the_schedule_follows_the_data(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     store = EmbeddingStore(folder / "corpus" / "embeddings.zarr")
     rows = store.read(0, store.shape[0])

@@ -84,6 +84,11 @@ class SlapTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             args.remove_unused_columns = False
         self._embeddings = embeddings
         self._slap_config = slap_config or SlapConfig()
+        if self._slap_config.policy == "infobatch":
+            raise ConfigError(
+                "policy must not be 'infobatch' with SlapTrainer, got it; its losses need weights, "
+                "and the loss here is the stock Trainer's: use a loop of your own."
+            )
         self._head, self._loss_fn = head, loss_fn
         self._resume_from: str | None = None
         self.loader: SlapDataLoader | None = None

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slap_stream import per_sample_loss
-from slap_stream.chat import DEFAULT_CHAT_TEMPLATE, encode
+from slap_stream.chat import DEFAULT_CHAT_TEMPLATE, ChatCollator, encode
 from slap_stream.errors import SlapStreamError
 from slap_stream.shards import corpus_size, iter_corpus
 from slap_stream.tools import convert, embed
@@ -88,6 +88,23 @@ class Workshop:
         )
         table = np.load(path / "kinds.npz")
         return Corpus(path=path / "corpus", kind=table["kind"], group=table["group"])
+
+    def reference_store(self, condition: Condition, seed: int) -> Path:
+        """Embeddings of a condition's corpus, with the losses of a reference model beside them.
+
+        The reference is the base model fine-tuned on clean records that no run is trained on.
+        """
+        corpus = self.corpus(condition, seed).path
+        model = self._make(
+            f"reference-{condition.mixture}",
+            lambda place: self._train_reference(place, condition.mixture),
+        )
+
+        def write(place: Path) -> None:
+            store = place / "embeddings.zarr"
+            _command(embed, corpus, "--out", store, "--reference-model", model, "--quiet")
+
+        return self._make(f"referred-{condition.name}-{seed}", write) / "embeddings.zarr"
 
     def heldout(self, mixture: str) -> list[Record]:
         """Clean test records of a mixture's tasks, cleared of near-copies of training texts."""
@@ -180,6 +197,29 @@ class Workshop:
             optimizer.step()
             optimizer.zero_grad()
         model.save_pretrained(place)
+
+    def _train_reference(self, place: Path, mixture: str) -> None:
+        preset, tokenizer = self.preset, self.tokenizer()
+        records = self.target(mixture, preset.size // 2)
+        random.Random("reference").shuffle(records)
+        rows = [tokens for _, tokens in encoded(records, tokenizer, preset.max_tokens)]
+        model, collate = self.base_model().to(preset.device), ChatCollator(tokenizer)
+        peak, size = preset.rate_for(1.0), preset.batch_size
+        optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
+        starts = range(0, len(rows) - size + 1, size)
+        steps = preset.epochs * len(starts)
+        for step, start in enumerate([*starts] * preset.epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate(step / steps)
+            batch = {n: v.to(preset.device) for n, v in collate(rows[start : start + size]).items()}
+            with preset.autocast():
+                logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            per_sample_loss(logits, batch["labels"]).mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
 
     def _pretraining_rows(self, tokenizer: Any) -> torch.Tensor:
         """(rows, max_tokens) texts one after the other, an end mark between them."""

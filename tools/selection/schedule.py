@@ -83,6 +83,7 @@ class Arm:
         knows: Whether what is dispensable is told to it: the oracle.
         keeps_as: Arm that must have run before, on as many samples of which this one trains.
         target: Whether a target set of clean records is shown to it.
+        reference: Whether it is told the losses of a reference model.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Arm:
     knows: bool = False
     keeps_as: str | None = None
     target: bool = False
+    reference: bool = False
 
 
 # A batch is chosen from exactly what was measured since the last one, and every candidate is.
@@ -125,9 +127,14 @@ def arms() -> dict[str, Arm]:
         Arm(name="slap_paper", config={"policy": "slap_paper"}),
         # As their sources have it: every candidate is measured, and that is paid for.
         *(
-            Arm(name=name, config={"policy": policy, **MEASURED}, target=policy == "greats")
+            Arm(
+                name=name,
+                config={"policy": policy, **MEASURED},
+                target=policy == "greats",
+                reference=policy == "rho_loss",
+            )
             for name, policy in (
-                *((policy, policy) for policy in ("greats", "divbs", "uds")),
+                *((policy, policy) for policy in ("rho_loss", "greats", "divbs", "uds")),
                 ("max_loss_measured", "max_loss"),
             )
         ),

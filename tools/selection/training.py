@@ -46,7 +46,7 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
     loader = SlapDataLoader(
         dataset,
         batch_size=preset.batch_size,
-        embeddings=_store(corpus, arm),
+        embeddings=_store(workshop, corpus, arm, key),
         config=SlapConfig(**{"keep": key.keep, "seed": key.seed} | dict(arm.config)),
         collate_fn=ChatCollator(tokenizer),
     )
@@ -114,8 +114,10 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
     }
 
 
-def _store(corpus: Corpus, arm: Arm) -> Any:
+def _store(workshop: Workshop, corpus: Corpus, arm: Arm, key: RunKey) -> Any:
     """The corpus's embeddings; an oracle's say what is dispensable instead of what is likely."""
+    if arm.reference:
+        return workshop.reference_store(Condition.of(key.condition), key.seed)
     store = EmbeddingStore(corpus.path / "embeddings.zarr")
     if not arm.knows:
         return store
