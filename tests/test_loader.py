@@ -18,6 +18,7 @@ import torch
 from streaming import Stream, StreamingDataset
 
 from slap_stream import SlapDataLoader
+from slap_stream.embeddings import ArrayStore
 from slap_stream.errors import AlignmentError, ConfigError, FeedbackError, ShardError, StateError
 from slap_stream.shards import open_writer
 from tests.laws import as_json, config_of
@@ -112,6 +113,51 @@ def test_resume_is_exact_at_every_batch(
         again.load_state_dict(state)
         assert as_json(again.state_dict()) == state
         assert head + run(again, len(unbroken) - cut) == unbroken
+
+
+def auto(corpus: Path) -> SlapDataLoader:
+    """A loader that finds three in ten dispensable by itself."""
+    wrong = np.random.default_rng(1).random((NUM_SAMPLES, 1)) < 0.3
+    store = ArrayStore(vectors(), features=wrong.astype(np.float16), feature_names=["mismatch"])
+    config = config_of(num_lanes=2, lookahead=4, keep="auto", temperature=0.05)
+    return make(corpus, embeddings=store, config=config)
+
+
+def progressing(loader: SlapDataLoader, batches: int) -> list[tuple[list[int], float, int]]:
+    """The next batches, with the progress and the epoch after each."""
+    found: list[tuple[list[int], float, int]] = []
+    while len(found) < batches:
+        for batch in islice(loader, batches - len(found)):
+            found.append((feed(loader, batch), loader.progress, loader.epoch))
+    return found
+
+
+def test_progress_goes_from_0_to_1_whatever_an_epoch_comes_to(corpus: Path) -> None:
+    loader = auto(corpus)
+    assert loader.progress == 0.0
+    epochs = [[(feed(loader, b), loader.progress) for b in loader] for _ in range(2)]
+    for epoch in epochs:
+        assert len(epoch) < 0.9 * len(loader)
+        shares = [progress for _, progress in epoch]
+        assert np.all(np.diff([0.0, *shares]) > 0)
+        assert shares[-1] == 1.0
+    # With a fixed keep it is the share of the batches.
+    fixed = make(corpus)
+    shares = [loader.progress for loader in [fixed] for _ in fixed]
+    np.testing.assert_allclose(shares, np.arange(1, len(fixed) + 1) / len(fixed))
+
+
+def test_with_auto_resume_is_exact_at_every_batch(corpus: Path) -> None:
+    loader = auto(corpus)
+    unbroken = progressing(loader, 40)
+    assert {epoch for _, _, epoch in unbroken} == {0, 1, 2}
+    for cut in range(0, 40, 3):
+        loader = auto(corpus)
+        head = progressing(loader, cut)
+        again = auto(corpus)
+        again.load_state_dict(as_json(loader.state_dict()))
+        assert again.progress == loader.progress
+        assert head + progressing(again, 40 - cut) == unbroken
 
 
 def test_breaking_off_goes_on_with_the_epoch(corpus: Path, unbroken: list[list[int]]) -> None:
