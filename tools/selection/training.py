@@ -42,7 +42,9 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
     corpus = workshop.corpus(condition, key.seed)
     tokenizer = workshop.tokenizer()
     heldout = _heldout_batches(workshop, condition, tokenizer)
-    dataset = StreamingDataset(local=str(corpus.path), batch_size=preset.batch_size)
+    with workshop.alone("dataset"):
+        # Two that are made at the same moment take the same names for their shared memory.
+        dataset = StreamingDataset(local=str(corpus.path), batch_size=preset.batch_size)
     loader = SlapDataLoader(
         dataset,
         batch_size=preset.batch_size,
