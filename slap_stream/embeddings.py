@@ -114,6 +114,10 @@ class EmbeddingWriter:
             (self._partial / JOURNAL).unlink()
             self._partial.rmdir()
 
+    def note(self, **attributes: Any) -> None:
+        """Put down further attributes, of kinds that JSON has, of the store being written."""
+        zarr.open_group(self._growing, mode="r+", zarr_format=3).attrs.update(attributes)
+
     def _refuse_what_is_not_ours(self) -> None:
         """Only what a writer of this class made is ever deleted.
 

@@ -21,7 +21,8 @@ from slap_stream.errors import CorpusError
 from slap_stream.tools import bench_selection
 from slap_stream.tools.selection import schedule, tasks
 from slap_stream.tools.selection.report import Difference, holm, reached_after
-from slap_stream.tools.selection.schedule import PRESETS, Preset, arms, rate
+from slap_stream.tools.selection.results import append_row, read_rows
+from slap_stream.tools.selection.schedule import PRESETS, Preset, RunKey, arms, rate
 
 WORDS = [f"word{n}" for n in range(60)]
 TINY = Preset(
@@ -264,3 +265,38 @@ def test_a_wrong_argument_is_one_line(
     assert "arms must be of full, " in capsys.readouterr().err
     assert bench_selection.main([*given, "--conditions", "best"]) == 1
     assert "condition must be one of balanced" in capsys.readouterr().err
+    assert bench_selection.main([*given, "--set", "foo=1"]) == 1
+    assert "set must be NAME=VALUE of keep, keep_min, " in capsys.readouterr().err
+    assert bench_selection.main([*given, "--set", "probe_fraction=abc"]) == 1
+    assert "probe_fraction must be a finite number, got 'abc'" in capsys.readouterr().err
+    assert bench_selection.main([*given, "--keep", "2"]) == 1
+    assert "keep must be in (0, 1]" in capsys.readouterr().err
+    assert bench_selection.main([*given, "--learning-rate", "0"]) == 1
+    assert "learning-rate must be positive, got 0.0" in capsys.readouterr().err
+    for wrong in (["--seeds", "0"], ["--jobs", "0"], ["--first-seed", "-1"]):
+        with pytest.raises(SystemExit):
+            bench_selection.main([*given, *wrong])
+        assert "must be a whole number >= " in capsys.readouterr().err
+    nowhere = tmp_path / "nowhere"
+    assert bench_selection.main([*given[:2], "--out", str(nowhere), "--report"]) == 1
+    assert "out must hold results, got none" in capsys.readouterr().err
+    assert not nowhere.exists()
+
+
+def test_half_a_line_of_a_killed_run_is_no_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "results.jsonl"
+    row = dict.fromkeys(RunKey.__slots__, 1)
+    assert read_rows(path) == []
+    append_row(path, row)
+    with path.open("a") as file:
+        file.write('{"preset": "small", "condi')
+    assert read_rows(path) == [row]
+    assert "ends with half a line" in caplog.text
+    append_row(path, row | {"seed": 2})
+    assert read_rows(path) == [row, row | {"seed": 2}]
+    with path.open("a") as file:
+        file.write('{"preset": "small"}\n')
+    with pytest.raises(CorpusError, match=r"one run a line, got .* in line 3 of .*results.jsonl"):
+        read_rows(path)

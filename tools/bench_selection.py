@@ -11,15 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
+from slap_stream import SlapConfig
 from slap_stream.errors import SlapStreamError
-from slap_stream.tools.selection.schedule import PRESETS, Arm, Preset, RunKey, arms
+from slap_stream.tools.selection.results import Row, append_row, key_of, read_rows
+from slap_stream.tools.selection.schedule import PRESETS, Arm, Preset, RunKey, arms, config_of
 from slap_stream.tools.selection.tasks import Condition
+
+RESULTS = "results.jsonl"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,32 +38,47 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--conditions", nargs="+", help="such as t0_50k or balanced+copies+shuffled")
     line.add_argument("--arms", nargs="+", help=f"of {', '.join(arms())}")
     line.add_argument("--keep", type=float, default=0.7, help="share of candidates trained on")
-    line.add_argument("--seeds", type=int, help="how many seeds")
-    line.add_argument("--first-seed", type=int, default=0, help="tune on other seeds than these")
+    line.add_argument("--seeds", type=_at_least(1), help="how many seeds")
+    line.add_argument(
+        "--first-seed", type=_at_least(0), default=0, help="tune on other seeds than these"
+    )
     line.add_argument("--learning-rate", type=float, help="instead of the preset's")
     line.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
                       help="settings of SlapConfig, for every arm")  # fmt: skip
-    line.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    line.add_argument("--jobs", type=_at_least(1), default=1, help="runs side by side")
     line.add_argument("--report", action="store_true", help="only tables and figure")
     line.add_argument("--worker", default="", help=argparse.SUPPRESS)
     return line
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
+        return int(text)
+
+    return number
+
+
 def keys(arguments: argparse.Namespace, preset: Preset) -> list[RunKey]:
-    """Every run asked for, seed by seed, so that what is done first can be compared."""
+    """Every run asked for, seed by seed, so that what is done first can be compared.
+
+    Raises:
+        ValueError: If an arm, a condition or a setting is unknown or out of range.
+    """
     known = arms()
     unknown = set(arguments.arms or ()) - set(known)
     if unknown:
         raise ValueError(f"arms must be of {', '.join(known)}, got {sorted(unknown)}.")
+    if arguments.learning_rate is not None and not arguments.learning_rate > 0:
+        raise ValueError(f"learning-rate must be positive, got {arguments.learning_rate!r}.")
     names = arguments.conditions or preset.conditions
-    overrides = " ".join(sorted(arguments.set))
-    result = []
-    for seed in range(
-        arguments.first_seed, arguments.first_seed + (arguments.seeds or preset.seeds)
-    ):
+    first, result = arguments.first_seed, []
+    for seed in range(first, first + (arguments.seeds or preset.seeds)):
         for name in names:
             for arm in arguments.arms or preset.arms:
                 keep = known[arm].config.get("keep", arguments.keep)
+                config_of(overridden(known[arm], arguments.set), keep, seed)
                 rate_keep = 1.0 if isinstance(keep, str) else keep
                 result.append(
                     RunKey(
@@ -66,33 +88,35 @@ def keys(arguments: argparse.Namespace, preset: Preset) -> list[RunKey]:
                         keep=keep,
                         seed=seed,
                         learning_rate=arguments.learning_rate or preset.rate_for(rate_keep),
-                        overrides=overrides,
+                        overrides=" ".join(sorted(arguments.set)),
                     )
                 )
     return result
 
 
-def done_keys(results: Path) -> list[dict[str, object]]:
-    """Keys of the runs in a results file."""
-    if not results.exists():
-        return []
-    names = RunKey.__slots__
-    return [{n: row[n] for n in names} for row in map(json.loads, results.read_text().splitlines())]
-
-
 def overridden(arm: Arm, settings: Sequence[str]) -> Arm:
-    """An arm with settings of the command line."""
+    """An arm with settings of the command line.
+
+    Raises:
+        ValueError: If one is not NAME=VALUE, or there is no such setting.
+    """
+    names = [field.name for field in fields(SlapConfig)]
     extra = {}
     for setting in settings:
         name, _, value = setting.partition("=")
-        extra[name] = json.loads(value)
+        if name not in names:
+            raise ValueError(f"set must be NAME=VALUE of {', '.join(names)}, got {setting!r}.")
+        try:
+            extra[name] = json.loads(value)
+        except ValueError:
+            extra[name] = value
     return replace(arm, config=dict(arm.config) | extra)
 
 
-def as_many_as(arm: str, key: RunKey, results: Path) -> float | None:
+def as_many_as(arm: str, key: RunKey, rows: Sequence[Row]) -> float | None:
     """The share of the candidates that another arm trained on, where it has run."""
     wanted = {**key.to_dict(), "arm": arm}
-    for row in map(json.loads, results.read_text().splitlines() if results.exists() else ()):
+    for row in rows:
         if all(row[n] == wanted[n] for n in ("preset", "condition", "arm", "seed", "overrides")):
             return float(row["samples"] / row["candidates"])
     return None
@@ -107,24 +131,22 @@ def work(arguments: argparse.Namespace, preset: Preset, turn: str, part: int, pa
 
     torch.set_num_threads(1)
     workshop = Workshop(arguments.data, arguments.out, preset)
-    results = arguments.out / "results.jsonl"
-    known = arms()
-    mine = [
-        k for k in keys(arguments, preset) if (known[k.arm].keeps_as is None) == (turn == "first")
-    ]
+    results = arguments.out / RESULTS
+    known, first = arms(), turn == "first"
+    mine = [k for k in keys(arguments, preset) if (known[k.arm].keeps_as is None) == first]
     for number, key in enumerate(mine):
-        if number % parts != part or key.to_dict() in done_keys(results):
+        rows = read_rows(results)
+        if number % parts != part or key.to_dict() in map(key_of, rows):
             continue
         arm = overridden(known[key.arm], arguments.set)
         if arm.keeps_as is not None:
-            share = as_many_as(arm.keeps_as, key, results)
+            share = as_many_as(arm.keeps_as, key, rows)
             if share is None:
                 print(f"{key.condition} {key.arm} seed {key.seed}: {arm.keeps_as} has not run")
                 continue
             arm = replace(arm, config=dict(arm.config) | {"keep": share})
         row = run(workshop, key, arm)
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(results, row)
         print(
             f"{number + 1}/{len(mine)} {key.condition} {key.arm} seed {key.seed}: "
             f"{row['loss']:.4f} on {row['samples']} samples, {row['seconds']}",
@@ -142,16 +164,25 @@ def run_all(arguments: argparse.Namespace, preset: Preset, given: Sequence[str])
             work(arguments, preset, turn, 0, 1)
             continue
         workers = [subprocess.Popen([*command, f"{turn}/{part}/{jobs}"]) for part in range(jobs)]
-        if failed := max(worker.wait() for worker in workers):
+        try:
+            failed = max(worker.wait() for worker in workers)
+        except KeyboardInterrupt:
+            # They were interrupted too; their half-made things are theirs until they end.
+            for worker in workers:
+                worker.wait()
+            raise
+        if failed:
             return failed
     return 0
 
 
 def report(out: Path) -> int:
     """Tables and figure of what is there."""
-    from slap_stream.tools.selection.report import draw, read_rows, summary, tables
+    from slap_stream.tools.selection.report import draw, latest, summary, tables
 
-    rows = read_rows(out / "results.jsonl")
+    rows = latest(read_rows(out / RESULTS))
+    if not rows:
+        raise ValueError(f"out must hold results, got none in {out / RESULTS}; run something.")
     (out / "tables.md").write_text(tables(rows))
     draw(rows, out / "selection.png")
     print(tables(rows))
@@ -164,22 +195,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(given)
     preset = PRESETS[arguments.preset]
-    arguments.out.mkdir(parents=True, exist_ok=True)
     try:
+        if arguments.report:
+            return report(arguments.out)
         keys(arguments, preset)
+        arguments.out.mkdir(parents=True, exist_ok=True)
         if arguments.worker:
+            end_with_parent(os.getppid())
             turn, part, parts = arguments.worker.split("/")
             work(arguments, preset, turn, int(part), int(parts))
             return 0
-        if not arguments.report and (failed := run_all(arguments, preset, given)):
-            return failed
-        return report(arguments.out)
+        return run_all(arguments, preset, given) or report(arguments.out)
     except (SlapStreamError, OSError, ValueError) as error:
         print(f"bench_selection.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("bench_selection.py: interrupted; run the same command to go on.", file=sys.stderr)
+        if not arguments.worker:
+            print("bench_selection.py: interrupted; the same command goes on.", file=sys.stderr)
         return 130
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process soon after its parent, however that ended: nobody would start it again."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

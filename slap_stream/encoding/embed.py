@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from slap_stream.embeddings import EmbeddingWriter
+from slap_stream.embeddings import EmbeddingStore, EmbeddingWriter
 from slap_stream.encoders import Encoder
 from slap_stream.encoding.features import FEATURE_NAMES, FIT_SAMPLES, HashedTfidf, feature_columns
 from slap_stream.encoding.layout import MAX_SOURCES, ROWS_PER_CHUNK, ROWS_PER_SHARD, StoreLayout
@@ -56,7 +56,7 @@ class EmbedReport:
         num_sources: Sources told apart; 0 if the corpus has none.
         length_unit: `tokens`, or `characters / 4`.
         misplaced_share: Share of the targets that seem to belong to other prompts; None if that
-            was not found out: too few samples, or nothing was left to embed.
+            could not be found out: too few samples, or words that do not tell.
         seconds: Wall-clock time of this call.
     """
 
@@ -207,7 +207,7 @@ def embed(
         rows_per_chunk=min(ROWS_PER_CHUNK, rows_per_shard),
     )
     writer = EmbeddingWriter(path, layout)
-    embedded, misplaced = 0, None
+    embedded = 0
     if overwrite or not writer.is_finished():
         with writer.open(overwrite=overwrite) as (blocks, journal):
             embedded = sum(stop - start for start, stop in map(layout.block, blocks))
@@ -218,7 +218,7 @@ def embed(
                 tfidf.fit(sample)
                 pairs = tfidf.transform(sample)
                 pairing.fit(sample, pairs, feature_columns(sample, pairs))
-            misplaced = pairing.share if pairing.fitted else None
+                writer.note(misplaced_share=pairing.share)
             job = _Job(
                 texts=texts,
                 writer=writer,
@@ -237,7 +237,7 @@ def embed(
         feature_names=feature_names,
         num_sources=len(source_names),
         length_unit=layout.length_unit,
-        misplaced_share=misplaced,
+        misplaced_share=EmbeddingStore(path).attributes.get("misplaced_share"),
         seconds=round(time.perf_counter() - began, 3),
     )
 

@@ -35,8 +35,12 @@ logger = logging.getLogger(__name__)
 
 # A sample is judged by a classifier that was not trained on it, nor on its exact copies.
 FOLDS = 4
-# With fewer samples nothing is learnt and nothing is held against a pair.
+# With fewer different samples nothing is learnt and nothing is held against a pair.
 MIN_SAMPLES = 400
+# Samples that name no source are paired inside this many clusters of their prompts: a dialogue with
+# a translation's target would be too easy to tell, and say nothing of targets shuffled among
+# dialogues.
+CLUSTERS = 16
 # Sources with fewer samples share one estimate of how much is misplaced.
 MIN_OF_SOURCE = 300
 # Part of the shuffled pairs below the thresholds at which found and shuffled pairs are compared:
@@ -72,8 +76,9 @@ class PairModel:
     the misplaced share of each source.
 
     Attributes:
-        share: Share of the targets that are misplaced, over all sources.
-        share_of: The same of each source with enough samples, by name.
+        share: Share of the targets that are misplaced, over all sources; None if that could not be
+            found out.
+        share_of: What is assumed of each source with enough samples, by name.
     """
 
     def __init__(self) -> None:
@@ -82,7 +87,7 @@ class PairModel:
         self._centre: Float32Array = np.zeros(PROJECTED_DIM, np.float32)
         self._classifiers: list[Any] = []
         self.share_of: dict[str, float] = {}
-        self.share = 0.0
+        self.share: float | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # The projection is sixteen megabytes, and follows from the dimension.
@@ -108,17 +113,19 @@ class PairModel:
         """
         from sklearn.ensemble import HistGradientBoostingClassifier
 
-        if len(samples) < MIN_SAMPLES:
+        digests = _digests(samples)
+        distinct = len(np.unique(digests))
+        if distinct < MIN_SAMPLES:
             logger.info(
-                "%d samples are too few to learn which targets belong to which prompts: the column "
-                "mismatch is 0 for all.",
-                len(samples),
+                "%d different samples are too few to learn which targets belong to which prompts: "
+                "the column mismatch is 0 for all.",
+                distinct,
             )
             return
         sides = self._sides(samples, pairs, features)
-        fold = _folds(samples)
+        fold = digests % FOLDS
         source = np.array([sample.source or "" for sample in samples])
-        partner = _partners(source)
+        partner = _partners(_kinds(source, sides.prompt))
         self._centre = sides.target.mean(axis=0)
         self._maps = [
             _ridge(sides.prompt[fold != f], sides.target[fold != f]) for f in range(FOLDS)
@@ -142,12 +149,17 @@ class PairModel:
                 odds[0, held] = classifier.decision_function(found[held])
                 odds[1, held] = classifier.decision_function(shuffled[held])
         self.share = misplaced_share(odds[0], odds[1])
+        if self.share is None:
+            logger.info(
+                "what the words say cannot tell targets of other prompts apart, or most targets "
+                "are: the column mismatch is 0 where a source does not tell by itself."
+            )
         for name in np.unique(source):
             mine = source == name
             if np.count_nonzero(mine) >= MIN_OF_SOURCE:
-                share = misplaced_share(*odds[:, mine])
+                share = misplaced_share(*odds[:, mine]) or 0.0
                 telling = _chance_above(*odds[:, mine]) >= TELLING
-                self.share_of[str(name)] = share if telling else min(share, self.share)
+                self.share_of[str(name)] = share if telling else min(share, self.share or 0.0)
 
     def mismatch(
         self, samples: Sequence[TextSample], pairs: HashedPairs, features: Float32Array
@@ -158,13 +170,13 @@ class PairModel:
         """
         if not self.fitted:
             return np.zeros(len(samples), np.float32)
-        fold = _folds(samples)
+        fold = _digests(samples) % FOLDS
         columns = self._columns(self._sides(samples, pairs, features), fold)
         odds = np.zeros(len(samples))
         for f, classifier in enumerate(self._classifiers):
             if (fold == f).any():
                 odds[fold == f] = classifier.decision_function(columns[fold == f])
-        share = np.array([self.share_of.get(s.source or "", self.share) for s in samples])
+        share = np.array([self.share_of.get(s.source or "", self.share or 0.0) for s in samples])
         probability: Float32Array = np.minimum(1.0, share * np.exp(-odds)).astype(np.float32)
         return probability
 
@@ -216,7 +228,7 @@ class PairModel:
         return np.stack([np.asarray(column, np.float32) for column in columns], axis=1)
 
 
-def misplaced_share(found: FloatArray, shuffled: FloatArray) -> float:
+def misplaced_share(found: FloatArray, shuffled: FloatArray) -> float | None:
     """Share of found pairs that must be shuffled ones, from the odds of both.
 
     Args:
@@ -224,15 +236,15 @@ def misplaced_share(found: FloatArray, shuffled: FloatArray) -> float:
         shuffled: (m,) log odds of shuffled pairs.
 
     Returns:
-        Share in [0, `MAX_SHARE`]; 0 if more than that would have to be, for then the odds do not
-        tell pairs apart.
+        Share in [0, `MAX_SHARE`]; None if more than that would have to be: then either the odds do
+        not tell pairs apart, or most are shuffled, and nothing tells these two cases apart.
     """
     ratios = [
         float(np.mean(found <= threshold) / np.mean(shuffled <= threshold))
         for threshold in np.quantile(shuffled, TAILS)
     ]
     share = min(ratios)
-    return share if share <= MAX_SHARE else 0.0
+    return share if share <= MAX_SHARE else None
 
 
 def _chance_above(found: FloatArray, shuffled: FloatArray) -> float:
@@ -244,21 +256,34 @@ def _chance_above(found: FloatArray, shuffled: FloatArray) -> float:
     return float(below.mean()) / (2.0 * len(ordered))
 
 
-def _folds(samples: Sequence[TextSample]) -> IntArray:
-    """(n,) fold of each sample, the same for samples with the same words."""
+def _digests(samples: Sequence[TextSample]) -> IntArray:
+    """(n,) a number of each sample, the same for samples with the same words."""
     digests = [xxhash.xxh3_64_intdigest(f"{s.prompt}\n{s.target}") for s in samples]
-    return np.array([digest % FOLDS for digest in digests], np.int64)
+    return (np.array(digests, np.uint64) >> np.uint64(1)).astype(np.int64)
 
 
-def _partners(source: NDArray[np.str_]) -> IntArray:
-    """(n,) another sample of the same source for each, of any source where it is the only one."""
+def _kinds(source: NDArray[np.str_], prompt: Float32Array) -> NDArray[np.str_]:
+    """(n,) sources, and clusters of the prompts where no source is named."""
+    unnamed = np.flatnonzero(source == "")
+    if len(unnamed) < 2 * CLUSTERS:
+        return source
+    from sklearn.cluster import MiniBatchKMeans
+
+    clusters = MiniBatchKMeans(CLUSTERS, random_state=0, n_init=3).fit_predict(prompt[unnamed])
+    kinds = source.astype(object)
+    kinds[unnamed] = [f" {cluster}" for cluster in clusters]
+    return kinds.astype(str)
+
+
+def _partners(kind: NDArray[np.str_]) -> IntArray:
+    """(n,) another sample of the same kind for each, of any kind where it is the only one."""
     rng = np.random.default_rng(0)
-    partner = np.arange(len(source))
-    for name in np.unique(source):
-        mine = rng.permutation(np.flatnonzero(source == name))
+    partner = np.arange(len(kind))
+    for name in np.unique(kind):
+        mine = rng.permutation(np.flatnonzero(kind == name))
         partner[mine] = np.roll(mine, 1)
-    alone: BoolArray = partner == np.arange(len(source))
-    partner[alone] = rng.integers(0, len(source), int(alone.sum()))
+    alone: BoolArray = partner == np.arange(len(kind))
+    partner[alone] = rng.integers(0, len(kind), int(alone.sum()))
     return partner
 
 

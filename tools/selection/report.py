@@ -7,15 +7,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from slap_stream.tools.selection.results import Row, key_of
 from slap_stream.tools.selection.schedule import PRESETS
-
-Row = dict[str, Any]
 
 # A forward without a backward, in steps on the same tokens (measured: 0.31 and 0.32).
 FORWARD_SHARE = 1 / 3
@@ -73,16 +71,9 @@ def holm(p: Sequence[float]) -> list[float]:
     return result
 
 
-def read_rows(results: Path) -> list[Row]:
-    """Result lines; of the same run the last."""
-    rows = {}
-    for line in results.read_text().splitlines():
-        row = json.loads(line)
-        key = tuple(
-            row[name] for name in ("condition", "arm", "keep", "seed", "learning_rate", "overrides")
-        )
-        rows[key] = row
-    return list(rows.values())
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """Of rows of the same run the last."""
+    return list({json.dumps(key_of(row)): row for row in rows}.values())
 
 
 def label(row: Row) -> str:

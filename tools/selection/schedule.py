@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from slap_stream import SlapConfig
 from slap_stream.tools.selection.tasks import Condition
 
 
@@ -144,6 +145,15 @@ def arms() -> dict[str, Arm]:
         *(Arm(name=f"slap-{term}", config=config) for term, config in without.items()),
     ]
     return {arm.name: arm for arm in known}
+
+
+def config_of(arm: Arm, keep: float | str, seed: int) -> SlapConfig:
+    """Settings of one run of an arm.
+
+    Raises:
+        ConfigError: If one is out of range.
+    """
+    return SlapConfig(**{"keep": keep, "seed": seed} | dict(arm.config))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -181,7 +181,7 @@ def training_records(data: Path, condition: Condition, size: int, seed: int) -> 
     Args:
         data: Directory of the task files.
         condition: Mixture and dirt.
-        size: Clean records; near-copies are added to them.
+        size: Clean records, or as many as a task alone has; near-copies are added to them.
         seed: Which records, and which of them are dirty.
 
     Returns:
@@ -193,11 +193,13 @@ def training_records(data: Path, condition: Condition, size: int, seed: int) -> 
     for name, share in MIXTURES[condition.mixture].items():
         _, usable = split_training(data, name)
         wanted = round(size * share)
-        if len(usable) < wanted:
+        if len(usable) < wanted and share < 1.0:
             raise CorpusError(
                 f"{name} must have {wanted} records of at most {TASKS[name].max_characters} "
-                f"characters, got {len(usable)}; lower --size."
+                f"characters for this mixture, got {len(usable)}; take the task alone, or a "
+                "smaller preset."
             )
+        wanted = min(wanted, len(usable))
         records += rng.sample(usable, wanted)
     for record in records:
         record["kind"] = "clean"

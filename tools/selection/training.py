@@ -14,14 +14,13 @@ from streaming import StreamingDataset
 from slap_stream import (
     EmbeddingStore,
     LearnabilityProbe,
-    SlapConfig,
     SlapDataLoader,
     per_sample_loss,
 )
 from slap_stream.chat import ChatCollator
 from slap_stream.embeddings import ArrayStore
 from slap_stream.tools.selection.corpora import KINDS, Corpus, Workshop, encoded
-from slap_stream.tools.selection.schedule import Arm, Preset, RunKey, rate
+from slap_stream.tools.selection.schedule import Arm, Preset, RunKey, config_of, rate
 from slap_stream.tools.selection.tasks import Condition
 
 Batch = dict[str, torch.Tensor]
@@ -49,7 +48,7 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
         dataset,
         batch_size=preset.batch_size,
         embeddings=_store(workshop, corpus, arm, key),
-        config=SlapConfig(**{"keep": key.keep, "seed": key.seed} | dict(arm.config)),
+        config=config_of(arm, key.keep, key.seed),
         collate_fn=ChatCollator(tokenizer),
     )
     torch.manual_seed(key.seed)
