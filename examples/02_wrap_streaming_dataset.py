@@ -92,8 +92,10 @@ def main() -> None:
         loader.observe(ids, losses)
         probe.step()
         step += 1
-        if step % arguments.save_every == 0 or step == len(loader):
-            print(f"step {step}/{len(loader)}  loss {losses.mean().item():.3f}", flush=True)
+        if step % arguments.save_every == 0 or loader.progress == 1.0:
+            print(
+                f"step {step}  {loader.progress:4.0%}  loss {losses.mean().item():.3f}", flush=True
+            )
             save(checkpoint, model, optimizer, loader, step)
 
     model.save_pretrained(arguments.out)

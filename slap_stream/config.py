@@ -147,7 +147,7 @@ class SlapConfig:
         if not self.measures_all and not 0.0 <= self.probe_fraction <= 0.15:
             raise ConfigError(
                 f"probe_fraction must be in [0, 0.15], got {self.probe_fraction!r}; probing more "
-                "costs more than selection saves."
+                f"costs more than selection saves (only {', '.join(_MEASURING)} may)."
             )
         for name in ("keep_min", "forgetting", "rank_cap"):
             if not 0.0 < getattr(self, name) <= 1.0:

@@ -232,14 +232,21 @@ class SlapDataLoader(DataLoader[Any]):
     def progress(self) -> float:
         """Share of the epoch's candidates that were trained on or pruned, in [0, 1].
 
-        As of the batch delivered last: 1 with the epoch's last one. A learning rate that follows
-        (epoch + progress) / epochs is decayed fully whatever the number of batches comes to.
+        As of the batch delivered last: 1 with the epoch's last one, until the next epoch begins.
         """
         return 1.0 if self._finished else self._pending.progress
 
     @property
     def _finished(self) -> bool:
         return self.composer.exhausted and not self._pending.undelivered
+
+    @property
+    def epochs_done(self) -> float:
+        """Epochs delivered so far, such as 1.25; also after a resume.
+
+        A learning rate that follows it is decayed fully whatever the number of batches comes to.
+        """
+        return self.epoch + self.progress % 1.0
 
     def observe(self, ids: Any, losses: Any) -> None:
         """Feed back the losses of samples that were trained on; free, the step has made them.

@@ -151,11 +151,13 @@ def plan_run(
             f"embeddings must have one row per sample, got {store.shape[0]} rows for "
             f"{table.num_samples} samples; make them again for this dataset."
         )
-    keep = config.keep_min if config.keep == "auto" else config.keep
+    name, keep = "keep", config.keep
+    if keep == "auto":
+        name, keep = "keep_min", config.keep_min
     steps = steps_of_epoch(table.num_candidates, global_batch, keep)
     if not steps:
         raise ConfigError(
-            f"keep * candidates must fill a global batch of {global_batch}, got {keep} * "
+            f"{name} * candidates must fill a global batch of {global_batch}, got {keep} * "
             f"{table.num_candidates}; use a smaller batch or more data."
         )
     if table.max_occurrences > steps:

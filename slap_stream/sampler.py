@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from slap_stream.config import SlapConfig
 from slap_stream.encoding.stores import as_row_store
 from slap_stream.errors import ConfigError, FeedbackError
+from slap_stream.evidence import MISMATCH_COLUMN
 from slap_stream.feedback import check_feedback, check_sketches, find_questions, weights_of
 from slap_stream.lane import Lane
 from slap_stream.learnability import (
@@ -89,6 +90,11 @@ class SlapSampler:
         self._gate = gate
         if not (world_size >= 1 and 0 <= rank < world_size):
             raise ConfigError(f"rank must be in [0, {world_size}), got {rank!r}.")
+        if config.keep == "auto" and MISMATCH_COLUMN not in self._store.feature_names:
+            logger.warning(
+                'keep="auto" finds near-copies only: the embeddings have no column mismatch; '
+                "slap-embed makes it."
+            )
         if config.num_lanes is None:
             logger.info("num_lanes is %d, the world size; it stays so for the run.", world_size)
         self._build(world_size if config.num_lanes is None else config.num_lanes)

@@ -378,7 +378,10 @@ def test_a_collator_survives_the_way_to_a_worker() -> None:
     [
         ({"id": "r7", "messages": [turn("user", "x")]}, "record 'r7': messages must hold at least"),
         ({"text": "x"}, r"got the columns \['text'\] in a record"),
-        ({"id": "r7", "messages": DIALOGUE}, r"got none in record 'r7' \(max_length 8\); slap-convert"),
+        (
+            {"id": "r7", "messages": DIALOGUE},
+            r"got none in record 'r7' \(max_length 8\); slap-convert",
+        ),
         (
             {"id": "r7", "input_ids": [1, 2], "supervised": [1]},
             r"supervised must be as long as input_ids \(2\), got 1 in record 'r7'",

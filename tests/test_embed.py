@@ -17,12 +17,13 @@ import pytest
 
 from slap_stream.embeddings import EmbeddingStore, file_digest
 from slap_stream.encoders import HashingEncoder
-from slap_stream.encoding.embed import MISMATCH, embed
+from slap_stream.encoding.embed import MISMATCH_COLUMN, embed
 from slap_stream.encoding.features import FEATURE_NAMES
 from slap_stream.encoding.reference_loss import ReferenceLoss
 from slap_stream.encoding.text_sample import TextSample, from_messages
 from slap_stream.encoding.texts import describe_corpus
 from slap_stream.errors import CorpusError
+from slap_stream.evidence import MISMATCH_COLUMN
 from slap_stream.shards import open_writer
 from tests.embed_samples import Questions, question
 from tests.test_encoders import llama_path  # noqa: F401, a fixture
@@ -77,7 +78,7 @@ def test_every_row_belongs_to_its_sample(
     store = EmbeddingStore(out)
     store.verify(file_digest(corpus / "index.json"), 300)
     assert store.shape == (300, 64)
-    assert store.feature_names == (*FEATURE_NAMES, MISMATCH)
+    assert store.feature_names == (*FEATURE_NAMES, MISMATCH_COLUMN)
     assert store.source_names == ("books", "chat", "code")
     assert store.length_unit == "characters / 4"
     assert store.encoder["name"] == "hashing"
@@ -273,7 +274,7 @@ def test_a_tokenised_corpus_counts_tokens_and_takes_a_reference_model(
     described = {"format": "tokens", "tokenizer": str(llama_path), "counts": {"only": 20}}
     (corpus / "corpus.json").write_text(json.dumps(described))
     report = run(capsys, corpus, "--dim", 16, "--reference-model", llama_path, "--device", "cpu")
-    assert report["feature_names"] == [*FEATURE_NAMES, MISMATCH, "reference_loss"]
+    assert report["feature_names"] == [*FEATURE_NAMES, MISMATCH_COLUMN, "reference_loss"]
     store = EmbeddingStore(corpus / "embeddings.zarr")
     rows = store.read(0, 20)
     assert store.length_unit == "tokens"

@@ -135,7 +135,9 @@ def progressing(loader: SlapDataLoader, batches: int) -> list[tuple[list[int], f
 def test_progress_goes_from_0_to_1_whatever_an_epoch_comes_to(corpus: Path) -> None:
     loader = auto(corpus)
     assert loader.progress == 0.0
+    assert loader.epochs_done == 0.0
     epochs = [[(feed(loader, b), loader.progress) for b in loader] for _ in range(2)]
+    assert (loader.epoch, loader.progress, loader.epochs_done) == (2, 1.0, 2.0)
     for epoch in epochs:
         assert len(epoch) < 0.9 * len(loader)
         shares = [progress for _, progress in epoch]

@@ -24,6 +24,7 @@ from slap_stream.encoding.reference_loss import ReferenceLoss
 from slap_stream.encoding.text_sample import TextSample
 from slap_stream.encoding.texts import CorpusTexts
 from slap_stream.errors import CorpusError
+from slap_stream.evidence import MISMATCH_COLUMN
 from slap_stream.types import Rows
 
 # Samples held as text at once, per process.
@@ -31,8 +32,6 @@ _BATCH = 512
 SAMPLES_PER_WORKER = 65_536
 # Stretches of the corpus that document frequencies are counted on.
 _FIT_STRETCHES = 20
-# Column with the probability that a target belongs to another prompt.
-MISMATCH = "mismatch"
 
 
 class Texts(Protocol):
@@ -190,7 +189,7 @@ def embed(
         "version": encoder.version,
         "dim": encoder.dim,
     }
-    feature_names = (*FEATURE_NAMES, MISMATCH, *encoder.feature_names)
+    feature_names = (*FEATURE_NAMES, MISMATCH_COLUMN, *encoder.feature_names)
     if reference is not None:
         described["reference_model"] = {"name": reference.name, "version": reference.version}
         feature_names = (*feature_names, *reference.feature_names)

@@ -84,6 +84,11 @@ class SlapTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             args.remove_unused_columns = False
         self._embeddings = embeddings
         self._slap_config = slap_config or SlapConfig()
+        if not isinstance(self._slap_config, SlapConfig):
+            raise TypeError(
+                f"slap_config must be a SlapConfig, got {type(slap_config).__name__}; write "
+                "SlapConfig(keep=0.7)."
+            )
         if self._slap_config.policy == "infobatch":
             raise ConfigError(
                 "policy must not be 'infobatch' with SlapTrainer, got it; its losses need weights, "
@@ -311,7 +316,7 @@ class _Companion(TrainerCallback):  # type: ignore[misc]  # transformers is not 
         if train_dataloader.config.keep == "auto" and args.max_steps <= 0:
             scheduler: Any = self._trainer.lr_scheduler
             scheduler = getattr(scheduler, "scheduler", scheduler)
-            done = _epochs_done(train_dataloader) / args.num_train_epochs
+            done = train_dataloader.epochs_done / args.num_train_epochs
             scheduler.last_epoch = max(0, math.ceil(done * state.max_steps) - 1)
 
     def on_step_end(
@@ -320,7 +325,7 @@ class _Companion(TrainerCallback):  # type: ignore[misc]  # transformers is not 
         """An optimizer step has been taken; it is logged and saved after this."""
         self._trainer._step_probe()
         # The Trainer counts from where it resumed.
-        state.epoch = _epochs_done(train_dataloader)
+        state.epoch = train_dataloader.epochs_done
 
     def on_epoch_end(
         self, args: Any, state: Any, control: Any, *, train_dataloader: Any, **others: Any
@@ -335,11 +340,6 @@ class _Companion(TrainerCallback):  # type: ignore[misc]  # transformers is not 
     ) -> None:
         """No more shards are needed; a new training has a loader of its own."""
         train_dataloader.close()
-
-
-def _epochs_done(loader: SlapDataLoader) -> float:
-    """Epochs delivered; a finished one counts as the next one's beginning."""
-    return loader.epoch + loader.progress % 1.0
 
 
 class _HideMetrics(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
