@@ -17,7 +17,7 @@ import pytest
 
 from slap_stream.embeddings import EmbeddingStore, file_digest
 from slap_stream.encoders import HashingEncoder
-from slap_stream.encoding.embed import MISMATCH_COLUMN, embed
+from slap_stream.encoding.embed import embed
 from slap_stream.encoding.features import FEATURE_NAMES
 from slap_stream.encoding.reference_loss import ReferenceLoss
 from slap_stream.encoding.text_sample import TextSample, from_messages
