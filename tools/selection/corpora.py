@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,14 +127,10 @@ class Workshop:
             chosen += records
         return chosen
 
-    def alone(self, name: str) -> AbstractContextManager[None]:
-        """Hold the lock of this name; no two processes of a benchmark do at once."""
-        return _alone(self.place / f"{name}.lock")
-
     def _make(self, name: str, write: Callable[[Path], None]) -> Path:
         """Make a directory unless it is there; one process at a time, and never half of it."""
         done, growing = self.place / name, self.place / f"{name}.growing"
-        with self.alone(name):
+        with _alone(self.place / f"{name}.lock"):
             if not done.exists():
                 shutil.rmtree(growing, ignore_errors=True)
                 growing.mkdir()

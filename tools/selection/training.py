@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,7 @@ Batch = dict[str, torch.Tensor]
 EVALUATION_BATCH = 64
 # Records of a target set, and after how many batches its gradient is measured again.
 TARGET_SIZE, TARGET_EVERY = 32, 8
+OPEN_ATTEMPTS = 6
 
 
 def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
@@ -41,9 +43,7 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
     corpus = workshop.corpus(condition, key.seed)
     tokenizer = workshop.tokenizer()
     heldout = _heldout_batches(workshop, condition, tokenizer)
-    with workshop.alone("dataset"):
-        # Two that are made at the same moment take the same names for their shared memory.
-        dataset = StreamingDataset(local=str(corpus.path), batch_size=preset.batch_size)
+    dataset = _open_dataset(corpus, preset)
     loader = SlapDataLoader(
         dataset,
         batch_size=preset.batch_size,
@@ -113,6 +113,22 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "metrics": {name: round(value, 4) for name, value in loader.metrics().items()},
     }
+
+
+def _open_dataset(corpus: Corpus, preset: Preset) -> StreamingDataset:
+    """The corpus's dataset.
+
+    Two that are made at the same moment, in whatever processes of a machine, may take the same
+    names for their shared memory, and one of them fails.
+    """
+    for attempt in range(OPEN_ATTEMPTS):
+        try:
+            return StreamingDataset(local=str(corpus.path), batch_size=preset.batch_size)
+        except FileExistsError:
+            if attempt + 1 == OPEN_ATTEMPTS:
+                raise
+            time.sleep(random.uniform(0.5, 2.0))
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _store(workshop: Workshop, corpus: Corpus, arm: Arm, key: RunKey) -> Any:
