@@ -184,7 +184,7 @@ def _against(arms: dict[str, dict[int, Row]]) -> str:
         others = {
             other: difference
             for other in arms
-            if other not in ("slap", "slap_auto", "full", "oracle") and "slap-" not in other
+            if other not in ("full", "oracle") and (other == "slap_paper" or "slap" not in other)
             if (difference := paired(arms[name], arms[other])) and difference.seeds > 1
         }
         corrected = holm([difference.p for difference in others.values()])
