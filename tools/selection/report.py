@@ -198,7 +198,7 @@ def _against(arms: dict[str, dict[int, Row]]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Each arm's difference to full data with its interval, a panel for each condition."""
+    """Each arm's difference to full data, with its interval from three seeds on, by condition."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -218,7 +218,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         )
         for place, (name, difference) in enumerate(shown):
             colour = "#c0392b" if name.startswith("slap") and "paper" not in name else "#4d5a66"
-            margin = 0.0 if np.isnan(difference.margin) else difference.margin
+            # With one degree of freedom an interval says nothing but that.
+            margin = difference.margin if difference.seeds > 2 else 0.0
             panel.errorbar(difference.mean, place, xerr=margin, fmt="o", color=colour, capsize=3)
         panel.axvline(0.0, color="#999999", linewidth=1)
         panel.set_yticks(range(len(shown)), [name for name, _ in shown])
