@@ -135,15 +135,15 @@ class HashingEncoder:
         return unit_rows(vectors), np.zeros((len(samples), 0), dtype=np.float32)
 
 
-def sparse_projection(dim: int) -> Any:
-    """(NUM_BUCKETS, dim) CSR with a few entries +-1 per row, the same on every machine."""
+def sparse_projection(dim: int, entries: int = ENTRIES_PER_BUCKET) -> Any:
+    """(NUM_BUCKETS, dim) CSR with so many entries +-1 per row, the same on every machine."""
     from scipy.sparse import csr_matrix
 
     # Raw words of the counter-based generator, whose stream NumPy promises never to change.
-    raw = np.random.Philox(key=dim).random_raw(NUM_BUCKETS * ENTRIES_PER_BUCKET)
+    raw = np.random.Philox(key=dim).random_raw(NUM_BUCKETS * entries)
     columns = ((raw >> np.uint64(1)) % np.uint64(dim)).astype(np.int32)
     signs = np.where(raw & np.uint64(1), 1.0, -1.0).astype(np.float32)
-    starts = np.arange(0, len(raw) + 1, ENTRIES_PER_BUCKET, dtype=np.int32)
+    starts = np.arange(0, len(raw) + 1, entries, dtype=np.int32)
     return csr_matrix((signs, columns, starts), shape=(NUM_BUCKETS, dim))
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import sklearn.cluster
+import sklearn.ensemble  # noqa: F401  (loaded when pairs are learnt from: an import like the others)
 import torch
 from streaming import StreamingDataset
 from torch import nn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -144,8 +145,12 @@ def test_a_hugging_face_training_is_broken_off_and_goes_on(
     arguments = ("--records", "400", "--save-every", "5", "--out", out)
     run_here("03_hf_trainer.py", *arguments)
     printed = capsys.readouterr().out
-    assert "taken away after step 19 of 26" in printed
-    assert "step 26 of 26: the last epoch trained on 208 of" in printed
+    # How many records the installed packages' docstrings leave is not the same everywhere.
+    taken = re.search(r"taken away after step (\d+) of (\d+)", printed)
+    assert taken is not None
+    cut, steps = map(int, taken.groups())
+    assert 0 < cut < steps
+    assert f"step {steps} of {steps}: the last epoch trained on {steps * 8} of" in printed
     with pytest.raises(SystemExit, match="2"):
         run_here("03_hf_trainer.py", *arguments)
     assert "--out must be new" in capsys.readouterr().err

@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slap_stream.encoding.features import HashedTfidf, feature_columns
-from slap_stream.encoding.pairing import MAX_SHARE, MIN_SAMPLES, PairModel, misplaced_share
+from slap_stream.encoding.pairing import (
+    MAX_SHARE,
+    MIN_SAMPLES,
+    SIDE_CHARACTERS,
+    PairModel,
+    cut_sides,
+    misplaced_share,
+)
 from slap_stream.encoding.text_sample import TextSample
 from tests.strategies import Array
 
@@ -58,12 +65,12 @@ def shuffle(samples: list[TextSample], share: float) -> tuple[list[TextSample], 
 
 def learn(samples: list[TextSample]) -> tuple[PairModel, Array]:
     """A model of these samples, and what it says of them."""
-    tfidf, model = HashedTfidf(), PairModel()
+    tfidf = HashedTfidf()
     tfidf.fit(samples)
+    model = PairModel(tfidf)
+    model.fit(samples)
     pairs = tfidf.transform(samples)
-    features = feature_columns(samples, pairs)
-    model.fit(samples, pairs, features)
-    return model, model.mismatch(samples, pairs, features)
+    return model, model.mismatch(samples, pairs, feature_columns(samples, pairs))
 
 
 def auc(score: Array, positive: Array) -> float:
@@ -172,11 +179,37 @@ def test_a_sample_is_judged_alike_in_any_company_and_after_a_journey() -> None:
     )
     packed = pickle.dumps(model)
     # Workers are sent the model, not the projection that follows from it.
-    assert len(packed) < 4_000_000
+    assert len(packed) < 8_000_000
     again = pickle.loads(packed)
     np.testing.assert_array_equal(
         again.mismatch(some, pairs, features), model.mismatch(some, pairs, features)
     )
+
+
+def test_of_long_samples_the_end_of_the_prompt_and_the_beginning_of_the_target_count() -> None:
+    samples, _ = shuffle(pairs_of(SIZE), 0.2)
+    model, mismatch = learn(samples)
+    some = samples[:30]
+    padding = "filler " * 400
+    long = [
+        TextSample(
+            prompt=f"{padding}{s.prompt}".rjust(SIDE_CHARACTERS + 1)[-SIDE_CHARACTERS - 500 :],
+            target=s.target,
+            length=20,
+            source="a",
+        )
+        for s in some
+    ]
+    assert all(len(cut_sides(s).prompt) == SIDE_CHARACTERS for s in long)
+    assert cut_sides(some[0]) is some[0]
+    tfidf = HashedTfidf()
+    tfidf.fit(samples)
+    pairs = tfidf.transform(long)
+    told = model.mismatch(long, pairs, feature_columns(long, pairs))
+    cut = [cut_sides(s) for s in long]
+    pairs = tfidf.transform(cut)
+    np.testing.assert_allclose(told, model.mismatch(cut, pairs, feature_columns(cut, pairs)))
+    assert mismatch.shape == (SIZE,)
 
 
 @given(share=st.floats(0.0, 1.0), seed=st.integers(0, 99))

@@ -19,7 +19,7 @@ from slap_stream.embeddings import EmbeddingStore, EmbeddingWriter
 from slap_stream.encoders import Encoder
 from slap_stream.encoding.features import FEATURE_NAMES, FIT_SAMPLES, HashedTfidf, feature_columns
 from slap_stream.encoding.layout import MAX_SOURCES, ROWS_PER_CHUNK, ROWS_PER_SHARD, StoreLayout
-from slap_stream.encoding.pairing import PairModel
+from slap_stream.encoding.pairing import PairModel, cut_sides
 from slap_stream.encoding.reference_loss import ReferenceLoss
 from slap_stream.encoding.text_sample import TextSample
 from slap_stream.encoding.texts import CorpusTexts
@@ -32,6 +32,8 @@ _BATCH = 512
 SAMPLES_PER_WORKER = 65_536
 # Stretches of the corpus that document frequencies are counted on.
 _FIT_STRETCHES = 20
+# Characters of the samples that pairs are learnt from; all of them are in memory at once.
+_PAIR_CHARACTERS = 3_000_000
 
 
 class Texts(Protocol):
@@ -210,13 +212,11 @@ def embed(
     if overwrite or not writer.is_finished():
         with writer.open(overwrite=overwrite) as (blocks, journal):
             embedded = sum(stop - start for start, stop in map(layout.block, blocks))
-            tfidf, pairing = HashedTfidf(), PairModel()
+            tfidf = HashedTfidf()
+            pairing = PairModel(tfidf)
             if blocks:
                 # Also after a kill: the same samples give the same frequencies and odds.
-                sample = list(_fit_samples(texts, num_samples))
-                tfidf.fit(sample)
-                pairs = tfidf.transform(sample)
-                pairing.fit(sample, pairs, feature_columns(sample, pairs))
+                _fit(texts, num_samples, tfidf, pairing)
                 writer.note(misplaced_share=pairing.share)
             job = _Job(
                 texts=texts,
@@ -249,6 +249,26 @@ def _fit_samples(texts: Texts, num_samples: int) -> Iterator[TextSample]:
     stretch = FIT_SAMPLES // _FIT_STRETCHES
     for start in np.linspace(0, num_samples - stretch, _FIT_STRETCHES).astype(np.int64):
         yield from texts.read(int(start), int(start) + stretch)
+
+
+def _fit(texts: Texts, num_samples: int, tfidf: HashedTfidf, pairing: PairModel) -> None:
+    """Count the words of the samples that are fitted on, then learn from pairs of them.
+
+    Pairs are learnt from as many of the samples, cut and spread evenly over them, as
+    `_PAIR_CHARACTERS` allow: they are in memory all at once.
+    """
+    sizes: list[int] = []
+
+    def sized() -> Iterator[TextSample]:
+        for sample in _fit_samples(texts, num_samples):
+            cut = cut_sides(sample)
+            sizes.append(len(cut.prompt) + len(cut.target))
+            yield sample
+
+    tfidf.fit(sized())
+    every = max(1, -(-sum(sizes) // _PAIR_CHARACTERS))
+    some = islice(_fit_samples(texts, num_samples), 0, None, every)
+    pairing.fit([cut_sides(sample) for sample in some])
 
 
 def _finished(job: _Job, blocks: list[int], num_workers: int, *, progress: bool) -> Iterator[int]:

@@ -19,15 +19,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from slap_stream.encoders import sparse_projection
-from slap_stream.encoding.features import FEATURE_NAMES, HashedPairs, compression
+from slap_stream.encoding.features import (
+    FEATURE_NAMES,
+    HashedPairs,
+    HashedTfidf,
+    compression,
+    feature_columns,
+)
 from slap_stream.encoding.text_sample import TextSample
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray
 
@@ -52,8 +60,12 @@ MAX_SHARE = 0.5
 # is trusted. Below, it is too high (a quarter of clean translations), and the share over all
 # sources is taken if that is less.
 TELLING = 0.8
+# Characters that are looked at of the end of a prompt and of the beginning of a target.
+SIDE_CHARACTERS = 1_000
 # Dimensions in which a target is predicted from its prompt.
 PROJECTED_DIM = 256
+# Entries per bucket of the projection: fewer than an encoder's, for memory.
+PROJECTED_ENTRIES = 2
 # Ridge penalty, in mean eigenvalues.
 PENALTY = 0.02
 
@@ -75,14 +87,18 @@ class PairModel:
     State: for each fold a linear map from projected prompts to projected targets, and a classifier;
     the misplaced share of each source.
 
+    Args:
+        tfidf: Hashes the words; fitted.
+
     Attributes:
         share: Share of the targets that are misplaced, over all sources; None if that could not be
             found out.
         share_of: What is assumed of each source with enough samples, by name.
     """
 
-    def __init__(self) -> None:
-        self._projection = sparse_projection(PROJECTED_DIM)
+    def __init__(self, tfidf: HashedTfidf) -> None:
+        self._tfidf = tfidf
+        self._projection = sparse_projection(PROJECTED_DIM, PROJECTED_ENTRIES)
         self._maps: list[Float32Array] = []
         self._centre: Float32Array = np.zeros(PROJECTED_DIM, np.float32)
         self._classifiers: list[Any] = []
@@ -90,27 +106,23 @@ class PairModel:
         self.share: float | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # The projection is sixteen megabytes, and follows from the dimension.
+        # The projection is megabytes, and follows from the dimension.
         return {name: value for name, value in vars(self).items() if name != "_projection"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _projection=sparse_projection(PROJECTED_DIM))
+        vars(self).update(state, _projection=sparse_projection(PROJECTED_DIM, PROJECTED_ENTRIES))
 
     @property
     def fitted(self) -> bool:
         """Whether there were samples enough to learn from."""
         return bool(self._classifiers)
 
-    def fit(
-        self, samples: Sequence[TextSample], pairs: HashedPairs, features: Float32Array
-    ) -> None:
-        """Learn from n samples; with fewer than `MIN_SAMPLES` of them nothing is learnt.
+    def fit(self, samples: Sequence[TextSample]) -> None:
+        """Learn from n samples, cut by `cut_sides`; from too few different ones nothing is."""
+        with _one_thread():
+            self._fit(samples)
 
-        Args:
-            samples: n samples.
-            pairs: Their hashed vectors.
-            features: (n, len(FEATURE_NAMES)) as `feature_columns` gives them.
-        """
+    def _fit(self, samples: Sequence[TextSample]) -> None:
         from sklearn.ensemble import HistGradientBoostingClassifier
 
         digests = _digests(samples)
@@ -122,7 +134,7 @@ class PairModel:
                 distinct,
             )
             return
-        sides = self._sides(samples, pairs, features)
+        sides = self._sides(samples)
         fold = digests % FOLDS
         source = np.array([sample.source or "" for sample in samples])
         partner = _partners(_kinds(source, sides.prompt))
@@ -166,27 +178,39 @@ class PairModel:
     ) -> Float32Array:
         """(n,) probability in [0, 1] that a sample's target belongs to another prompt.
 
-        Arguments as in `fit`.
+        Args:
+            samples: n samples.
+            pairs: Their hashed vectors.
+            features: (n, len(FEATURE_NAMES)) as `feature_columns` gives them.
         """
         if not self.fitted:
             return np.zeros(len(samples), np.float32)
-        fold = _digests(samples) % FOLDS
-        columns = self._columns(self._sides(samples, pairs, features), fold)
+        # What was hashed and compressed whole serves where whole is what is looked at.
+        cut = [cut_sides(sample) for sample in samples]
+        whole = all(left is right for left, right in zip(cut, samples, strict=True))
+        sides = self._sides(cut, pairs, features) if whole else self._sides(cut)
+        fold = _digests(cut) % FOLDS
+        columns = self._columns(sides, fold)
         odds = np.zeros(len(samples))
-        for f, classifier in enumerate(self._classifiers):
-            if (fold == f).any():
-                odds[fold == f] = classifier.decision_function(columns[fold == f])
+        with _one_thread():
+            for f, classifier in enumerate(self._classifiers):
+                if (fold == f).any():
+                    odds[fold == f] = classifier.decision_function(columns[fold == f])
         share = np.array([self.share_of.get(s.source or "", self.share or 0.0) for s in samples])
         probability: Float32Array = np.minimum(1.0, share * np.exp(-odds)).astype(np.float32)
         return probability
 
     def _sides(
-        self, samples: Sequence[TextSample], pairs: HashedPairs, features: Float32Array
+        self,
+        samples: Sequence[TextSample],
+        pairs: HashedPairs | None = None,
+        features: Float32Array | None = None,
     ) -> _Sides:
+        pairs = self._tfidf.transform(samples) if pairs is None else pairs
         return _Sides(
             samples=samples,
             pairs=pairs,
-            features=features,
+            features=feature_columns(samples, pairs) if features is None else features,
             prompt=_unit((pairs.prompt @ self._projection).toarray()),
             target=_unit((pairs.target @ self._projection).toarray()),
         )
@@ -226,6 +250,24 @@ class PairModel:
         )
         # All in one precision: told apart by rounding, shuffled pairs would never look like found.
         return np.stack([np.asarray(column, np.float32) for column in columns], axis=1)
+
+
+def _one_thread() -> AbstractContextManager[object]:
+    """Context without further threads: each process of several has a core, and a bounded memory."""
+    context: AbstractContextManager[object] = threadpool_limits(limits=1)
+    return context
+
+
+def cut_sides(sample: TextSample) -> TextSample:
+    """The sample with the end of its prompt and the beginning of its target, if they are long."""
+    if max(len(sample.prompt), len(sample.target)) <= SIDE_CHARACTERS:
+        return sample
+    return TextSample(
+        prompt=sample.prompt[-SIDE_CHARACTERS:],
+        target=sample.target[:SIDE_CHARACTERS],
+        length=sample.length,
+        source=sample.source,
+    )
 
 
 def misplaced_share(found: FloatArray, shuffled: FloatArray) -> float | None:

@@ -141,7 +141,7 @@ def arms() -> dict[str, Arm]:
         ),
         Arm(name="slap"),
         Arm(name="slap_auto", config={"keep": "auto"}),
-        # Ranks by the loss beyond the reference model's: that tells noise from what is to be learnt.
+        # Ranks by the loss beyond the reference model's: it tells noise from what can be learnt.
         Arm(name="slap_reference", config={"rank_weight": 0.5}, reference=True),
         Arm(name="oracle", config={"rank_weight": 0.0}, knows=True),
         *(Arm(name=f"slap-{term}", config=config) for term, config in without.items()),
