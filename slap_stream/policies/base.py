@@ -111,7 +111,7 @@ class Policy(Protocol):
 
 
 class PlainPolicy:
-    """What the policies share that see neither strata nor utilities."""
+    """What the policies share that weigh nothing up one candidate at a time."""
 
     proportional = False
     needs_losses = False
