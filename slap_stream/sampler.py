@@ -15,6 +15,7 @@ from slap_stream.errors import ConfigError, FeedbackError
 from slap_stream.evidence import MISMATCH_COLUMN
 from slap_stream.feedback import check_feedback, check_sketches, find_questions, weights_of
 from slap_stream.lane import Lane
+from slap_stream.lane_counts import count_lanes
 from slap_stream.learnability import (
     INTERCEPT,
     LOG_LENGTH,
@@ -366,18 +367,10 @@ class SlapSampler:
 
     def metrics(self) -> dict[str, float]:
         """Counts over this rank's lanes in this epoch, and how well losses are predicted."""
-        lanes = self.lanes
-        result = {
+        return {
             "epoch": float(self.epoch),
             "step": float(self.step),
-            "offered": float(sum(int(lane.progress.offered.sum()) for lane in lanes)),
-            "trained": float(sum(int(lane.progress.trained.sum()) for lane in lanes)),
-            "pruned": float(sum(int(lane.progress.pruned.sum()) for lane in lanes)),
-            "pooled": float(sum(len(lane.pool) for lane in lanes)),
-            "withdrawn": float(
-                sum(lane.intake.withdrawn + lane.counters["withdrawn"] for lane in lanes)
-            ),
-            "nonfinite_rows": float(sum(lane.intake.nonfinite_rows for lane in lanes)),
+            "epochs_cut_short": float(self._cut_short),
             "keep": self._keep.value,
             "dispensable": self._keep.dispensable,
             "strata": float(self._strata.num_strata),
@@ -385,17 +378,8 @@ class SlapSampler:
             "fitted": float(self._model.fitted),
             "metric_from_sketches": float(self._model.metric_from_sketches),
             "loss_noise": self._model.noise,
-            "epochs_cut_short": float(self._cut_short),
+            **count_lanes(self.lanes),
         }
-        for name in ("observed", "nonfinite", "repeats_in_batch"):
-            result[name] = float(sum(lane.counters[name] for lane in lanes))
-        total = sum((lane.agreement() for lane in lanes), np.zeros(6))
-        result["prediction_correlation"] = _correlation(*total.tolist())
-        for name in ("batch_learnability", "uniform_learnability"):
-            known = [lane.gauges[name] for lane in lanes if name in lane.gauges]
-            if known:
-                result[name] = float(np.mean(known))
-        return result
 
     def state_dict(self) -> State:
         """Everything the next batches follow from: arrays, numbers and strings; only reads."""
@@ -479,10 +463,3 @@ class SlapSampler:
         )
         for lane in self.lanes:
             lane.progress.part = self._plan.parts
-
-
-def _correlation(n: float, p: float, y: float, pp: float, yy: float, py: float) -> float:
-    if n < 2:
-        return 0.0
-    spread = (pp - p * p / n) * (yy - y * y / n)
-    return (py - p * y / n) / spread**0.5 if spread > 1e-12 else 0.0

@@ -17,7 +17,7 @@ FLOORS = {
     1: "kernels rng chat shard_index",
     2: "order strata plan quota repeats reservoir learnability appraisal evidence feedback intake "
     "policies embeddings encoders encoding corpus converting",
-    3: "composer lane pending run_state sampler",
+    3: "composer lane lane_counts pending run_state sampler",
     4: "loader probe probing shards sharding",
     5: "integrations",
 }

@@ -1,0 +1,42 @@
+"""What the lanes of a rank count, as flat numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from slap_stream.lane import Lane
+
+
+def count_lanes(lanes: Sequence[Lane]) -> dict[str, float]:
+    """Counts of this epoch over these lanes, and how well losses were predicted lately.
+
+    `batch_learnability` and `uniform_learnability` are there once two batches were compared.
+    """
+    result = {
+        "offered": float(sum(int(lane.progress.offered.sum()) for lane in lanes)),
+        "trained": float(sum(int(lane.progress.trained.sum()) for lane in lanes)),
+        "pruned": float(sum(int(lane.progress.pruned.sum()) for lane in lanes)),
+        "pooled": float(sum(len(lane.pool) for lane in lanes)),
+        "withdrawn": float(
+            sum(lane.intake.withdrawn + lane.counters["withdrawn"] for lane in lanes)
+        ),
+        "nonfinite_rows": float(sum(lane.intake.nonfinite_rows for lane in lanes)),
+    }
+    for name in ("observed", "nonfinite", "repeats_in_batch"):
+        result[name] = float(sum(lane.counters[name] for lane in lanes))
+    total = sum((lane.agreement() for lane in lanes), np.zeros(6))
+    result["prediction_correlation"] = _correlation(*total.tolist())
+    for name in ("batch_learnability", "uniform_learnability"):
+        known = [lane.gauges[name] for lane in lanes if name in lane.gauges]
+        if known:
+            result[name] = float(np.mean(known))
+    return result
+
+
+def _correlation(n: float, p: float, y: float, pp: float, yy: float, py: float) -> float:
+    if n < 2:
+        return 0.0
+    spread = (pp - p * p / n) * (yy - y * y / n)
+    return (py - p * y / n) / spread**0.5 if spread > 1e-12 else 0.0
