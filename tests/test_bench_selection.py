@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -19,7 +20,8 @@ from scipy import stats
 from slap_stream import SlapConfig
 from slap_stream.errors import CorpusError
 from slap_stream.tools import bench_selection
-from slap_stream.tools.selection import schedule, tasks
+from slap_stream.tools.selection import generation, schedule, tasks
+from slap_stream.tools.selection.corpora import Workshop, encoded
 from slap_stream.tools.selection.report import Difference, holm, reached_after
 from slap_stream.tools.selection.results import append_row, read_rows
 from slap_stream.tools.selection.schedule import PRESETS, Preset, RunKey, arms, rate
@@ -209,6 +211,54 @@ def test_a_loss_is_reached_when_it_is_not_left_again() -> None:
     assert reached_after(row, 6.0) == 0.0
 
 
+def test_generated_texts_are_scored_by_their_task() -> None:
+    assert generation.chrf(["a small boat"], ["a small boat"]) == pytest.approx(100.0)
+    assert generation.chrf(["xyz"], ["a small boat"]) < 1.0
+    written = ["so 3 + 4\n#### 1,007", "#### 8.", "it is 9", "#### 10"]
+    references = ["#### 1007", "#### 8", "#### 9", "#### 11"]
+    assert generation.exact_answers(written, references) == 50.0
+    # What gives no answer is not right because the reference gives none either.
+    assert generation.exact_answers(["none"], ["none"]) == 0.0
+
+
+class Parrot:
+    """Writes for each prompt the answer that it was told."""
+
+    def __init__(self, answers: dict[tuple[int, ...], list[int]], end: int) -> None:
+        self.answers, self.end = answers, end
+
+    def eval(self) -> None:
+        """Nothing changes."""
+
+    train = eval
+
+    def generate(self, ids: torch.Tensor, *, attention_mask: torch.Tensor, **_: Any) -> Any:
+        """Rows of prompt and answer, ended and filled with the end mark."""
+        width = max(map(len, self.answers.values())) + 1
+        rows = []
+        for row, mask in zip(ids, attention_mask, strict=True):
+            answer = self.answers[tuple(row[mask.bool()].tolist())]
+            rows.append([*row.tolist(), *answer, *[self.end] * (width - len(answer))])
+        return torch.tensor(rows)
+
+
+def test_prompts_of_any_length_are_answered_and_scored(data: Path, tmp_path: Path) -> None:
+    workshop = Workshop(data, tmp_path, TINY)
+    tokenizer, records = workshop.tokenizer(), workshop.heldout("tatoeba")
+    for number, record in enumerate(records):
+        record["messages"][0]["content"] += " word1" * (number % 3)
+    rows = [row for _, row in encoded(records, tokenizer, TINY.max_tokens)]
+    told = {}
+    for row in rows:
+        at = row["supervised"].index(True)
+        told[tuple(row["input_ids"][:at])] = row["input_ids"][at:]
+    assert len({len(prompt) for prompt in told}) > 1
+    parrot = Parrot(told, tokenizer.eos_token_id)
+    scores = generation.generation_scores(parrot, tokenizer, records, TINY)
+    assert scores == {"tatoeba": pytest.approx(100.0)}
+    assert generation.generation_scores(parrot, tokenizer, [], TINY) == {}
+
+
 def test_runs_are_made_once_and_reported(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,8 +287,10 @@ def test_runs_are_made_once_and_reported(
         assert sum(row["trained"].values()) == row["samples"]
         assert sum(row["offered"].values()) == row["candidates"]
         assert set(row["heldout"]) == set(tasks.TASKS)
+        assert 0.0 <= row["written"]["tatoeba"] <= 100.0
     printed = capsys.readouterr().out
     assert "| oracle warmup_losses=16 | 0.68 | " in printed
+    assert "| worst source | chrF of tatoeba | shuffled |" in printed
     assert json.loads(printed.splitlines()[-1])["balanced+copies+shuffled"]
     assert (tmp_path / "selection.png").read_bytes().startswith(b"\x89PNG")
 

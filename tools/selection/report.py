@@ -17,6 +17,7 @@ from slap_stream.tools.selection.schedule import PRESETS
 
 # A forward without a backward, in steps on the same tokens (measured: 0.31 and 0.32).
 FORWARD_SHARE = 1 / 3
+WRITTEN = {"tatoeba": "chrF of tatoeba", "gsm8k": "exact answers of gsm8k, %"}
 CONFIDENCE = 0.95
 
 
@@ -55,8 +56,13 @@ class Difference:
             seeds=n,
         )
 
+    def text(self, digits: int) -> str:
+        """Such as +0.12 ± 0.03."""
+        margin = f" ± {self.margin:.{digits}f}" if self.seeds > 1 else ""
+        return f"{self.mean:+.{digits}f}{margin}"
+
     def __str__(self) -> str:
-        return f"{self.mean:+.4f}" + (f" ± {self.margin:.4f}" if self.seeds > 1 else "")
+        return self.text(4)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -132,19 +138,37 @@ def tables(rows: Sequence[Row]) -> str:
     parts = []
     for condition, arms in by_condition(rows).items():
         full, uniform = arms.get("full", {}), arms.get("uniform", {})
-        parts.append(
-            f"### {condition}\n\n"
-            "| arm | trained on | held-out loss | - full | - uniform | worst source | "
-            "shuffled | copies | compute | samples to full's loss | seeds |\n"
-            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
-        )
+        tasks = [task for task in WRITTEN if any(_scores(seeds, task) for seeds in arms.values())]
+        columns = [
+            *("arm", "trained on", "held-out loss", "- full", "- uniform", "worst source"),
+            *(WRITTEN[task] for task in tasks),
+            *("shuffled", "copies", "compute", "samples to full's loss", "seeds"),
+        ]
+        parts.append(f"### {condition}\n\n| {' | '.join(columns)} |")
+        parts.append("|---" + "|---:" * (len(columns) - 1) + "|")
         for name, seeds in sorted(arms.items(), key=lambda item: _mean(item[1], "loss")):
-            parts.append(_line(name, seeds, full, uniform))
+            parts.append(_line(name, seeds, full, uniform, tasks))
         parts.append("\n" + _against(arms))
     return "\n".join(parts)
 
 
-def _line(name: str, seeds: dict[int, Row], full: dict[int, Row], uniform: dict[int, Row]) -> str:
+def _scores(seeds: dict[int, Row], task: str) -> dict[int, Row]:
+    """Generation scores of a task, by seed, where they were taken."""
+    # Rows of before there were such scores have none.
+    return {
+        seed: {"score": row["written"][task]}
+        for seed, row in seeds.items()
+        if task in row.get("written", {})
+    }
+
+
+def _line(
+    name: str,
+    seeds: dict[int, Row],
+    full: dict[int, Row],
+    uniform: dict[int, Row],
+    tasks: Sequence[str],
+) -> str:
     rows = list(seeds.values())
     share = np.mean([row["samples"] / row["candidates"] for row in rows])
     worst = np.mean([max(row["heldout"].values()) for row in rows])
@@ -157,12 +181,22 @@ def _line(name: str, seeds: dict[int, Row], full: dict[int, Row], uniform: dict[
         f"{_mean(seeds, 'loss'):.4f}",
         *("" if seeds is other else str(paired(seeds, other) or "") for other in (full, uniform)),
         f"{worst:.3f}",
+        *(_score(_scores(seeds, task), _scores(full, task)) for task in tasks),
         *(_number(np.mean([rate_of(row, kind) for row in rows])) for kind in ("shuffled", "copy")),
         _number(cost),
         _number(float(np.median(reached))) if reached else "",
         str(len(rows)),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _score(seeds: dict[int, Row], full: dict[int, Row]) -> str:
+    """Mean score, and what it is above full data's, paired."""
+    if not seeds:
+        return ""
+    mean = f"{_mean(seeds, 'score'):.1f}"
+    above = None if seeds == full else paired(seeds, full, "score")
+    return mean if above is None else f"{mean} ({above.text(1)})"
 
 
 def _number(value: float) -> str:

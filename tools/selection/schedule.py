@@ -27,6 +27,7 @@ class Preset:
         batch_size: Samples of a batch.
         learning_rate: By keep: that of the nearest keep is used.
         conditions, arms: Names.
+        generated: Tasks of which what the model writes is scored too.
         seeds: How many.
     """
 
@@ -52,6 +53,8 @@ class Preset:
         *("full", "uniform", "rs2", "infobatch", "max_loss", "slap_paper"),
         *("slap", "slap_auto", "oracle", "uniform_as_auto"),
     )
+    # Models of this size solve no maths problem: the share of exact answers would be zero.
+    generated: tuple[str, ...] = ("tatoeba",)
     seeds: int = 5
 
     def rate_for(self, keep: float) -> float:
@@ -206,6 +209,7 @@ PRESETS = {
             learning_rate={1.0: 3e-4, 0.7: 3e-4},
             shard_bytes=400_000,
             device="cuda",
+            generated=("tatoeba", "gsm8k"),
             seeds=3,
         ),
     )

@@ -21,6 +21,7 @@ from slap_stream import (
 from slap_stream.chat import ChatCollator
 from slap_stream.embeddings import ArrayStore
 from slap_stream.tools.selection.corpora import KINDS, Corpus, Workshop, encoded
+from slap_stream.tools.selection.generation import generation_scores
 from slap_stream.tools.selection.schedule import Arm, Preset, RunKey, config_of, rate
 from slap_stream.tools.selection.tasks import Condition
 
@@ -35,9 +36,10 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
     """Fine-tune once and evaluate.
 
     Returns:
-        `heldout`: mean loss by source; `curve`: (samples, mean over sources of the loss) along the
-        run; `trained` and `offered`: counts by kind; `groups`: samples trained on from records
-        with near-copies; costs in tokens and seconds; the loader's metrics.
+        `heldout`: mean loss by source; `written`: generation scores by source; `curve`: (samples,
+        mean over sources of the loss) along the run; `trained` and `offered`: counts by kind;
+        `copied_records`: records that near-copies were made of; costs in tokens and seconds;
+        the loader's metrics.
     """
     preset, condition = workshop.preset, Condition.of(key.condition)
     corpus = workshop.corpus(condition, key.seed)
@@ -100,6 +102,7 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
         **key.to_dict(),
         "heldout": final,
         "loss": _mean(final),
+        "written": generation_scores(model, tokenizer, workshop.heldout(condition.mixture), preset),
         "curve": curve,
         "candidates": int(offered.sum()),
         "samples": samples,
