@@ -26,8 +26,9 @@ OnBadShard = Literal["raise", "skip"]
 
 # Policies whose sources measure every candidate.
 _MEASURING = ("max_loss", "rho_loss", "greats", "divbs", "uds")
-_WEIGHTS = ("rank_weight", "copy_weight", "mismatch_weight", "curvature", "diversity")
+_WEIGHTS = ("copy_weight", "mismatch_weight", "curvature", "diversity")
 _FLOATS = ("keep_min", "probe_fraction", "forgetting", "temperature", "rank_cap", *_WEIGHTS)
+RANK_WEIGHT, RANK_WEIGHT_WITH_REFERENCE = 0.1, 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,8 +57,10 @@ class SlapConfig:
             then batches are drawn uniformly at the same `keep`.
         forgetting: Factor on the old statistics at every refresh, in (0, 1].
         temperature: Utilities are divided by this before the Gumbel noise is added.
-        rank_weight: Weight of the rank of the length-residual loss inside the stratum. Small by
-            default: more gains on dirty data and loses to uniform batches on clean data.
+        rank_weight: Weight of the rank of the length-residual loss inside the stratum, or of what
+            it is above a reference model's where the embeddings have `reference_loss`. None: 0.1,
+            more loses to uniform batches on clean data; with a reference 2, which tells what can be
+            learnt from what is noise.
         rank_cap: Ranks above this count as this: the very highest losses are mostly noise.
         copy_weight: Weight of being a near-copy of what was trained on lately and is learnt.
         mismatch_weight: Weight of the probability that the target belongs to another prompt.
@@ -84,7 +87,7 @@ class SlapConfig:
     warmup_losses: int = 256
     forgetting: float = 0.9
     temperature: float = 0.25
-    rank_weight: float = 0.1
+    rank_weight: float | None = None
     rank_cap: float = 0.9
     copy_weight: float = 2.0
     mismatch_weight: float = 2.0
@@ -95,7 +98,8 @@ class SlapConfig:
     on_bad_shard: OnBadShard = "raise"
 
     def __post_init__(self) -> None:
-        for name in _FLOATS:
+        given = () if self.rank_weight is None else ("rank_weight",)
+        for name in (*_FLOATS, *given):
             if not _is_finite(getattr(self, name)):
                 raise ConfigError(f"{name} must be a finite number, got {getattr(self, name)!r}.")
         if self.keep != "auto" and not (_is_finite(self.keep) and 0.0 < self.keep <= 1.0):
@@ -157,7 +161,7 @@ class SlapConfig:
                 f"temperature must be positive, got {self.temperature!r}; a small one, such as "
                 "0.01, all but removes the noise."
             )
-        for name in _WEIGHTS:
+        for name in (*_WEIGHTS, *given):
             if not getattr(self, name) >= 0.0:
                 raise ConfigError(
                     f"{name} must not be negative, got {getattr(self, name)!r}; 0 switches it off."
@@ -173,6 +177,12 @@ class SlapConfig:
     def measures_nuclear_norms(self) -> bool:
         """Whether the policy wants the nuclear norm of each measured candidate's logits."""
         return self.policy == "uds"
+
+    def rank_weight_for(self, *, has_reference: bool) -> float:
+        """The weight of the rank, with or without losses of a reference model."""
+        if self.rank_weight is not None:
+            return self.rank_weight
+        return RANK_WEIGHT_WITH_REFERENCE if has_reference else RANK_WEIGHT
 
     def _require_int(self, name: str, least: int) -> None:
         value = getattr(self, name)

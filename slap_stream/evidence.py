@@ -11,6 +11,8 @@ from slap_stream.types import FloatArray
 
 # Feature column with the probability that the target belongs to another prompt.
 MISMATCH_COLUMN = "mismatch"
+# Feature column with the losses of a model that was trained on clean data.
+REFERENCE_COLUMN = "reference_loss"
 # A candidate whose embedding is this close to something trained on lately is a copy; from the
 # second figure on it is none. In distances to the nearest neighbour of what has no copy: of copies
 # with a word or two changed 89 to 94 % lie below 0.5, of other dialogues, translations and

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from slap_stream.config import SlapConfig
 from slap_stream.encoding.stores import as_row_store
 from slap_stream.errors import ConfigError, FeedbackError
-from slap_stream.evidence import MISMATCH_COLUMN
+from slap_stream.evidence import MISMATCH_COLUMN, REFERENCE_COLUMN
 from slap_stream.feedback import check_feedback, check_sketches, find_questions, weights_of
 from slap_stream.lane import Lane
 from slap_stream.lane_counts import count_lanes
@@ -109,7 +109,8 @@ class SlapSampler:
     def _build(self, num_lanes: int) -> None:
         """Make the shared model and strata, and this rank's lanes."""
         config, store = self.config, self._store
-        if config.policy == "rho_loss" and "reference_loss" not in store.feature_names:
+        has_reference = REFERENCE_COLUMN in store.feature_names
+        if config.policy == "rho_loss" and not has_reference:
             raise ConfigError(
                 "policy='rho_loss' needs the feature column reference_loss, got "
                 f"{', '.join(store.feature_names) or 'no columns'}; embed with --reference-model."
@@ -135,7 +136,7 @@ class SlapSampler:
             warmup_losses=config.warmup_losses,
             length_columns=[INTERCEPT, LOG_LENGTH]
             + [column_of[name] for name in LENGTH_FEATURES if name in column_of],
-            reference_column=column_of.get("reference_loss"),
+            reference_column=column_of.get(REFERENCE_COLUMN),
         )
         self._strata = Strata(
             num_sources=len(store.source_names),
@@ -143,7 +144,7 @@ class SlapSampler:
             pool_size=self._plan.pool_size,
             dim=store.shape[1],
         )
-        policy = make_policy(config)
+        policy = make_policy(config, has_reference=has_reference)
         each = num_lanes // self.world_size
         self.lanes = [
             Lane(index, self._plan, policy, self._strata, self._model, self._keep, self._gate)

@@ -71,10 +71,16 @@ def test_a_weight_must_not_be_negative(setting: str) -> None:
 
 
 @pytest.mark.parametrize("setting", [*WEIGHTS, "keep_min", "probe_fraction", "temperature"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, True, "0.7", None])
+@pytest.mark.parametrize("value", [math.nan, math.inf, True, "0.7"])
 def test_a_quantity_must_be_a_finite_number(setting: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{setting} must be a finite number, got {value!r}"):
         SlapConfig(**{setting: value})
+
+
+def test_the_weight_of_the_rank_follows_the_reference_unless_it_is_given() -> None:
+    assert SlapConfig().rank_weight_for(has_reference=True) == 2.0
+    assert SlapConfig().rank_weight_for(has_reference=False) == 0.1
+    assert SlapConfig(rank_weight=0.5).rank_weight_for(has_reference=True) == 0.5
 
 
 def test_the_ends_of_every_range_are_allowed() -> None:

@@ -267,6 +267,20 @@ def test_slap_prefers_what_has_excess_loss() -> None:
     assert sampler.metrics()["batch_learnability"] > sampler.metrics()["uniform_learnability"]
 
 
+def test_a_reference_gives_the_rank_more_weight() -> None:
+    def batches(reference: bool, **options: Any) -> list[Any]:
+        rows = ArrayStore(
+            embeddings(800),
+            features=np.zeros((800, 1), np.float16),
+            feature_names=["reference_loss" if reference else "another"],
+        )
+        sampler = SlapSampler([200] * 4, rows, batch_size=16, config=config_of(**options))
+        return [batch.tolist() for batch in drive([sampler], LossTable(800, 16))]
+
+    assert batches(True) == batches(True, rank_weight=2.0) != batches(True, rank_weight=0.1)
+    assert batches(False) == batches(False, rank_weight=0.1) != batches(False, rank_weight=2.0)
+
+
 def test_near_copies_of_what_was_trained_on_are_pruned() -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(1600, 16))

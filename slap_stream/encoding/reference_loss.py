@@ -10,6 +10,7 @@ from slap_stream.chat import encode
 from slap_stream.encoding.pretrained import load_pretrained, pad, token_batches
 from slap_stream.encoding.text_sample import TextSample
 from slap_stream.errors import ConfigError
+from slap_stream.evidence import REFERENCE_COLUMN
 from slap_stream.types import Float32Array
 
 # Logits held at once, whatever the vocabulary: 64 MiB in float32 on a CPU, where larger ones cost
@@ -70,7 +71,7 @@ class ReferenceLoss:
     @property
     def feature_names(self) -> tuple[str, ...]:
         """`reference_loss`."""
-        return ("reference_loss",)
+        return (REFERENCE_COLUMN,)
 
     def columns(self, samples: Sequence[TextSample]) -> Float32Array:
         """Losses of n samples.

@@ -38,10 +38,15 @@ __all__ = [
 ]
 
 
-def make_policy(config: SlapConfig) -> Policy:
-    """The policy that a config names."""
+def make_policy(config: SlapConfig, *, has_reference: bool = False) -> Policy:
+    """The policy that a config names.
+
+    Args:
+        config: Settings.
+        has_reference: Whether the embeddings have the losses of a reference model.
+    """
     policies: dict[str, Callable[[SlapConfig], Policy]] = {
-        "slap": Slap,
+        "slap": lambda c: Slap(c, c.rank_weight_for(has_reference=has_reference)),
         "slap_paper": lambda _: SlapPaper(),
         "uniform": lambda _: Uniform(),
         "subset": Subset,

@@ -33,8 +33,9 @@ class Slap:
     uses_losses = True
     weighs_evidence = True
 
-    def __init__(self, config: SlapConfig) -> None:
+    def __init__(self, config: SlapConfig, rank_weight: float) -> None:
         self._config = config
+        self._rank_weight = rank_weight
 
     def utility(
         self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
@@ -42,7 +43,7 @@ class Slap:
         """u = rank_weight * min(rank, cap) - copy_weight * copy - mismatch_weight * mismatch."""
         config = self._config
         utility: FloatArray = (
-            config.rank_weight * np.minimum(rank, config.rank_cap)
+            self._rank_weight * np.minimum(rank, config.rank_cap)
             - config.copy_weight * copy
             - config.mismatch_weight * mismatch
         )

@@ -51,10 +51,9 @@ class Corpus:
     kind: NDArray[np.int64]
     group: NDArray[np.int64]
 
-    @property
-    def dispensable(self) -> NDArray[np.bool_]:
-        """(num_samples,) what an oracle would never train on: shuffled targets and copies."""
-        return np.isin(self.kind, [KINDS.index("copy"), KINDS.index("shuffled")])
+    def is_of(self, kinds: Sequence[str]) -> NDArray[np.bool_]:
+        """(num_samples,) whether a sample is of one of these kinds."""
+        return np.isin(self.kind, [KINDS.index(kind) for kind in kinds])
 
 
 class Workshop:

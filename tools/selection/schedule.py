@@ -84,7 +84,7 @@ class Arm:
         name: Name.
         config: Settings of `SlapConfig` in which it differs from the default.
         probe: Whether the probe runs.
-        knows: Whether what is dispensable is told to it: the oracle.
+        knows: Kinds of samples that are told to it as dispensable, for certain: the oracles.
         keeps_as: Arm that must have run before, on as many samples of which this one trains.
         target: Whether a target set of clean records is shown to it.
         reference: Whether it is told the losses of a reference model.
@@ -93,7 +93,7 @@ class Arm:
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)
     probe: bool = True
-    knows: bool = False
+    knows: tuple[str, ...] = ()
     keeps_as: str | None = None
     target: bool = False
     reference: bool = False
@@ -145,8 +145,9 @@ def arms() -> dict[str, Arm]:
         Arm(name="slap"),
         Arm(name="slap_auto", config={"keep": "auto"}),
         # Ranks by the loss beyond the reference model's: it tells noise from what can be learnt.
-        Arm(name="slap_reference", config={"rank_weight": 0.5}, reference=True),
-        Arm(name="oracle", config={"rank_weight": 0.0}, knows=True),
+        Arm(name="slap_reference", reference=True),
+        Arm(name="oracle", config={"rank_weight": 0.0}, knows=("copy", "shuffled")),
+        Arm(name="oracle_shuffled", config={"rank_weight": 0.0}, knows=("shuffled",)),
         *(Arm(name=f"slap-{term}", config=config) for term, config in without.items()),
     ]
     return {arm.name: arm for arm in known}

@@ -135,7 +135,7 @@ def _open_dataset(corpus: Corpus, preset: Preset) -> StreamingDataset:
 
 
 def _store(workshop: Workshop, corpus: Corpus, arm: Arm, key: RunKey) -> Any:
-    """The corpus's embeddings; an oracle's say what is dispensable instead of what is likely."""
+    """The corpus's embeddings; an oracle's say what is so instead of what is likely."""
     if arm.reference:
         return workshop.reference_store(Condition.of(key.condition), key.seed)
     store = EmbeddingStore(corpus.path / "embeddings.zarr")
@@ -144,7 +144,7 @@ def _store(workshop: Workshop, corpus: Corpus, arm: Arm, key: RunKey) -> Any:
     rows = store.read(0, store.shape[0])
     names = [*store.feature_names]
     feature = rows.feature.astype(np.float32)
-    feature[:, names.index("mismatch")] = corpus.dispensable
+    feature[:, names.index("mismatch")] = corpus.is_of(arm.knows)
     return ArrayStore(
         rows.embedding,
         lengths=rows.length,
