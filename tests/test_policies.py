@@ -316,7 +316,7 @@ def test_outliers_do_not_win_slots_by_distance_alone() -> None:
 def test_learnability_equals_its_twin(seed: int, n: int, batch: int) -> None:
     lately = unit_vectors(seed + 1, 6, METRIC_DIM)
     view = view_of(seed, n, recent=recent_of(3, lately, np.arange(6) % 3))
-    slap = Slap(SlapConfig())
+    slap = Slap(SlapConfig(), rank_weight=0.1)
     members, everyone = np.arange(min(n, batch)), np.arange(n)
     score, gram = slap.score(view), view.z @ view.z.T
     distance = view.recent.nearest(view.z, view.stratum, view.sample_id)
@@ -337,7 +337,7 @@ def test_learnability_equals_its_twin(seed: int, n: int, batch: int) -> None:
 
 
 def test_a_composed_batch_is_more_learnable_than_a_uniform_one() -> None:
-    slap, uniform = Slap(SlapConfig()), Uniform()
+    slap, uniform = Slap(SlapConfig(), rank_weight=0.1), Uniform()
     quota = np.array([5, 5, 5])
     for seed in range(10):
         view = view_of(seed, 120)
