@@ -258,7 +258,7 @@ class Lane:
         """Book a batch: its samples leave the pool, their losses are awaited."""
         stratum, x = self.pool.ints("stratum")[slots], self.pool.x[slots]
         self.awaiting_trained.ask(self._composed, ids, x, weights)
-        self._recent.add(ids, stratum, x, self.pool.z[slots])
+        self._recent.add(ids, stratum, x, self.pool.z[slots], self.pool.unit[slots])
         self._chosen.add(self.pool.sketch[slots])
         self.progress.trained += self.progress.by_stratum(stratum)
         unit = self.pool.unit[slots]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from slap_stream.kernels import mid_ranks
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, Rows, State
 
 # Columns of a design row that come before the store's feature columns.
@@ -338,29 +339,21 @@ class RankTable:
         self.values = values
         self.stratum = stratum
         self._all = np.sort(values)
-        order = np.lexsort((values, stratum))
-        self._sorted = values[order]
-        self._names, self._start = np.unique(stratum[order], return_index=True)
-        self._stop = np.append(self._start[1:], len(values))
+        self._sorted = values[np.lexsort((values, stratum))]
+        self._size = np.bincount(stratum, minlength=1)
 
     def rank(self, values: FloatArray, stratum: IntArray) -> FloatArray:
         """(n,) ranks in [0, 1]; those of a thin stratum are shrunk towards the rank among all."""
         if not len(self._all):
             return np.full(len(values), 0.5)
-        overall = _mid_rank(self._all, values)
-        own, size = np.zeros(len(values)), np.zeros(len(values))
-        for name, start, stop in zip(self._names, self._start, self._stop, strict=True):
-            inside = stratum == name
-            own[inside] = _mid_rank(self._sorted[start:stop], values[inside])
-            size[inside] = stop - start
-        shrunk: FloatArray = (own * size + overall * RANK_SHRINKAGE) / (size + RANK_SHRINKAGE)
-        return shrunk
-
-
-def _mid_rank(ordered: FloatArray, values: FloatArray) -> FloatArray:
-    below = np.searchsorted(ordered, values, side="left")
-    upto = np.searchsorted(ordered, values, side="right")
-    return (below + upto) / (2.0 * len(ordered))
+        everyone = np.zeros(len(values), np.int64)
+        overall = mid_ranks(self._all, np.array([0, len(self._all)]), everyone, values)
+        # Strata beyond those of the window are as empty as the one after the last.
+        known = np.minimum(stratum, len(self._size))
+        size = np.append(self._size, 0)
+        own = mid_ranks(self._sorted, np.append(0, np.cumsum(size)), known, values)
+        shrunk: FloatArray = own * size[known] + overall * RANK_SHRINKAGE
+        return shrunk / (size[known] + RANK_SHRINKAGE)
 
 
 def _inverse_rms(gram: FloatArray, count: float) -> FloatArray:

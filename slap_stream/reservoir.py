@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from slap_stream.kernels import unit_rows
+from slap_stream.kernels import nearest_of_group, unit_rows
+from slap_stream.sorting import first_of_each, place_in_run, sort_candidates
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, State
 
 EMPTY = -1
@@ -173,14 +174,12 @@ class Reservoirs:
             (sum of quota,) slots; the pool itself is not changed.
         """
         # Ties are broken by identity, not by slot, so that the result is the same after a resume.
-        identity = self.ints("sample_id")[slots], self.ints("occurrence")[slots]
+        identity = self.ints("occurrence")[slots], self.ints("sample_id")[slots]
         if isinstance(quota, int):
-            order: IntArray = np.lexsort((*identity, score, ~due))[:quota]
-        else:
-            stratum = self.ints("stratum")[slots]
-            order = np.lexsort((*identity, score, ~due, stratum))
-            order = first_of_each(stratum[order], quota, order)
-        return slots[order]
+            return slots[sort_candidates(score, *identity, group=(~due).astype(np.int64))[:quota]]
+        stratum = self.ints("stratum")[slots]
+        order = sort_candidates(score, *identity, group=2 * stratum + ~due)
+        return slots[first_of_each(stratum[order], quota, order)]
 
     def state_dict(self) -> State:
         """Columns and sketches of the slots in use, and which slots these are."""
@@ -221,15 +220,25 @@ class RecentlyTrained:
         self.unit: Float32Array = np.zeros((num_strata, per_stratum, dim), np.float32)
         self.cursor: IntArray = np.zeros(num_strata, np.int64)
 
-    def add(self, sample_id: IntArray, stratum: IntArray, x: Float32Array, z: Float32Array) -> None:
-        """Remember (n,) samples with their rows, in the order trained on."""
-        for name in np.unique(stratum):
-            inside = np.flatnonzero(stratum == name)[-self._per_stratum :]
-            at = (self.cursor[name] + np.arange(len(inside))) % self._per_stratum
-            self.sample_id[name, at] = sample_id[inside]
-            self.x[name, at], self.z[name, at] = x[inside], z[inside]
-            self.unit[name, at] = unit_rows(x[inside][:, -self._dim :])
-            self.cursor[name] = (self.cursor[name] + len(inside)) % self._per_stratum
+    def add(
+        self,
+        sample_id: IntArray,
+        stratum: IntArray,
+        x: Float32Array,
+        z: Float32Array,
+        unit: Float32Array,
+    ) -> None:
+        """Remember (n,) samples in the order trained on: rows, metric vectors, unit embeddings."""
+        order = np.argsort(stratum, kind="stable")
+        name, count = stratum[order], np.bincount(stratum, minlength=len(self.cursor))
+        # Of more samples than there are places only the last are written.
+        place = place_in_run(name) - np.maximum(0, count - self._per_stratum)[name]
+        order, name, place = order[place >= 0], name[place >= 0], place[place >= 0]
+        at = name, (self.cursor[name] + place) % self._per_stratum
+        self.sample_id[at], self.x[at] = sample_id[order], x[order]
+        self.z[at], self.unit[at] = z[order], unit[order]
+        written = np.minimum(count, self._per_stratum)
+        self.cursor = (self.cursor + written) % self._per_stratum
 
     def project(self, onto: Callable[[Float32Array], Float32Array]) -> None:
         """Renew all metric vectors; `onto` maps (n, columns) rows to (n, metric_dim)."""
@@ -270,18 +279,16 @@ class RecentlyTrained:
     def _nearest(
         self, known: Float32Array, vectors: Float32Array, stratum: IntArray, sample_id: IntArray
     ) -> FloatArray:
-        result = np.full(len(vectors), np.inf)
-        for name in np.unique(stratum):
-            used = self.sample_id[name] != EMPTY
-            if used.any():
-                inside = np.flatnonzero(stratum == name)
-                result[inside] = nearest_other(
-                    vectors[inside],
-                    sample_id[inside],
-                    known[name][used],
-                    self.sample_id[name][used],
-                )
-        return result
+        per = self._per_stratum
+        return nearest_of_group(
+            vectors,
+            np.arange(len(vectors)),
+            sample_id,
+            stratum,
+            known.reshape(-1, known.shape[2]),  # (strata * per_stratum, dim)
+            self.sample_id.reshape(-1),
+            np.arange(0, len(self.sample_id) * per + 1, per),
+        )
 
     def state_dict(self) -> State:
         """Sample ids and cursors."""
@@ -339,18 +346,3 @@ def nearest_other(
     best = cosine.max(axis=1, initial=-np.inf).astype(np.float64)
     distance: FloatArray = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * best))
     return distance
-
-
-def first_of_each(stratum: IntArray, quota: IntArray, order: IntArray) -> IntArray:
-    """The first `quota` entries of each stratum.
-
-    Args:
-        stratum: (n,) ascending.
-        quota: (num_strata,) how many of each.
-        order: (n,) what is returned of each entry.
-
-    Returns:
-        (m,) entries of `order`; fewer than the quota where a stratum has fewer.
-    """
-    place = np.arange(len(stratum)) - np.searchsorted(stratum, stratum, side="left")
-    return order[place < quota[stratum]]

@@ -9,7 +9,8 @@ from typing import Protocol
 import numpy as np
 
 from slap_stream.config import SlapConfig
-from slap_stream.reservoir import RecentlyTrained, first_of_each
+from slap_stream.reservoir import RecentlyTrained
+from slap_stream.sorting import first_of_each, sort_candidates
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray
 
 
@@ -175,7 +176,7 @@ def recency(view: PoolView) -> FloatArray:
 
 def top_of_each_stratum(score: FloatArray, view: PoolView, quota: IntArray) -> IntArray:
     """The highest scores of each stratum, as many as its quota (or all there are)."""
-    order = np.lexsort((view.occurrence, view.sample_id, -score, view.stratum))
+    order = sort_candidates(-score, view.sample_id, view.occurrence, group=view.stratum)
     return first_of_each(view.stratum[order], quota, order)
 
 

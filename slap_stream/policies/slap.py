@@ -122,8 +122,13 @@ class Slap:
 
 
 def _nearest_inside(gram: Float32Array) -> FloatArray:
-    """(n,) distance of each unit vector to the nearest other one, from their inner products."""
-    others = gram.astype(np.float64)
-    np.fill_diagonal(others, -1.0)
-    distance: FloatArray = np.sqrt(2.0 - 2.0 * np.clip(others.max(axis=1, initial=-1.0), -1.0, 1.0))
+    """(n,) distance of each unit vector to the nearest other one, from their inner products.
+
+    Overwrites the diagonal and puts it back.
+    """
+    own = gram.diagonal().copy()
+    np.fill_diagonal(gram, -1.0)
+    nearest = gram.max(axis=1, initial=-1.0).astype(np.float64)
+    np.fill_diagonal(gram, own)
+    distance: FloatArray = np.sqrt(2.0 - 2.0 * np.clip(nearest, -1.0, 1.0))
     return distance
