@@ -175,7 +175,14 @@ def nearest_of_group(
 
 @njit
 def _nearest_of_group(
-    vectors: Any, at: Any, sample_id: Any, group: Any, known: Any, known_id: Any, start: Any, out: Any
+    vectors: Any,
+    at: Any,
+    sample_id: Any,
+    group: Any,
+    known: Any,
+    known_id: Any,
+    start: Any,
+    out: Any,
 ) -> None:
     for i in range(at.shape[0]):
         best = -np.inf
@@ -356,43 +363,40 @@ def _compose_greedily(
     cap: float,
     out: Any,
 ) -> None:
-    shared = np.zeros(score.shape[0], np.float64)
+    n, slots = score.shape[0], out.shape[0]
+    shared = np.zeros(n, np.float64)
     # The diversity's term and the largest cosine so far; both seldom change.
-    apart = np.zeros(score.shape[0], np.float64)
-    nearest = np.full(score.shape[0], -np.inf)
-    left = np.arange(score.shape[0])
-    num_left = score.shape[0]
-    for i in range(score.shape[0]):
+    apart = np.zeros(n, np.float64)
+    nearest = np.full(n, np.float32(-np.inf))
+    gain = np.zeros(n, np.float64)
+    closed = np.zeros(n, np.bool_)
+    for i in range(n):
         apart[i] = diversity * min(distance[i] / typical, cap)
-    for slot in range(out.shape[0]):
+        closed[i] = quota[stratum[i]] == 0
+    # Several plain loops, over those that are out of question too: the first two are then vectors.
+    for slot in range(slots):
+        for i in range(n):
+            gain[i] = score[i] - curvature * shared[i] / slots + apart[i]
         best = -1
         best_gain = -np.inf
-        kept = 0
-        for place in range(num_left):
-            i = left[place]
-            if quota[stratum[i]] == 0:
-                continue
-            left[kept] = i
-            kept += 1
-            gain = score[i] - curvature * shared[i] / out.shape[0] + apart[i]
-            if best < 0 or gain > best_gain:
+        for i in range(n):
+            if (gain[i] > best_gain or best < 0) and not closed[i]:
                 best = i
-                best_gain = gain
+                best_gain = gain[i]
         out[slot] = best
+        closed[best] = True
         quota[stratum[best]] -= 1
-        num_left = 0
-        for place in range(kept):
-            i = left[place]
-            if i == best:
-                continue
-            left[num_left] = i
-            num_left += 1
-            cosine = float(gram[best, i])
-            if cosine > 0.0:
-                shared[i] += cosine
-            if cosine > nearest[i]:
-                nearest[i] = cosine
-                distance[i] = min(distance[i], float(np.sqrt(max(0.0, 2.0 - 2.0 * cosine))))
+        if quota[stratum[best]] == 0:
+            for i in range(n):
+                closed[i] |= stratum[i] == stratum[best]
+        cosines = gram[best]
+        for i in range(n):
+            shared[i] += max(float(cosines[i]), 0.0)
+        for i in range(n):
+            if cosines[i] > nearest[i]:
+                nearest[i] = cosines[i]
+                chord = float(np.sqrt(max(0.0, 2.0 - 2.0 * float(cosines[i]))))
+                distance[i] = min(distance[i], chord)
                 apart[i] = diversity * min(distance[i] / typical, cap)
 
 

@@ -6,31 +6,27 @@ state, the shared model and the store.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 
 import numpy as np
 
 from slap_stream.appraisal import Appraiser
 from slap_stream.composer import Composer
-from slap_stream.evidence import copy_likelihood, worth
 from slap_stream.feedback import Answers, Awaiting
 from slap_stream.intake import Intake
+from slap_stream.judge import Judge
+from slap_stream.lane_feedback import LaneFeedback
 from slap_stream.learnability import LearnabilityModel
 from slap_stream.plan import Keep, LanePlan, Progress
 from slap_stream.policies import Policy, Uds
 from slap_stream.policies.base import SketchPolicy
-from slap_stream.reservoir import RecentlyTrained, Reservoirs, SketchQueue, nearest_other
+from slap_stream.reservoir import RecentlyTrained, Reservoirs, SketchQueue
 from slap_stream.rng import gumbels
 from slap_stream.strata import Strata, cluster_sums
-from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, ShardGate, State
-
-logger = logging.getLogger(__name__)
+from slap_stream.types import FloatArray, IntArray, ShardGate, State
 
 _Part = Reservoirs | RecentlyTrained | SketchQueue | Appraiser | Awaiting | Answers
 
-# Refreshes after which a measured loss gives way to the prediction: the model has moved on.
-FRESH_REFRESHES = 3
 # Samples trained on lately, over all strata; bounds the lane's memory where strata are many.
 MAX_RECENT = 2048
 # Gradient sketches remembered of the samples chosen last, where the policy asks for them.
@@ -98,12 +94,18 @@ class Lane:
         self._appraiser = Appraiser(
             model, plan.store.feature_names, columns=plan.columns, dim=plan.store.shape[1]
         )
-        self.awaiting_trained, self.awaiting_probed = Awaiting(plan.patience), Awaiting(2)
-        self._answers = Answers(columns=plan.columns, sketch_dim=config.sketch_dim)
+        self._judge = Judge(
+            policy,
+            model,
+            self.pool,
+            self._recent,
+            self._appraiser,
+            measured_for_good=config.measures_all,
+        )
+        self.feedback = LaneFeedback(plan, model, self.pool, self._judge)
         self._centroid_sum = np.zeros(strata.centroids.shape)
         self._centroid_count = np.zeros(len(strata.centroids))
-        self._refreshes = self._composed = 0
-        self.counters: Counter[str] = Counter()
+        self._composed = 0
         self._composer = Composer(
             index,
             plan,
@@ -117,8 +119,6 @@ class Lane:
             appraiser=self._appraiser,
             progress=self.progress,
         )
-        # Sums over observed samples of 1, p, y, p p, y y and p y, p the loss predicted for y.
-        self._agreement = np.zeros(6)
         # Of candidates that left since the last refresh: sum of their worth, and how many.
         self._left_worth, self._left_count = 0.0, 0
         self.start_epoch(0)
@@ -134,6 +134,11 @@ class Lane:
     def num_candidates(self) -> int:
         """Candidates of this lane in an epoch."""
         return self.intake.order.num_candidates
+
+    @property
+    def counters(self) -> Counter[str]:
+        """Losses that came back, candidates withdrawn for theirs, samples repeated in a batch."""
+        return self.feedback.counters
 
     @property
     def gauges(self) -> dict[str, float]:
@@ -211,73 +216,19 @@ class Lane:
             offered_at=np.arange(count) + int(self.progress.offered.sum()),
             gumbel=gumbels(self._plan.config.seed, self.progress.epoch, ids, offered.occurrence),
         )
-        self._appraise(slots)
+        self._judge.appraise(slots)
         self.progress.offered += self.progress.by_stratum(stratum)
-
-    def _appraise(self, slots: IntArray) -> None:
-        """Judge pooled candidates by the model of the last refresh, and by what was trained on."""
-        pool = self.pool
-        pool.floats("worth")[slots] = 1.0
-        if not len(slots) or not (self._model_counts or self._policy.weighs_evidence):
-            return
-        stratum, own = pool.ints("stratum")[slots], pool.floats("own_loss")[slots]
-        age = self._refreshes - pool.ints("own_since")[slots]
-        stale = (age >= FRESH_REFRESHES) & (not self._plan.config.measures_all)
-        judged = self._appraiser.appraise(pool.x[slots], stratum, np.where(stale, np.nan, own))
-        pool.z[slots] = judged.z
-        pool.floats("loss")[slots] = judged.loss
-        pool.floats("rank")[slots] = judged.rank
-        pool.floats("mismatch")[slots] = judged.mismatch
-        pool.floats("distance")[slots] = np.inf
-        if self._policy.weighs_evidence:
-            distance = self._recent.nearest_embedding(
-                pool.unit[slots], stratum, pool.ints("sample_id")[slots]
-            )
-            pool.floats("distance")[slots] = distance / self._appraiser.apart
-        self._weigh(slots)
-
-    @property
-    def _model_counts(self) -> bool:
-        return self._model.fitted and self._policy.uses_losses
-
-    def _weigh(self, slots: IntArray) -> None:
-        """Renew the utility and the worth of pooled candidates that have been judged."""
-        pool = self.pool
-        copy = copy_likelihood(pool.floats("distance")[slots])
-        mismatch = pool.floats("mismatch")[slots]
-        pool.floats("utility")[slots] = self._policy.utility(
-            rank=pool.floats("rank")[slots],
-            loss=pool.floats("loss")[slots],
-            copy=copy,
-            mismatch=mismatch,
-        )
-        if self._policy.weighs_evidence:
-            pool.floats("worth")[slots] = worth(copy, mismatch)
 
     def _train(self, slots: IntArray, ids: IntArray, weights: FloatArray) -> None:
         """Book a batch: its samples leave the pool, their losses are awaited."""
         stratum, x = self.pool.ints("stratum")[slots], self.pool.x[slots]
-        self.awaiting_trained.ask(self._composed, ids, x, weights)
-        self._recent.add(ids, stratum, x, self.pool.z[slots], self.pool.unit[slots])
+        self.feedback.awaiting_trained.ask(self._composed, ids, x, weights)
+        unit = self.pool.unit[slots]
+        self._recent.add(ids, stratum, x, self.pool.z[slots], unit)
         self._chosen.add(self.pool.sketch[slots])
         self.progress.trained += self.progress.by_stratum(stratum)
-        unit = self.pool.unit[slots]
         self._leave(slots)
-        if self._policy.weighs_evidence:
-            self._bring_near(ids, stratum, unit)
-
-    def _bring_near(self, ids: IntArray, stratum: IntArray, unit: Float32Array) -> None:
-        """What waits in the pool may be a copy of what was just trained on."""
-        pool, slots = self.pool, self.pool.slots()
-        waiting, distance = pool.ints("stratum")[slots], pool.floats("distance")
-        for name in np.unique(stratum):
-            inside, mine = slots[waiting == name], stratum == name
-            if len(inside):
-                near = nearest_other(
-                    pool.unit[inside], pool.ints("sample_id")[inside], unit[mine], ids[mine]
-                )
-                distance[inside] = np.minimum(distance[inside], near / self._appraiser.apart)
-        self._weigh(slots)
+        self._judge.bring_near(ids, stratum, unit)
 
     def _drop(self, slots: IntArray) -> None:
         stratum = self.pool.ints("stratum")[slots]
@@ -311,7 +262,7 @@ class Lane:
         # What left the pool before it could be probed cannot be made up for.
         self._probed += count + max(0, due - pooled)
         ids = self.pool.ints("sample_id")[slots]
-        self.awaiting_probed.ask(self._composed, ids, self.pool.x[slots])
+        self.feedback.awaiting_probed.ask(self._composed, ids, self.pool.x[slots])
         return ids
 
     def probe_budget(self, candidates: int) -> int:
@@ -331,60 +282,15 @@ class Lane:
         due = int(plan.config.probe_fraction * offered) - self._probed
         return due, plan.pooled_after(progress.before, progress.part, candidates)
 
-    def take_probed(
-        self,
-        ids: IntArray,
-        x: Float32Array,
-        losses: FloatArray,
-        sketches: Float32Array | None = None,
-        nuclear_norms: FloatArray | None = None,
-    ) -> None:
-        """Take in what the probe measured of (n,) samples with design rows x (n, columns)."""
-        fine = self._finite(ids, losses)
-        ids, losses = ids[fine], losses[fine]
-        sketches = None if sketches is None else sketches[fine]
-        norms = None if nuclear_norms is None else nuclear_norms[fine]
-        self._answers.add(ids, x[fine], losses, sketches)
-        self.pool.measure(ids, losses, sketches, norms, since=self._refreshes)
-
-    def take_trained(self, ids: IntArray, x: Float32Array, losses: FloatArray) -> None:
-        """Take in the losses of (n,) samples that were trained on, with rows x (n, columns)."""
-        fine = self._finite(ids, losses)
-        ids, x, losses = ids[fine], x[fine], losses[fine]
-        self._answers.add(ids, x, losses)
-        if self._model.fitted and len(ids):
-            p = x.astype(np.float64) @ self._model.coefficient.astype(np.float64)
-            sums = [len(p), p.sum(), losses.sum(), p @ p, losses @ losses, p @ losses]
-            self._agreement += np.asarray(sums, np.float64)
-
     def set_target(self, sketch: Float32Array | None) -> None:
         """Aim batches at the (sketch_dim,) mean gradient sketch of a target set, or at none."""
         self._composer.target = sketch
-
-    def _finite(self, ids: IntArray, losses: FloatArray) -> BoolArray:
-        """(n,) finite losses; the others are counted and their samples withdrawn."""
-        fine = np.isfinite(losses)
-        self.counters["observed"] += int(np.count_nonzero(fine))
-        if not fine.all():
-            if not self.counters["nonfinite"]:
-                logger.warning(
-                    "losses that are not finite came back for %d of %d samples; they are counted "
-                    "in nonfinite and left out.",
-                    np.count_nonzero(~fine),
-                    len(ids),
-                )
-            self.counters["nonfinite"] += int(np.count_nonzero(~fine))
-            slots = self.pool.slots()
-            gone = slots[np.isin(self.pool.ints("sample_id")[slots], ids[~fine])]
-            self.counters["withdrawn"] += len(gone)
-            self.pool.remove(gone)
-        return fine
 
     def statistics(self) -> State:
         """Sums since the last refresh, float64; those of all lanes can be added in lane order."""
         return {
             "lane": self.index,
-            "moments": self._answers.moments().to_dict(),
+            "moments": self.feedback.answers.moments().to_dict(),
             "centroid_sum": self._centroid_sum.copy(),
             "centroid_count": self._centroid_count.copy(),
             "left_worth": self._left_worth,
@@ -393,21 +299,12 @@ class Lane:
 
     def refresh(self) -> None:
         """Judge everything anew: model and strata have just been refreshed."""
-        self._refreshes += 1
-        self._answers.clear()
+        self.feedback.refresh(self._plan.config.forgetting)
         self._centroid_sum[:] = 0.0
         self._centroid_count[:] = 0.0
         self._left_worth, self._left_count = 0.0, 0
-        self._agreement *= self._plan.config.forgetting
-        if self._model_counts or self._policy.weighs_evidence:
-            self._appraiser.refresh()
-            self._recent.project(self._appraiser.project)
-            self._appraise(self.pool.slots())
+        if self._judge.refresh():
             self._composer.compare = self._model.fitted
-
-    def agreement(self) -> FloatArray:
-        """(6,) sums over observed samples of 1, p, y, p p, y y, p y; p was predicted for y."""
-        return self._agreement
 
     def state_dict(self) -> State:
         """All that the next batches follow from, besides the shared model; only reads."""
@@ -417,10 +314,10 @@ class Lane:
             "left_worth": self._left_worth,
             "left_count": self._left_count,
             "probed": self._probed,
-            "refreshes": self._refreshes,
+            "refreshes": self._judge.refreshes,
             "composed": self._composed,
             "compare": self._composer.compare,
-            "agreement": self._agreement.copy(),
+            "agreement": self.feedback.agreement.copy(),
             "counters": dict(self.counters),
             "gauges": dict(self._composer.gauges),
             "centroid_sum": self._centroid_sum.copy(),
@@ -433,20 +330,18 @@ class Lane:
         """Go on from a saved state; model and strata must have been loaded before."""
         self.progress.load_state_dict(state["progress"])
         self._left_worth, self._left_count = float(state["left_worth"]), int(state["left_count"])
-        self._probed, self._refreshes = int(state["probed"]), int(state["refreshes"])
+        self._probed, self._judge.refreshes = int(state["probed"]), int(state["refreshes"])
         self._composed = int(state["composed"])
         self._composer.compare = bool(state["compare"])
-        self._agreement = np.array(state["agreement"], np.float64)
-        self.counters, self._composer.gauges = Counter(state["counters"]), dict(state["gauges"])
+        self.feedback.agreement = np.array(state["agreement"], np.float64)
+        self.feedback.counters = Counter(state["counters"])
+        self._composer.gauges = dict(state["gauges"])
         self._centroid_sum = np.array(state["centroid_sum"], np.float64)
         self._centroid_count = np.array(state["centroid_count"], np.float64)
         self.intake.load_state_dict(state["intake"], self.progress.epoch)
         for name, part in self._parts().items():
             part.load_state_dict(state[name], self.intake.rows_of)
-        if self._model_counts:
-            slots = self.pool.slots()
-            self.pool.z[slots] = self._appraiser.project(self.pool.x[slots])
-            self._recent.project(self._appraiser.project)
+        self._judge.project_again()
 
     def _parts(self) -> dict[str, _Part]:
         return {
@@ -454,7 +349,7 @@ class Lane:
             "recent": self._recent,
             "chosen": self._chosen,
             "appraiser": self._appraiser,
-            "awaiting_trained": self.awaiting_trained,
-            "awaiting_probed": self.awaiting_probed,
-            "answers": self._answers,
+            "awaiting_trained": self.feedback.awaiting_trained,
+            "awaiting_probed": self.feedback.awaiting_probed,
+            "answers": self.feedback.answers,
         }

@@ -26,7 +26,7 @@ def count_lanes(lanes: Sequence[Lane]) -> dict[str, float]:
     }
     for name in ("observed", "nonfinite", "repeats_in_batch"):
         result[name] = float(sum(lane.counters[name] for lane in lanes))
-    total = sum((lane.agreement() for lane in lanes), np.zeros(6))
+    total = sum((lane.feedback.agreement for lane in lanes), np.zeros(6))
     result["prediction_correlation"] = _correlation(*total.tolist())
     for name in ("batch_learnability", "uniform_learnability"):
         known = [lane.gauges[name] for lane in lanes if name in lane.gauges]

@@ -258,17 +258,17 @@ class RecentlyTrained:
         Returns:
             (n,) distances; inf where no other sample was trained on.
         """
-        return self._nearest(self.z, z, stratum, sample_id)
+        return self._nearest(self.z, z, np.arange(len(z)), stratum, sample_id)
 
     def nearest_embedding(
-        self, unit: Float32Array, stratum: IntArray, sample_id: IntArray
+        self, unit: Float32Array, at: IntArray, stratum: IntArray, sample_id: IntArray
     ) -> FloatArray:
-        """The same between (n, dim) unit embeddings.
+        """The same between unit embeddings: rows `at` (n,) of `unit` (rows, dim).
 
         The metric space says what teaches alike; only the embeddings tell copies apart from what
         is merely of the same kind.
         """
-        return self._nearest(self.unit, unit, stratum, sample_id)
+        return self._nearest(self.unit, unit, at, stratum, sample_id)
 
     def nearest_of_all(self, unit: Float32Array, sample_id: IntArray) -> FloatArray:
         """(n,) distance of (n, dim) unit embeddings to the nearest other one, whatever its stratum;
@@ -277,12 +277,17 @@ class RecentlyTrained:
         return nearest_other(unit, sample_id, self.unit[used], self.sample_id[used])
 
     def _nearest(
-        self, known: Float32Array, vectors: Float32Array, stratum: IntArray, sample_id: IntArray
+        self,
+        known: Float32Array,
+        vectors: Float32Array,
+        at: IntArray,
+        stratum: IntArray,
+        sample_id: IntArray,
     ) -> FloatArray:
         per = self._per_stratum
         return nearest_of_group(
             vectors,
-            np.arange(len(vectors)),
+            at,
             sample_id,
             stratum,
             known.reshape(-1, known.shape[2]),  # (strata * per_stratum, dim)

@@ -234,12 +234,12 @@ class SlapSampler:
             FeedbackError: If shapes differ, or an id was not yielded lately or already observed.
         """
         ids, values = check_feedback(ids, losses)
-        awaiting = [lane.awaiting_trained for lane in self.lanes]
+        awaiting = [lane.feedback.awaiting_trained for lane in self.lanes]
         owner, question, position = find_questions(ids, awaiting, "observe: ids of yielded batches")
         for index in np.unique(owner):
             lane, mine = self.lanes[index], owner == index
-            x = lane.awaiting_trained.answer(question[mine], position[mine])
-            lane.take_trained(ids[mine], x, values[mine])
+            x = lane.feedback.awaiting_trained.answer(question[mine], position[mine])
+            lane.feedback.take_trained(ids[mine], x, values[mine])
 
     def loss_weights(self, ids: ArrayLike) -> FloatArray:
         """Weights of the losses of samples that are trained on now; call it before `observe`.
@@ -253,7 +253,7 @@ class SlapSampler:
         Raises:
             FeedbackError: If an id was not yielded lately or was already observed.
         """
-        return weights_of(ids, [lane.awaiting_trained for lane in self.lanes])
+        return weights_of(ids, [lane.feedback.awaiting_trained for lane in self.lanes])
 
     def update(
         self,
@@ -277,13 +277,13 @@ class SlapSampler:
         shape = len(ids), self.config.sketch_dim
         rows = None if sketches is None else check_sketches(sketches, shape)
         norms = None if nuclear_norms is None else check_feedback(ids, nuclear_norms)[1]
-        awaiting = [lane.awaiting_probed for lane in self.lanes]
+        awaiting = [lane.feedback.awaiting_probed for lane in self.lanes]
         owner, question, position = find_questions(ids, awaiting, "update: ids to be probed")
         for index in np.unique(owner):
             lane, mine = self.lanes[index], owner == index
-            x = lane.awaiting_probed.answer(question[mine], position[mine])
+            x = lane.feedback.awaiting_probed.answer(question[mine], position[mine])
             parts = (None if part is None else part[mine] for part in (rows, norms))
-            lane.take_probed(ids[mine], x, values[mine], *parts)
+            lane.feedback.take_probed(ids[mine], x, values[mine], *parts)
 
     def set_target(self, sketch: ArrayLike | None) -> None:
         """Say what the model is to become good at, for policies that aim at a target (`greats`).

@@ -14,10 +14,10 @@ PACKAGE = Path(__file__).parent.parent / "slap_stream"
 # A folder stands where the module does that it is a part of.
 FLOORS = {
     0: "config errors types",
-    1: "kernels rng chat shard_index",
+    1: "kernels rng chat shard_index sorting",
     2: "order strata plan quota repeats reservoir learnability appraisal evidence feedback intake "
-    "policies embeddings encoders encoding corpus converting",
-    3: "composer lane lane_counts pending run_state sampler",
+    "judge policies embeddings encoders encoding corpus converting",
+    3: "composer lane lane_counts lane_feedback pending run_state sampler",
     4: "loader probe probing shards sharding",
     5: "integrations",
 }

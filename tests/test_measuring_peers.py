@@ -82,7 +82,7 @@ def test_a_measurement_stays_as_long_as_its_candidate() -> None:
         pass
     pool = sampler.lanes[0].pool
     slots = pool.slots()
-    age = sampler.lanes[0]._refreshes - pool.ints("own_since")[slots]
+    age = sampler.lanes[0]._judge.refreshes - pool.ints("own_since")[slots]
     assert age.max() > 3
     np.testing.assert_array_equal(
         pool.floats("loss")[slots], table.of(pool.ints("sample_id")[slots])

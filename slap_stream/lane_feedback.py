@@ -1,0 +1,95 @@
+"""What comes back to a lane: losses and sketches of what it gave out."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import numpy as np
+
+from slap_stream.feedback import Answers, Awaiting
+from slap_stream.judge import Judge
+from slap_stream.learnability import LearnabilityModel
+from slap_stream.plan import LanePlan
+from slap_stream.reservoir import Reservoirs
+from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray
+
+logger = logging.getLogger(__name__)
+
+
+class LaneFeedback:
+    """Takes in answers, and tells the pool what was measured of its candidates.
+
+    Args:
+        plan: What all lanes have in common.
+        model: Shared model.
+        pool: The lane's pool.
+        judge: Who counts the lane's refreshes.
+
+    Attributes:
+        awaiting_trained: Open questions about what was composed into batches.
+        awaiting_probed: Open questions about what was to be probed.
+        answers: Finite losses and sketches since the last refresh.
+        agreement: (6,) sums over observed samples of 1, p, y, p p, y y and p y, p being the loss
+            that was predicted for y.
+        counters: Losses observed and not finite, and candidates withdrawn for the latter.
+    """
+
+    def __init__(
+        self, plan: LanePlan, model: LearnabilityModel, pool: Reservoirs, judge: Judge
+    ) -> None:
+        self._model, self._pool, self._judge = model, pool, judge
+        self.awaiting_trained, self.awaiting_probed = Awaiting(plan.patience), Awaiting(2)
+        self.answers = Answers(columns=plan.columns, sketch_dim=plan.config.sketch_dim)
+        self.agreement = np.zeros(6)
+        self.counters: Counter[str] = Counter()
+
+    def take_probed(
+        self,
+        ids: IntArray,
+        x: Float32Array,
+        losses: FloatArray,
+        sketches: Float32Array | None = None,
+        nuclear_norms: FloatArray | None = None,
+    ) -> None:
+        """Take in what the probe measured of (n,) samples with design rows x (n, columns)."""
+        fine = self._finite(ids, losses)
+        ids, losses = ids[fine], losses[fine]
+        sketches = None if sketches is None else sketches[fine]
+        norms = None if nuclear_norms is None else nuclear_norms[fine]
+        self.answers.add(ids, x[fine], losses, sketches)
+        self._pool.measure(ids, losses, sketches, norms, since=self._judge.refreshes)
+
+    def take_trained(self, ids: IntArray, x: Float32Array, losses: FloatArray) -> None:
+        """Take in the losses of (n,) samples that were trained on, with rows x (n, columns)."""
+        fine = self._finite(ids, losses)
+        ids, x, losses = ids[fine], x[fine], losses[fine]
+        self.answers.add(ids, x, losses)
+        if self._model.fitted and len(ids):
+            p = x.astype(np.float64) @ self._model.coefficient.astype(np.float64)
+            sums = [len(p), p.sum(), losses.sum(), p @ p, losses @ losses, p @ losses]
+            self.agreement += np.asarray(sums, np.float64)
+
+    def _finite(self, ids: IntArray, losses: FloatArray) -> BoolArray:
+        """(n,) finite losses; the others are counted and their samples withdrawn."""
+        fine = np.isfinite(losses)
+        self.counters["observed"] += int(np.count_nonzero(fine))
+        if not fine.all():
+            if not self.counters["nonfinite"]:
+                logger.warning(
+                    "losses that are not finite came back for %d of %d samples; they are counted "
+                    "in nonfinite and left out.",
+                    np.count_nonzero(~fine),
+                    len(ids),
+                )
+            self.counters["nonfinite"] += int(np.count_nonzero(~fine))
+            slots = self._pool.slots()
+            gone = slots[np.isin(self._pool.ints("sample_id")[slots], ids[~fine])]
+            self.counters["withdrawn"] += len(gone)
+            self._pool.remove(gone)
+        return fine
+
+    def refresh(self, forgetting: float) -> None:
+        """The model has taken the answers in."""
+        self.answers.clear()
+        self.agreement *= forgetting
