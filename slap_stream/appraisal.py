@@ -6,6 +6,7 @@ and are renewed at refreshes only, so a candidate is judged by one yardstick unt
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -64,29 +65,25 @@ class Appraiser:
         self._mismatch: int | None = None
         if MISMATCH_COLUMN in feature_names:
             self._mismatch = NUM_OWN_COLUMNS + list(feature_names).index(MISMATCH_COLUMN)
-        self._ids: IntArray = np.zeros(0, np.int64)
-        self._x: Float32Array = np.zeros((0, columns), np.float32)
-        self._stratum: IntArray = np.zeros(0, np.int64)
+        self._window = _Window(columns)
         self._ranks = RankTable(np.zeros(0), np.zeros(0, np.int64))
         self._readout = model.readout
         self.typical = self.apart = 1.0
 
     def watch(self, sample_id: IntArray, x: Float32Array, stratum: IntArray) -> None:
         """Move the window over (n,) candidates that were just offered."""
-        self._ids = np.concatenate([self._ids, sample_id])[-WINDOW:]
-        self._x = np.concatenate([self._x, x])[-WINDOW:]
-        self._stratum = np.concatenate([self._stratum, stratum])[-WINDOW:]
+        self._window.add(sample_id, x, stratum)
 
     def refresh(self) -> None:
         """Renew the yardsticks from the window and the model as they now are."""
         self._readout = self._model.readout
-        if not len(self._ids):
+        ids, x, stratum = self._window.joined()
+        if not len(ids):
             return
-        _, excess, z = self._read(self._x)
-        self._ranks = RankTable(excess, self._stratum)
-        self.typical = _neighbour_distance(z, self._stratum, 0.5)
-        unit = unit_rows(self._x[:, -self._dim :])
-        self.apart = _neighbour_distance(unit, self._stratum, NOT_COPIED)
+        _, excess, z = self._read(x)
+        self._ranks = RankTable(excess, stratum)
+        self.typical = _neighbour_distance(z, stratum, 0.5)
+        self.apart = _neighbour_distance(unit_rows(x[:, -self._dim :]), stratum, NOT_COPIED)
 
     def appraise(self, x: Float32Array, stratum: IntArray, own_loss: FloatArray) -> Appraisal:
         """Judge candidates.
@@ -126,9 +123,10 @@ class Appraiser:
 
     def state_dict(self) -> State:
         """Window and yardsticks."""
+        ids, _, stratum = self._window.joined()
         return {
-            "sample_id": self._ids,
-            "stratum": self._stratum,
+            "sample_id": ids,
+            "stratum": stratum,
             "rank_values": self._ranks.values,
             "rank_stratum": self._ranks.stratum,
             "typical": self.typical,
@@ -137,15 +135,38 @@ class Appraiser:
 
     def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
         """Take over a saved window; the model must have been loaded before."""
-        self._ids = np.asarray(state["sample_id"], np.int64)
-        self._x = rows_of(self._ids)
-        self._stratum = np.asarray(state["stratum"], np.int64)
+        ids = np.asarray(state["sample_id"], np.int64)
+        self._window.clear()
+        self._window.add(ids, rows_of(ids), np.asarray(state["stratum"], np.int64))
         self._ranks = RankTable(
             np.asarray(state["rank_values"], np.float64),
             np.asarray(state["rank_stratum"], np.int64),
         )
         self.typical, self.apart = float(state["typical"]), float(state["apart"])
         self._readout = self._model.readout
+
+
+class _Window:
+    """The last `WINDOW` candidates offered, in parts as they came: joined only when asked for."""
+
+    def __init__(self, columns: int) -> None:
+        self._columns = columns
+        self.clear()
+
+    def clear(self) -> None:
+        self._parts: deque[tuple[IntArray, Float32Array, IntArray]] = deque()
+        none = np.zeros(0, np.int64)
+        self.add(none, np.zeros((0, self._columns), np.float32), none)
+
+    def add(self, sample_id: IntArray, x: Float32Array, stratum: IntArray) -> None:
+        self._parts.append((sample_id, x, stratum))
+        held = sum(len(ids) for ids, _, _ in self._parts)
+        while held - len(self._parts[0][0]) >= WINDOW:
+            held -= len(self._parts.popleft()[0])
+
+    def joined(self) -> tuple[IntArray, Float32Array, IntArray]:
+        ids, x, stratum = (np.concatenate(parts)[-WINDOW:] for parts in zip(*self._parts, strict=True))
+        return ids, x, stratum
 
 
 def _neighbour_distance(vectors: Float32Array, stratum: IntArray, quantile: float) -> float:

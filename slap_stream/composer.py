@@ -218,7 +218,7 @@ class Composer:
             gumbel=pool.floats("gumbel")[slots],
             loss=pool.floats("loss")[slots],
             utility=pool.floats("utility")[slots],
-            z=pool.z[slots],
+            z=lambda at: pool.z[slots[at]],
             recent=self._recent,
             typical=self._appraiser.typical,
             epoch=self._progress.epoch,

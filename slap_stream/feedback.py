@@ -74,6 +74,8 @@ class Awaiting:
         """Every open question: ids, steps, index of the question, position in it; each (n,)."""
         ids, steps, questions, positions = [], [], [], []
         for index, asked in enumerate(self._asked):
+            if not asked.open.any():
+                continue
             at = np.flatnonzero(asked.open)
             ids.append(asked.sample_id[at])
             steps.append(np.full(len(at), asked.step, np.int64))
@@ -95,15 +97,20 @@ class Awaiting:
         Returns:
             (n, columns) design rows of the samples, in the order given.
         """
-        rows = [self._asked[q].x[p] for q, p in zip(question, position, strict=True)]
-        for q, p in zip(question, position, strict=True):
-            self._asked[q].open[p] = False
-        return np.stack(rows)
+        rows = np.zeros((len(question), self._asked[0].x.shape[1]), np.float32)
+        for q in np.unique(question):
+            mine = question == q
+            rows[mine] = self._asked[q].x[position[mine]]
+            self._asked[q].open[position[mine]] = False
+        return rows
 
     def weights(self, question: IntArray, position: IntArray) -> FloatArray:
         """(n,) weights of the losses that (n,) open questions ask for."""
-        pairs = zip(question, position, strict=True)
-        return np.array([self._asked[q].weight[p] for q, p in pairs], np.float64)
+        weights = np.zeros(len(question))
+        for q in np.unique(question):
+            mine = question == q
+            weights[mine] = self._asked[q].weight[position[mine]]
+        return weights
 
     def state_dict(self) -> State:
         """Ids, steps, what is open, and weights, flattened."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slap_stream.learnability import design_rows, finite_rows
+from slap_stream.learnability import checked_rows, design_rows
 from slap_stream.order import Block, LaneOrder, ShardTable
 from slap_stream.types import Float32Array, IntArray, Rows, RowStore, ShardGate, State
 
@@ -114,7 +114,7 @@ class Intake:
             feature=self._rows.feature[at],
             source=self._rows.source[at],
         )
-        spoilt = int(np.count_nonzero(~finite_rows(rows)))
+        x, spoilt = checked_rows(rows)
         if spoilt and not self.nonfinite_rows:
             logger.warning(
                 "embeddings or features of %d of %d samples hold NaN or infinity, which count as "
@@ -127,7 +127,7 @@ class Intake:
             sample_id=ids,
             occurrence=occurrence,
             source=rows.source.astype(np.int64),
-            x=design_rows(rows),
+            x=x,
             block=self.block_index,
         )
 

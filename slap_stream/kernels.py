@@ -186,9 +186,10 @@ def _nearest_of_group(
 ) -> None:
     for i in range(at.shape[0]):
         best = -np.inf
+        vector = vectors[at[i]]
         for j in range(start[group[i]], start[group[i] + 1]):
             if known_id[j] >= 0 and known_id[j] != sample_id[i]:
-                best = max(best, float(_dot(vectors[at[i]], known[j])))
+                best = max(best, float(_dot(vector, known[j])))
         out[i] = np.sqrt(max(0.0, 2.0 - 2.0 * best))
 
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from slap_stream.kernels import mid_ranks
-from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, Rows, State
+from slap_stream.types import Float32Array, FloatArray, IntArray, Rows, State
 
 # Columns of a design row that come before the store's feature columns.
 INTERCEPT, LOG_LENGTH = 0, 1
@@ -30,6 +32,8 @@ SKETCHES_PER_DIMENSION = 2
 # Samples of other strata that a stratum's rank is shrunk towards.
 RANK_SHRINKAGE = 8.0
 
+# Every half float by its bits.
+_HALF_FLOATS = np.arange(1 << 16).astype(np.uint16).view(np.float16).astype(np.float32)
 _blas = ThreadpoolController()
 
 
@@ -39,28 +43,38 @@ def single_threaded() -> AbstractContextManager[object]:
     return context
 
 
-def finite_rows(rows: Rows) -> BoolArray:
-    """(n,) whether every embedding and feature value of a row is finite."""
-    fine: BoolArray = np.isfinite(rows.embedding).all(axis=1) & np.isfinite(rows.feature).all(
-        axis=1
-    )
-    return fine
-
-
 def design_rows(rows: Rows) -> Float32Array:
     """(n, 2 + num_features + dim) float32: intercept, log length, feature columns, embedding.
 
     Values that are not finite become zero: one bad cell must not spoil a regression over all.
     """
-    length = np.log1p(np.maximum(rows.length, 0)).astype(np.float32)
-    columns = [
-        np.ones((len(rows), 1), np.float32),
-        length[:, None],
-        np.asarray(rows.feature, np.float32),
-        np.asarray(rows.embedding, np.float32),
-    ]
-    table: Float32Array = np.concatenate(columns, axis=1)
-    return np.nan_to_num(table, copy=False, posinf=0.0, neginf=0.0)
+    return checked_rows(rows)[0]
+
+
+def checked_rows(rows: Rows) -> tuple[Float32Array, int]:
+    """Design rows, and how many of them held a value that is not finite."""
+    table = np.empty((len(rows), columns_of(rows)), np.float32)
+    table[:, INTERCEPT] = 1.0
+    table[:, LOG_LENGTH] = np.log1p(np.maximum(rows.length, 0))
+    table[:, NUM_OWN_COLUMNS : NUM_OWN_COLUMNS + rows.feature.shape[1]] = rows.feature
+    table[:, NUM_OWN_COLUMNS + rows.feature.shape[1] :] = _widened(rows.embedding)
+    fine = np.isfinite(table)
+    if fine.all():
+        return table, 0
+    table[~fine] = 0.0
+    return table, int(np.count_nonzero(~fine.all(axis=1)))
+
+
+def columns_of(rows: Rows) -> int:
+    """Columns of their design rows."""
+    return NUM_OWN_COLUMNS + rows.feature.shape[1] + rows.embedding.shape[1]
+
+
+def _widened(values: NDArray[Any]) -> Float32Array:
+    """As float32; half floats through a table, which takes half the time that NumPy does."""
+    if values.dtype != np.float16:
+        return values.astype(np.float32)
+    return _HALF_FLOATS.take(np.ascontiguousarray(values).view(np.uint16))
 
 
 @dataclass(kw_only=True, slots=True)

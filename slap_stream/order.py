@@ -9,7 +9,7 @@ occurrence k of its samples. Visits of one shard are spread evenly over the epoc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,11 +26,28 @@ class ShardTable:
         counts: (num_shards,) candidates that an epoch offers from it; samples repeat when this is
             larger than the size, a subset drawn anew each epoch is offered when it is smaller.
         first_id: (num_shards,) sample id of each shard's first sample.
+        num_samples: Samples in the dataset.
+        num_candidates: Candidates that an epoch offers.
+        max_occurrences: How often an epoch offers its most repeated sample.
     """
 
     sizes: IntArray
     counts: IntArray
     first_id: IntArray
+    # Asked for with every batch, and there may be very many shards.
+    num_samples: int = field(init=False)
+    num_candidates: int = field(init=False)
+    max_occurrences: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        some = self.sizes > 0
+        most = -(-self.counts[some] // self.sizes[some])
+        for name, value in (
+            ("num_samples", self.sizes.sum()),
+            ("num_candidates", self.counts.sum()),
+            ("max_occurrences", most.max(initial=0)),
+        ):
+            object.__setattr__(self, name, int(value))
 
     @classmethod
     def of(cls, sizes: IntArray, counts: IntArray | None = None) -> ShardTable:
@@ -59,22 +76,6 @@ class ShardTable:
             raise ValueError("shard_counts must offer at least one candidate, got none.")
         first_id = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)[:-1]])
         return cls(sizes=sizes, counts=counts, first_id=first_id)
-
-    @property
-    def num_samples(self) -> int:
-        """Samples in the dataset."""
-        return int(self.sizes.sum())
-
-    @property
-    def num_candidates(self) -> int:
-        """Candidates that an epoch offers."""
-        return int(self.counts.sum())
-
-    @property
-    def max_occurrences(self) -> int:
-        """How often an epoch offers its most repeated sample."""
-        some = self.sizes > 0
-        return int(np.max(-(-self.counts[some] // self.sizes[some])))
 
 
 def lane_bounds(num_candidates: int, num_lanes: int) -> IntArray:

@@ -26,7 +26,7 @@ class PoolView:
         gumbel: (n,) noise of the candidate in this epoch.
         loss: (n,) predicted loss, or the candidate's own where it was probed lately.
         utility: (n,) utility u as `Policy.utility` made it.
-        z: (n, metric_dim) float32 unit vectors of the metric space.
+        z: Makes the (m, metric_dim) float32 unit vectors of the metric space of (m,) positions.
         recent: What was trained on lately, by stratum.
         typical: Typical distance to the nearest neighbour of the same stratum.
         epoch: Epoch that the batch belongs to.
@@ -51,7 +51,7 @@ class PoolView:
     gumbel: FloatArray
     loss: FloatArray
     utility: FloatArray
-    z: Float32Array
+    z: Callable[[IntArray], Float32Array]
     recent: RecentlyTrained
     typical: float
     epoch: int

@@ -59,7 +59,7 @@ class Slap:
         # Who is on the shortlist does not depend on its order; the order decides ties only.
         shortlist = top_of_each_stratum(score, view, quota * self._config.shortlist)
         s, stratum = score[shortlist], view.stratum[shortlist]
-        z = view.z[shortlist]
+        z = view.z(shortlist)
         gram: Float32Array = z @ z.T
         distance = view.recent.nearest(z, stratum, view.sample_id[shortlist])
         curvature, diversity = self._weights(s, gram, distance / view.typical, view.typical)
@@ -85,15 +85,12 @@ class Slap:
             scale: (m,) positions over which the weights of the terms are set; the same for two
                 batches that are compared.
         """
-        score = self.score(view)
+        score, z = self.score(view), view.z(scale)
+        near = view.recent.nearest(z, view.stratum[scale], view.sample_id[scale])
         curvature, diversity = self._weights(
-            score[scale],
-            view.z[scale] @ view.z[scale].T,
-            view.recent.nearest(view.z[scale], view.stratum[scale], view.sample_id[scale])
-            / view.typical,
-            view.typical,
+            score[scale], z @ z.T, near / view.typical, view.typical
         )
-        z = view.z[batch]
+        z = view.z(batch)
         gram = z @ z.T
         recent = view.recent.nearest(z, view.stratum[batch], view.sample_id[batch])
         nearest = np.minimum(recent, _nearest_inside(gram))

@@ -60,10 +60,10 @@ class SlapPaper:
         for members, count in zip(bins, counts, strict=True):
             if not count:
                 continue
-            z = view.z[members].astype(np.float64)
+            z = view.z(members).astype(np.float64)
             nearest = np.full(len(members), np.inf)
             if taken:
-                earlier = view.z[np.concatenate(taken)].astype(np.float64)
+                earlier = view.z(np.concatenate(taken)).astype(np.float64)
                 nearest = _squared_distances(z, earlier).min(axis=1)
             inside = _squared_distances(z, z)
             taken.append(members[farthest_points(inside, nearest, int(count))])
