@@ -165,7 +165,9 @@ class _Window:
             held -= len(self._parts.popleft()[0])
 
     def joined(self) -> tuple[IntArray, Float32Array, IntArray]:
-        ids, x, stratum = (np.concatenate(parts)[-WINDOW:] for parts in zip(*self._parts, strict=True))
+        ids, x, stratum = (
+            np.concatenate(parts)[-WINDOW:] for parts in zip(*self._parts, strict=True)
+        )
         return ids, x, stratum
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slap_stream.encoding.stores import take
 from slap_stream.learnability import checked_rows, design_rows
 from slap_stream.order import Block, LaneOrder, ShardTable
 from slap_stream.types import Float32Array, IntArray, Rows, RowStore, ShardGate, State
@@ -67,6 +68,7 @@ class Intake:
         self.position = 0
         self.withdrawn = self.nonfinite_rows = 0
         self.block_index = -1
+        self._rows: Rows | None = None
         self._bad_shards: IntArray = np.zeros(0, np.int64)
 
     @property
@@ -108,12 +110,8 @@ class Intake:
             self.withdrawn += int(np.count_nonzero(~fine))
             ids, occurrence = ids[fine], occurrence[fine]
         at = np.searchsorted(self._ids, ids)
-        rows = Rows(
-            embedding=self._rows.embedding[at],
-            length=self._rows.length[at],
-            feature=self._rows.feature[at],
-            source=self._rows.source[at],
-        )
+        assert self._rows is not None
+        rows = take(self._rows, at)
         x, spoilt = checked_rows(rows)
         if spoilt and not self.nonfinite_rows:
             logger.warning(
@@ -149,6 +147,8 @@ class Intake:
             self._bad_shards = np.union1d(self._bad_shards, bad)
         self._block: Block = self.order.block(index)
         self._ids = np.unique(self._block.sample_id)
+        # The rows before go first, so that no more than one block is in memory beside a read.
+        self._rows = None
         self._rows = self._store.read_ids(self._ids)
         self.block_index = index
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slap_stream.kernels import nearest_of_group, unit_rows
-from slap_stream.sorting import first_of_each, place_in_run, sort_candidates
+from slap_stream.sorting import first_of_each, place_in_group, sort_candidates
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, State
 
 EMPTY = -1
@@ -232,7 +232,7 @@ class RecentlyTrained:
         order = np.argsort(stratum, kind="stable")
         name, count = stratum[order], np.bincount(stratum, minlength=len(self.cursor))
         # Of more samples than there are places only the last are written.
-        place = place_in_run(name) - np.maximum(0, count - self._per_stratum)[name]
+        place = place_in_group(name) - np.maximum(0, count - self._per_stratum)[name]
         order, name, place = order[place >= 0], name[place >= 0], place[place >= 0]
         at = name, (self.cursor[name] + place) % self._per_stratum
         self.sample_id[at], self.x[at] = sample_id[order], x[order]

@@ -43,11 +43,10 @@ def first_of_each(stratum: IntArray, quota: IntArray, order: IntArray) -> IntArr
     Returns:
         (m,) entries of `order`; fewer than the quota where a stratum has fewer.
     """
-    return order[place_in_run(stratum) < quota[stratum]]
+    return order[place_in_group(stratum) < quota[stratum]]
 
 
-def place_in_run(ordered: IntArray) -> IntArray:
-    """(n,) how many equal entries come before each of the ascending (n,) ones."""
-    count = len(ordered)
-    begins = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1))
-    return np.arange(count) - np.repeat(begins, np.diff(begins, append=count))
+def place_in_group(group: IntArray) -> IntArray:
+    """(n,) how many equal entries come before each of the (n,) ascending, non-negative ones."""
+    size = np.bincount(group)
+    return np.arange(len(group)) - (np.cumsum(size) - size)[group]

@@ -16,6 +16,7 @@ from slap_stream.types import BoolArray, IntArray, Rows, RowStore
 BRIDGE_ROWS = 256
 # Longest single read of `read_ids`, so that scattered ids do not pull a whole corpus into memory.
 SPAN_ROWS = 16_384
+_COLUMNS = ("embedding", "length", "feature", "source")
 
 
 class RowSlices(Protocol):
@@ -104,12 +105,34 @@ class ReadsIds:
             )
         if not len(wanted):
             return self.read(0, 0)
+        if np.all(wanted[1:] > wanted[:-1]):
+            return self._read_ascending(wanted)
         unique, inverse = np.unique(wanted, return_inverse=True)
-        parts = []
-        for start, stop in plan_spans(unique):
-            inside = unique[np.searchsorted(unique, start) : np.searchsorted(unique, stop)]
-            parts.append(take(self.read(start, stop), inside - start))
-        return take(concatenate(parts), inverse.reshape(-1))
+        return take(self._read_ascending(unique), inverse.reshape(-1))
+
+    def _read_ascending(self, ids: IntArray) -> Rows:
+        """Rows of (n,) ascending ids, none twice; one read is in memory besides the result."""
+        spans = plan_spans(ids)
+        if len(spans) == 1:
+            start, stop = spans[0]
+            rows = self.read(start, stop)
+            return rows if len(ids) == stop - start else take(rows, ids - start)
+        columns: dict[str, NDArray[Any]] = {}
+        for start, stop in spans:
+            part = self.read(start, stop)
+            here = slice(int(np.searchsorted(ids, start)), int(np.searchsorted(ids, stop)))
+            if here.stop - here.start < stop - start:
+                part = take(part, ids[here] - start)
+            for name in _COLUMNS:
+                values = getattr(part, name)
+                # Stacked stores may hand out half floats here and floats there.
+                if name not in columns:
+                    columns[name] = np.empty((len(ids), *values.shape[1:]), values.dtype)
+                have = columns[name]
+                if have.dtype != values.dtype:
+                    columns[name] = have.astype(np.promote_types(have.dtype, values.dtype))
+                columns[name][here] = values
+        return Rows(**columns)
 
 
 def take(rows: Rows, at: IntArray | BoolArray) -> Rows:
