@@ -1,0 +1,155 @@
+"""How fast are batches composed, and how much memory does a large corpus take?
+
+    python tools/bench_composer.py            # candidates per second, and where the time goes
+    python tools/bench_composer.py --memory   # start and memory for up to 1e9 virtual samples
+
+The corpus is made up and stored nowhere; losses and sketches of it are fed back, so that the
+regression is fitted and the metric learnt. Each measurement has a process of its own, on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+# NumPy's libraries read these when they are loaded; sums are single-threaded on purpose.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+SIZES = (10**5, 10**6, 10**7, 10**8, 10**9)
+STREAMING_SIZES = SIZES[:4]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    line = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    line.add_argument("--memory", action="store_true", help="memory instead of speed")
+    line.add_argument("--samples", type=int, default=400_000, help="of the corpus, for speed")
+    line.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="for memory")
+    line.add_argument("--streaming-sizes", type=float, nargs="*", default=STREAMING_SIZES)
+    line.add_argument("--batch-size", type=int, default=256)
+    line.add_argument("--dim", type=int, default=384, help="of the embeddings")
+    line.add_argument("--keep", type=float, default=0.7)
+    line.add_argument("--pool-batches", type=int, default=16)
+    line.add_argument("--metric-dim", type=int, default=64)
+    line.add_argument("--policy", default="slap")
+    line.add_argument("--warmup", type=int, default=96, help="batches before the clock starts")
+    line.add_argument("--steps", type=int, default=320, help="batches that are timed")
+    line.add_argument("--repeats", type=int, default=3, help="processes that measure speed")
+    line.add_argument("--arm", default="", help=argparse.SUPPRESS)
+    return line
+
+
+def measure(arguments: argparse.Namespace, arm: str) -> dict[str, Any]:
+    """One measurement, in this process."""
+    from slap_stream import SlapConfig
+    from slap_stream.tools.composing import arms
+
+    config = SlapConfig(
+        keep=arguments.keep,
+        policy=arguments.policy,
+        pool_batches=arguments.pool_batches,
+        metric_dim=arguments.metric_dim,
+    )
+    name, _, size = arm.partition(":")
+    shape = {"dim": arguments.dim, "batch_size": arguments.batch_size}
+    if name == "first_batch":
+        return arms.first_batch(**shape, config=config)
+    if name == "memory":
+        return arms.memory(samples=int(size), steps=arguments.steps, **shape, config=config)
+    if name == "streaming":
+        return arms.streaming_memory(samples=int(size), batch_size=arguments.batch_size)
+    return arms.speed(
+        samples=arguments.samples,
+        warmup=arguments.warmup,
+        steps=arguments.steps,
+        **shape,
+        config=config,
+    )
+
+
+def in_own_process(given: Sequence[str], arm: str) -> dict[str, Any]:
+    """One measurement, in a process of its own."""
+    command = [sys.executable, __file__, *given, "--arm", arm]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise ChildProcessError(f"{arm} must end well, ended with {done.returncode}.")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def speed(arguments: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
+    """The median of every number over the repeats, printed and handed back."""
+    # The first process may have to compile; the second finds the kernels compiled.
+    in_own_process(given, "first_batch")
+    result = in_own_process(given, "first_batch")
+    runs = [in_own_process(given, "speed") for _ in range(arguments.repeats)]
+    parts = [run.pop("parts_ms_per_batch") for run in runs]
+    result |= {name: _middle([run[name] for run in runs]) for name in runs[0]}
+    result["parts_ms_per_batch"] = {
+        name: _middle([part.get(name, 0.0) for part in parts]) for name in parts[0]
+    }
+    for name, value in result.items():
+        if isinstance(value, float):
+            print(f"{name:42} {value:12,.2f}")
+    print("\nCPU milliseconds per batch, refreshes spread over their batches:")
+    for part, value in result["parts_ms_per_batch"].items():
+        print(f"  {part:58} {value:6.2f}")
+    return result
+
+
+def _middle(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def memory(arguments: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
+    """Tables of start time and memory against the number of samples."""
+    ours, theirs = [], []
+    print(
+        f"{'samples':>14} {'shards':>8} {'start s':>8} {'first batch s':>14} {'MB':>7} {'growth':>7}"
+    )
+    for size in arguments.sizes:
+        row = in_own_process(given, f"memory:{int(size)}")
+        ours.append(row)
+        print(
+            f"{row['samples']:14,} {row['shards']:8,} {row['start_seconds']:8.2f} "
+            f"{row['first_batch_seconds']:14.2f} {row['resident_mb']:7.1f} {row['growth_mb']:7.1f}",
+            flush=True,
+        )
+    print(
+        f"\nmosaicml-streaming, one epoch's order\n{'samples':>14} {'start s':>8} {'MB':>9} {'peak':>9}"
+    )
+    for size in arguments.streaming_sizes:
+        row = in_own_process(given, f"streaming:{int(size)}")
+        theirs.append(row)
+        print(
+            f"{row['samples']:14,} {row['start_seconds']:8.2f} {row['resident_mb']:9.1f} "
+            f"{row['peak_mb']:9.1f}",
+            flush=True,
+        )
+    return {"slap_stream": ours, "streaming": theirs}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(given)
+    try:
+        if arguments.arm:
+            result = measure(arguments, arguments.arm)
+        else:
+            result = (memory if arguments.memory else speed)(arguments, given)
+    except (OSError, ValueError) as error:
+        print(f"bench_composer.py: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
