@@ -114,6 +114,8 @@ class Composer:
         def take(group: BoolArray, most: int, *, within_quota: bool) -> None:
             nonlocal wanted, taken
             at = np.flatnonzero(open_ & group)
+            if not len(at):
+                return
             have = self._progress.by_stratum(strata[at])
             part = np.array([min(most, wanted, len(at))])
             if policy.proportional:

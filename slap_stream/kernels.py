@@ -98,6 +98,17 @@ def unit_rows(rows: Float32Array) -> Float32Array:
 
 @njit
 def _unit_rows(rows: Any, out: Any) -> None:
+    power = np.zeros(rows.shape[0], np.float64)
+    _row_powers(rows, power)
+    for i in range(rows.shape[0]):
+        if power[i] > 0.0:
+            scale = 1.0 / float(np.sqrt(power[i]))
+            for j in range(rows.shape[1]):
+                out[i, j] = np.float32(rows[i, j] * scale)
+
+
+@njit
+def _row_powers(rows: Any, out: Any) -> None:
     whole = rows.shape[0] // 4 * 4
     # Four rows abreast: each sum waits for its last term, so one alone leaves the adder idle.
     for i in range(0, whole, 4):
@@ -107,23 +118,10 @@ def _unit_rows(rows: Any, out: Any) -> None:
             p1 += float(rows[i + 1, j]) * float(rows[i + 1, j])
             p2 += float(rows[i + 2, j]) * float(rows[i + 2, j])
             p3 += float(rows[i + 3, j]) * float(rows[i + 3, j])
-        _scale_row(rows, i, p0, out)
-        _scale_row(rows, i + 1, p1, out)
-        _scale_row(rows, i + 2, p2, out)
-        _scale_row(rows, i + 3, p3, out)
+        out[i], out[i + 1], out[i + 2], out[i + 3] = p0, p1, p2, p3
     for i in range(whole, rows.shape[0]):
-        power = 0.0
         for j in range(rows.shape[1]):
-            power += float(rows[i, j]) * float(rows[i, j])
-        _scale_row(rows, i, power, out)
-
-
-@njit
-def _scale_row(rows: Any, i: int, power: float, out: Any) -> None:
-    if power > 0.0:
-        scale = 1.0 / float(np.sqrt(power))
-        for j in range(rows.shape[1]):
-            out[i, j] = np.float32(rows[i, j] * scale)
+            out[i] += float(rows[i, j]) * float(rows[i, j])
 
 
 def nearest_of_group(
@@ -230,20 +228,60 @@ def _mid_ranks(ordered: Any, start: Any, group: Any, values: Any, out: Any) -> N
         out[i] = (below + upto) / (2.0 * (last - first))
 
 
-def sum_by_group(rows: FloatArray, group: IntArray, num_groups: int) -> FloatArray:
-    """(num_groups, dim) sums of (n, dim) rows by (n,) groups, added up in the order given."""
+def sum_units_by_group(rows: Float32Array, group: IntArray, num_groups: int) -> FloatArray:
+    """Sum rows of each group after scaling them to unit length; zero rows add nothing.
+
+    Args:
+        rows: (n, dim) float32.
+        group: (n,) groups.
+        num_groups: How many groups there are.
+
+    Returns:
+        (num_groups, dim) float64 sums, added up in the order given.
+    """
     out = np.zeros((num_groups, rows.shape[1]))
-    _sum_by_group(
-        np.ascontiguousarray(rows, np.float64), np.ascontiguousarray(group, np.int64), out
+    _sum_units_by_group(
+        np.ascontiguousarray(rows, np.float32), np.ascontiguousarray(group, np.int64), out
     )
     return out
 
 
 @njit
-def _sum_by_group(rows: Any, group: Any, out: Any) -> None:
+def _sum_units_by_group(rows: Any, group: Any, out: Any) -> None:
+    power = np.zeros(rows.shape[0], np.float64)
+    _row_powers(rows, power)
     for i in range(rows.shape[0]):
+        length = max(float(np.sqrt(power[i])), 1e-12)
+        total = out[group[i]]
         for j in range(rows.shape[1]):
-            out[group[i], j] += rows[i, j]
+            total[j] += float(rows[i, j]) / length
+
+
+def shared_and_nearest(gram: Float32Array) -> tuple[FloatArray, FloatArray]:
+    """What unit vectors share with each other, from their inner products.
+
+    Args:
+        gram: (n, n) float32 inner products, symmetric.
+
+    Returns:
+        (n,) mean of the positive parts of a vector's products, its own included, and (n,) its
+        largest product with another, -1 if there is none.
+    """
+    shared, nearest = np.zeros(len(gram)), np.full(len(gram), np.float32(-1.0))
+    _shared_and_nearest(np.ascontiguousarray(gram, np.float32), shared, nearest)
+    return shared / max(1, len(gram)), nearest.astype(np.float64)
+
+
+@njit
+def _shared_and_nearest(gram: Any, shared: Any, nearest: Any) -> None:
+    # Down the columns, which are the rows: sums in order, and yet in vectors.
+    for i in range(gram.shape[0]):
+        for j in range(gram.shape[0]):
+            shared[j] += float(max(gram[i, j], np.float32(0.0)))
+        for j in range(i):
+            nearest[j] = max(nearest[j], gram[i, j])
+        for j in range(i + 1, gram.shape[0]):
+            nearest[j] = max(nearest[j], gram[i, j])
 
 
 def fill_largest(deficit: FloatArray, stock: IntArray, slots: int) -> IntArray:

@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from slap_stream.kernels import project, sum_by_group
+from slap_stream.kernels import project, sum_units_by_group
 from slap_stream.rng import Purpose, generator
 from slap_stream.types import Float32Array, FloatArray, IntArray
 
@@ -78,7 +78,7 @@ class Strata:
         centroids = np.stack(chosen)
         for _ in range(LLOYD_ROUNDS):
             nearest = np.argmax(rows @ centroids.T, axis=1)
-            sums = sum_by_group(rows, nearest, len(centroids))
+            sums = np.stack([rows[nearest == c].sum(axis=0) for c in range(len(centroids))])
             centroids = np.where(np.any(sums != 0, axis=1)[:, None], _unit(sums), centroids)
         self.centroids = centroids.astype(np.float32)
         self._mass = np.bincount(nearest, minlength=len(centroids)).astype(np.float64)
@@ -123,7 +123,7 @@ def cluster_sums(
     embedding: Float32Array, cluster: IntArray, num_clusters: int
 ) -> tuple[FloatArray, FloatArray]:
     """Sums (clusters, dim) of unit embeddings by cluster, and counts (clusters,)."""
-    sums = sum_by_group(_unit(embedding.astype(np.float64)), cluster, num_clusters)
+    sums = sum_units_by_group(embedding, cluster, num_clusters)
     return sums, np.bincount(cluster, minlength=num_clusters).astype(np.float64)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from slap_stream.config import SlapConfig
-from slap_stream.kernels import compose_greedily
+from slap_stream.kernels import compose_greedily, shared_and_nearest
 from slap_stream.policies.base import PoolView, top_of_each_stratum
 from slap_stream.types import Float32Array, FloatArray, IntArray
 
@@ -93,7 +93,7 @@ class Slap:
         z = view.z(batch)
         gram = z @ z.T
         recent = view.recent.nearest(z, view.stratum[batch], view.sample_id[batch])
-        nearest = np.minimum(recent, _nearest_inside(gram))
+        nearest = np.minimum(recent, _chord(shared_and_nearest(gram)[1]))
         relative = np.minimum(nearest / view.typical, DISTANCE_CAP)
         pairs = np.maximum(gram.astype(np.float64), 0.0)
         shared = (pairs.sum() - np.trace(pairs)) / 2.0 / len(batch)
@@ -109,8 +109,9 @@ class Slap:
         that mutual copies are told apart from what stands alone.
         """
         spread = float(s.std()) if len(s) else 0.0
-        shared = float(np.maximum(gram, 0.0).mean(axis=1).std()) if len(s) else 0.0
-        relative = np.minimum(relative, _nearest_inside(gram) / typical)
+        means, nearest = shared_and_nearest(gram)
+        shared = float(means.std()) if len(s) else 0.0
+        relative = np.minimum(relative, _chord(nearest) / typical)
         near = float(np.minimum(relative, DISTANCE_CAP).std()) if len(s) else 0.0
         return (
             self._config.curvature * spread / shared if shared > 1e-6 else 0.0,
@@ -118,14 +119,7 @@ class Slap:
         )
 
 
-def _nearest_inside(gram: Float32Array) -> FloatArray:
-    """(n,) distance of each unit vector to the nearest other one, from their inner products.
-
-    Overwrites the diagonal and puts it back.
-    """
-    own = gram.diagonal().copy()
-    np.fill_diagonal(gram, -1.0)
-    nearest = gram.max(axis=1, initial=-1.0).astype(np.float64)
-    np.fill_diagonal(gram, own)
-    distance: FloatArray = np.sqrt(2.0 - 2.0 * np.clip(nearest, -1.0, 1.0))
+def _chord(cosine: FloatArray) -> FloatArray:
+    """(n,) distances of unit vectors with (n,) such inner products."""
+    distance: FloatArray = np.sqrt(2.0 - 2.0 * np.clip(cosine, -1.0, 1.0))
     return distance
