@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from slap_stream.appraisal import Appraiser
-from slap_stream.evidence import copy_likelihood, worth
+from slap_stream.evidence import NO_COPY, copy_likelihood, worth
 from slap_stream.kernels import nearest_of_group
 from slap_stream.learnability import LearnabilityModel
 from slap_stream.policies import Policy
@@ -70,7 +70,11 @@ class Judge:
         pool.floats("distance")[slots] = np.inf
         if self._policy.weighs_evidence:
             distance = self._recent.nearest_embedding(
-                pool.unit, slots, stratum, pool.ints("sample_id")[slots]
+                pool.unit,
+                slots,
+                stratum,
+                pool.ints("sample_id")[slots],
+                within=NO_COPY * self._appraiser.apart,
             )
             pool.floats("distance")[slots] = distance / self._appraiser.apart
         self._weigh(slots)
@@ -111,6 +115,7 @@ class Judge:
             unit[order],
             ids[order],
             np.append(0, np.cumsum(counts)),
+            within=NO_COPY * self._appraiser.apart,
         )
         near /= self._appraiser.apart
         nearer = near < before

@@ -132,6 +132,8 @@ def nearest_of_group(
     known: Float32Array,
     known_id: IntArray,
     start: IntArray,
+    *,
+    within: float = np.inf,
 ) -> FloatArray:
     """Distance of unit vectors to the nearest known one of their group and of another sample.
 
@@ -143,9 +145,10 @@ def nearest_of_group(
         known: (m, dim) float32 unit vectors, group by group.
         known_id: (m,) their samples; negative ones are left out.
         start: (num_groups + 1,) where each group's vectors begin in `known`.
+        within: Distances from here on need not be told apart, which is quicker.
 
     Returns:
-        (n,) distances; inf where there is no other sample.
+        (n,) distances; inf where there is no other sample, and in place of some beyond `within`.
     """
     if not len(at) == len(sample_id) == len(group):
         raise ValueError(
@@ -166,6 +169,8 @@ def nearest_of_group(
         np.ascontiguousarray(known, np.float32),
         np.ascontiguousarray(known_id, np.int64),
         np.ascontiguousarray(start, np.int64),
+        # What the product of two unit vectors is at that distance.
+        max(-np.inf, 1.0 - 0.5 * within * within),
         out,
     )
     return out
@@ -180,15 +185,36 @@ def _nearest_of_group(
     known: Any,
     known_id: Any,
     start: Any,
+    least: float,
     out: Any,
 ) -> None:
+    # A third of the dimensions and the lengths of the rest bound a product from above; most pairs
+    # need not be looked at further, and most of the vectors not be fetched from memory.
+    head = known.shape[1] // 48 * 16 if least > -1.0 else 0
+    rest = np.zeros(known.shape[0], np.float64)
+    for j in range(known.shape[0] if head else 0):
+        rest[j] = _rest(known[j, :head])
     for i in range(at.shape[0]):
-        best = -np.inf
+        first, last = start[group[i]], start[group[i] + 1]
         vector = vectors[at[i]]
-        for j in range(start[group[i]], start[group[i] + 1]):
-            if known_id[j] >= 0 and known_id[j] != sample_id[i]:
-                best = max(best, float(_dot(vector, known[j])))
+        own_rest = _rest(vector[:head]) if head and first < last else 0.0
+        best = -np.inf
+        for j in range(first, last):
+            if known_id[j] < 0 or known_id[j] == sample_id[i]:
+                continue
+            if head:
+                bound = float(_dot(vector[:head], known[j, :head])) + own_rest * rest[j]
+                # With some room for rounding.
+                if bound < max(best, least) - 1e-4:
+                    continue
+            best = max(best, float(_dot(vector, known[j])))
         out[i] = np.sqrt(max(0.0, 2.0 - 2.0 * best))
+
+
+@njit
+def _rest(head: Any) -> float:
+    """Length of what is left of a unit vector without its head."""
+    return float(np.sqrt(max(0.0, 1.0 - float(_dot(head, head)))))
 
 
 def mid_ranks(

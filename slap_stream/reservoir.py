@@ -35,7 +35,8 @@ COLUMNS: dict[str, type] = {
     # Rank of the excess loss, and probability that the target belongs to another prompt.
     "rank": np.float64,
     "mismatch": np.float64,
-    # Distance of the embedding to the nearest one trained on lately, in typical distances.
+    # Distance of the embedding to the nearest one trained on lately, in typical distances; inf
+    # also where it is only known to be too far for a copy.
     "distance": np.float64,
     # What is made of these: utility, and probability that the candidate is not dispensable.
     "utility": np.float64,
@@ -258,17 +259,23 @@ class RecentlyTrained:
         Returns:
             (n,) distances; inf where no other sample was trained on.
         """
-        return self._nearest(self.z, z, np.arange(len(z)), stratum, sample_id)
+        return self._nearest(self.z, z, np.arange(len(z)), stratum, sample_id, np.inf)
 
     def nearest_embedding(
-        self, unit: Float32Array, at: IntArray, stratum: IntArray, sample_id: IntArray
+        self,
+        unit: Float32Array,
+        at: IntArray,
+        stratum: IntArray,
+        sample_id: IntArray,
+        *,
+        within: float = np.inf,
     ) -> FloatArray:
         """The same between unit embeddings: rows `at` (n,) of `unit` (rows, dim).
 
         The metric space says what teaches alike; only the embeddings tell copies apart from what
-        is merely of the same kind.
+        is merely of the same kind. Distances beyond `within` may be given as inf.
         """
-        return self._nearest(self.unit, unit, at, stratum, sample_id)
+        return self._nearest(self.unit, unit, at, stratum, sample_id, within)
 
     def nearest_of_all(self, unit: Float32Array, sample_id: IntArray) -> FloatArray:
         """(n,) distance of (n, dim) unit embeddings to the nearest other one, whatever its stratum;
@@ -283,6 +290,7 @@ class RecentlyTrained:
         at: IntArray,
         stratum: IntArray,
         sample_id: IntArray,
+        within: float,
     ) -> FloatArray:
         per = self._per_stratum
         return nearest_of_group(
@@ -293,6 +301,7 @@ class RecentlyTrained:
             known.reshape(-1, known.shape[2]),  # (strata * per_stratum, dim)
             self.sample_id.reshape(-1),
             np.arange(0, len(self.sample_id) * per + 1, per),
+            within=within,
         )
 
     def state_dict(self) -> State:
