@@ -13,13 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from slap_stream.kernels import mid_ranks
+from slap_stream.kernels import mid_ranks, widen_halves
 from slap_stream.types import Float32Array, FloatArray, IntArray, Rows, State
 
 # Columns of a design row that come before the store's feature columns.
@@ -32,8 +30,6 @@ SKETCHES_PER_DIMENSION = 2
 # Samples of other strata that a stratum's rank is shrunk towards.
 RANK_SHRINKAGE = 8.0
 
-# Every half float by its bits.
-_HALF_FLOATS = np.arange(1 << 16).astype(np.uint16).view(np.float16).astype(np.float32)
 _blas = ThreadpoolController()
 
 
@@ -57,7 +53,9 @@ def checked_rows(rows: Rows) -> tuple[Float32Array, int]:
     table[:, INTERCEPT] = 1.0
     table[:, LOG_LENGTH] = np.log1p(np.maximum(rows.length, 0))
     table[:, NUM_OWN_COLUMNS : NUM_OWN_COLUMNS + rows.feature.shape[1]] = rows.feature
-    table[:, NUM_OWN_COLUMNS + rows.feature.shape[1] :] = _widened(rows.embedding)
+    table[:, NUM_OWN_COLUMNS + rows.feature.shape[1] :] = (
+        widen_halves(rows.embedding) if rows.embedding.dtype == np.float16 else rows.embedding
+    )
     fine = np.isfinite(table)
     if fine.all():
         return table, 0
@@ -68,13 +66,6 @@ def checked_rows(rows: Rows) -> tuple[Float32Array, int]:
 def columns_of(rows: Rows) -> int:
     """Columns of their design rows."""
     return NUM_OWN_COLUMNS + rows.feature.shape[1] + rows.embedding.shape[1]
-
-
-def _widened(values: NDArray[Any]) -> Float32Array:
-    """As float32; half floats through a table, which takes half the time that NumPy does."""
-    if values.dtype != np.float16:
-        return values.astype(np.float32)
-    return _HALF_FLOATS.take(np.ascontiguousarray(values).view(np.uint16))
 
 
 @dataclass(kw_only=True, slots=True)

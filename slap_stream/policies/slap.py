@@ -60,7 +60,8 @@ class Slap:
         shortlist = top_of_each_stratum(score, view, quota * self._config.shortlist)
         s, stratum = score[shortlist], view.stratum[shortlist]
         z = view.z(shortlist)
-        gram: Float32Array = z @ z.T
+        # Of two arrays, or NumPy makes half of it and copies that over, which takes longer.
+        gram: Float32Array = z @ z.T.copy()
         distance = view.recent.nearest(z, stratum, view.sample_id[shortlist])
         curvature, diversity = self._weights(s, gram, distance / view.typical, view.typical)
         chosen = compose_greedily(
