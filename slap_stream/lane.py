@@ -23,7 +23,7 @@ from slap_stream.policies.base import SketchPolicy
 from slap_stream.reservoir import RecentlyTrained, Reservoirs, SketchQueue
 from slap_stream.rng import gumbels
 from slap_stream.strata import Strata, cluster_sums
-from slap_stream.types import Float32Array, IntArray, ShardGate, State
+from slap_stream.types import Float32Array, FloatArray, IntArray, ShardGate, State
 
 _Part = Reservoirs | RecentlyTrained | SketchQueue | Appraiser | Awaiting | Answers
 

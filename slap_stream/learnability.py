@@ -49,23 +49,18 @@ def design_rows(rows: Rows) -> Float32Array:
 
 def checked_rows(rows: Rows) -> tuple[Float32Array, int]:
     """Design rows, and how many of them held a value that is not finite."""
-    table = np.empty((len(rows), columns_of(rows)), np.float32)
+    num_features, dim = rows.feature.shape[1], rows.embedding.shape[1]
+    table = np.empty((len(rows), NUM_OWN_COLUMNS + num_features + dim), np.float32)
+    half = rows.embedding.dtype == np.float16
     table[:, INTERCEPT] = 1.0
     table[:, LOG_LENGTH] = np.log1p(np.maximum(rows.length, 0))
-    table[:, NUM_OWN_COLUMNS : NUM_OWN_COLUMNS + rows.feature.shape[1]] = rows.feature
-    table[:, NUM_OWN_COLUMNS + rows.feature.shape[1] :] = (
-        widen_halves(rows.embedding) if rows.embedding.dtype == np.float16 else rows.embedding
-    )
+    table[:, NUM_OWN_COLUMNS : NUM_OWN_COLUMNS + num_features] = rows.feature
+    table[:, -dim:] = widen_halves(rows.embedding) if half else rows.embedding
     fine = np.isfinite(table)
     if fine.all():
         return table, 0
     table[~fine] = 0.0
     return table, int(np.count_nonzero(~fine.all(axis=1)))
-
-
-def columns_of(rows: Rows) -> int:
-    """Columns of their design rows."""
-    return NUM_OWN_COLUMNS + rows.feature.shape[1] + rows.embedding.shape[1]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -357,8 +352,9 @@ class RankTable:
         known = np.minimum(stratum, len(self._size))
         size = np.append(self._size, 0)
         own = mid_ranks(self._sorted, np.append(0, np.cumsum(size)), known, values)
-        shrunk: FloatArray = own * size[known] + overall * RANK_SHRINKAGE
-        return shrunk / (size[known] + RANK_SHRINKAGE)
+        weighed = own * size[known] + overall * RANK_SHRINKAGE
+        shrunk: FloatArray = weighed / (size[known] + RANK_SHRINKAGE)
+        return shrunk
 
 
 def _inverse_rms(gram: FloatArray, count: float) -> FloatArray:

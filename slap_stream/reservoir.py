@@ -177,7 +177,9 @@ class Reservoirs:
         # Ties are broken by identity, not by slot, so that the result is the same after a resume.
         identity = self.ints("occurrence")[slots], self.ints("sample_id")[slots]
         if isinstance(quota, int):
-            return slots[sort_candidates(score, *identity, group=(~due).astype(np.int64))[:quota]]
+            order = sort_candidates(score, *identity, group=(~due).astype(np.int64))
+            lowest: IntArray = slots[order[:quota]]
+            return lowest
         stratum = self.ints("stratum")[slots]
         order = sort_candidates(score, *identity, group=2 * stratum + ~due)
         return slots[first_of_each(stratum[order], quota, order)]

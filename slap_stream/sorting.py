@@ -24,12 +24,12 @@ def sort_candidates(score: FloatArray, *ties: IntArray, group: IntArray | None =
     ranked = score[order]
     if not np.all(ranked[1:] > ranked[:-1]):
         keys = (*reversed(ties), score)
-        return np.lexsort(keys if group is None else (*keys, group))
-    if group is None or not len(group):
-        return order
-    # A stable sort of few bits is a radix sort, which takes a tenth of the time.
-    few = group.astype(np.uint16) if group.max() <= _RADIX else group
-    return order[np.argsort(few[order], kind="stable")]
+        order = np.lexsort(keys if group is None else (*keys, group))
+    elif group is not None and len(group):
+        # A stable sort of few bits is a radix sort, which takes a tenth of the time.
+        few = group.astype(np.uint16) if group.max() <= _RADIX else group
+        order = order[np.argsort(few[order], kind="stable")]
+    return order
 
 
 def first_of_each(stratum: IntArray, quota: IntArray, order: IntArray) -> IntArray:

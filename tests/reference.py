@@ -281,3 +281,42 @@ def uds(norms: Array, sketch: Array, queue: Array, count: int) -> list[int]:
         if spread > 0.0:
             score = [total + value / spread for total, value in zip(score, values, strict=True)]
     return sorted(range(len(score)), key=lambda i: -score[i])[:count]
+
+
+def nearest_of_group(
+    vectors: Array, at: Array, sample_id: Array, group: Array, known: Array, known_id: Array,
+    start: Array,
+) -> Array:  # fmt: skip
+    """Distance to the nearest known vector of the group and of another sample."""
+    result = []
+    for row, mine, name in zip(at, sample_id, group, strict=True):
+        others = [j for j in range(start[name], start[name + 1]) if known_id[j] not in (mine, -1)]
+        gaps = [float(np.linalg.norm(vectors[row].astype(float) - known[j])) for j in others]
+        result.append(min(gaps, default=math.inf))
+    return np.array(result)
+
+
+def mid_ranks(ordered: Array, start: Array, group: Array, values: Array) -> list[float]:
+    """Share of the group below, ties counting half."""
+    result = []
+    for value, name in zip(values.tolist(), group, strict=True):
+        inside = ordered[start[name] : start[name + 1]].tolist()
+        score = sum((other < value) + (other == value) / 2 for other in inside)
+        result.append(score / len(inside) if inside else 0.0)
+    return result
+
+
+def sum_units_by_group(rows: Array, group: Array, num_groups: int) -> Array:
+    """Sums of the rows over their lengths, group by group."""
+    out = np.zeros((num_groups, rows.shape[1]))
+    for row, name in zip(rows.astype(float), group, strict=True):
+        out[name] += row / max(math.sqrt(sum(value * value for value in row)), 1e-12)
+    return out
+
+
+def shared_and_nearest(gram: Array) -> tuple[list[float], list[float]]:
+    """Mean of the positive parts of each row, and its largest entry off the diagonal."""
+    rows = gram.astype(float).tolist()
+    shared = [sum(max(value, 0.0) for value in row) / len(row) for row in rows]
+    nearest = [max([-1.0, *row[:i], *row[i + 1 :]]) for i, row in enumerate(rows)]
+    return shared, nearest

@@ -17,13 +17,19 @@ from slap_stream.kernels import (
     compose_greedily,
     farthest_points,
     fill_largest,
+    mid_ranks,
+    nearest_of_group,
     project,
+    shared_and_nearest,
+    sum_units_by_group,
     unit_rows,
+    widen_halves,
 )
 from tests import reference
 from tests.strategies import (
     Array,
     deficits,
+    labelled,
     products,
     seeds,
     shortlists,
@@ -104,6 +110,76 @@ def test_farthest_points_equal_their_twin(
         assert np.all(nearest <= squared[taken].min(axis=0))
 
 
+def test_every_half_float_is_widened_like_its_twin() -> None:
+    halves = np.arange(1 << 16).astype(np.uint16).view(np.float16).reshape(512, 128)
+    expected = [[float(value) for value in row] for row in halves]
+    np.testing.assert_array_equal(widen_halves(halves), np.array(expected, np.float32))
+    # Rows that lie apart in memory, and none at all.
+    np.testing.assert_array_equal(widen_halves(halves[::2]), widen_halves(halves)[::2])
+    assert widen_halves(halves[:0]).shape == (0, 128)
+
+
+@QUICK
+@given(seed=seeds, dim=st.sampled_from([3, 47, 48, 100]), within=st.sampled_from([0.3, 1.0, 9.0]))
+def test_the_nearest_of_a_group_equals_its_twin(seed: int, dim: int, within: float) -> None:
+    rng = np.random.default_rng(seed)
+    # Copies, samples known already, empty groups, and places that hold nobody.
+    both = unit_vectors(seed, 32, dim, copies=True)
+    both += rng.choice([0.0, 0.2]) * rng.normal(size=both.shape).astype(np.float32) / dim**0.5
+    both = unit_rows(both)
+    vectors, known = both[:12], both[12:]
+    at, ids = rng.permutation(12)[:9], rng.integers(0, 8, 9)
+    group, known_id = rng.integers(0, 4, 9), rng.integers(-1, 8, 20)
+    start = np.sort(np.append(rng.integers(0, 21, 3), [0, 20]))
+    arguments = vectors, at, ids, group, known, known_id, start
+    expected = reference.nearest_of_group(*arguments)
+    exact = nearest_of_group(*arguments)
+    np.testing.assert_allclose(exact**2, expected**2, atol=1e-5)
+    quick = nearest_of_group(*arguments, within=within)
+    close = exact < within
+    np.testing.assert_array_equal(quick[close], exact[close])
+    assert np.all(quick[~close] >= within - 1e-3)
+
+
+def test_pairs_that_are_surely_too_far_are_given_up() -> None:
+    unit = unit_vectors(0, 40, 96)
+    arguments = unit[:20], np.arange(20), np.arange(20), np.zeros(20, np.int64)
+    known = unit[20:], np.arange(20, 40), np.array([0, 20])
+    assert np.isfinite(nearest_of_group(*arguments, *known)).all()
+    assert np.isinf(nearest_of_group(*arguments, *known, within=0.1)).all()
+
+
+@QUICK
+@given(ranked=labelled(), seed=seeds)
+def test_mid_ranks_equal_their_twin(ranked: tuple[Array, Array], seed: int) -> None:
+    values, group = ranked
+    order = np.lexsort((values, group))
+    start = np.append(0, np.cumsum(np.bincount(group, minlength=6)))
+    rng = np.random.default_rng(seed)
+    asked = np.concatenate([values, rng.integers(-3, 4, 5).astype(float)])
+    of = np.concatenate([group, rng.integers(0, 6, 5)])
+    arguments = values[order], start, of, asked
+    assert mid_ranks(*arguments).tolist() == pytest.approx(reference.mid_ranks(*arguments))
+
+
+@QUICK
+@given(rows=st.integers(0, 9).flatmap(lambda n: tables(n, 3)), seed=seeds)
+def test_sums_of_units_equal_their_twin(rows: Array, seed: int) -> None:
+    group = np.random.default_rng(seed).integers(0, 4, len(rows))
+    sums = sum_units_by_group(rows, group, 5)
+    np.testing.assert_allclose(sums, reference.sum_units_by_group(rows, group, 5), atol=1e-12)
+
+
+@QUICK
+@given(seed=seeds, n=st.integers(0, 9), copies=st.booleans())
+def test_what_is_shared_equals_its_twin(seed: int, n: int, copies: bool) -> None:
+    z = unit_vectors(seed, n, 3, copies=copies)
+    shared, nearest = shared_and_nearest(z @ z.T)
+    expected = reference.shared_and_nearest(z @ z.T)
+    assert shared.tolist() == pytest.approx(expected[0])
+    assert nearest.tolist() == expected[1]
+
+
 def test_the_greedy_composition_comes_close_to_the_best_batch() -> None:
     """No bound is claimed. Reached on 120 random inputs of 9 candidates, half of them copies, in
     two strata of 2 slots each: greedy finds the best batch in 80 % of them and 0.986 of its U on
@@ -168,6 +244,13 @@ def test_arguments_that_do_not_fit_are_refused_by_name() -> None:
             fill_largest(np.zeros(2), np.array([1, 2]), slots)
     with pytest.raises(ValueError, match=r"count must be in \[0, 2\], got 3"):
         farthest_points(np.zeros((2, 2)), np.zeros(2), 3)
+    none, some = np.zeros(0, np.int64), np.zeros(1, np.int64)
+    with pytest.raises(ValueError, match=r"same \(n,\) shape, got \(1,\), \(0,\) and \(0,\)"):
+        nearest_of_group(ones, some, none, none, ones, some, some)
+    with pytest.raises(
+        ValueError, match=r"must be .* and \(m,\), got \(2, 3\), \(2, 3\) and \(1,\)"
+    ):
+        nearest_of_group(ones, some, some, some, ones, some, some)
     with pytest.raises(ValueError, match=r"quota must not exceed .* got more in \[1\]"):
         compose_greedily(
             np.zeros(2),
@@ -186,10 +269,10 @@ def test_arguments_that_do_not_fit_are_refused_by_name() -> None:
 PROVE_AND_TEST = """
 import sys
 import numpy as np, pytest
-from slap_stream import kernels
+from slap_stream.kernels import rows
 try:
-    kernels._project(np.zeros((1, 1), np.float32), np.zeros((2, 1), np.float32),
-                     np.zeros((1, 1), np.float32))
+    rows._project(np.zeros((1, 1), np.float32), np.zeros((2, 1), np.float32),
+                  np.zeros((1, 1), np.float32))
 except IndexError:
     sys.exit(pytest.main(["tests/test_kernels.py", "-q", "-k", "twin", "-p", "no:cacheprovider"]))
 sys.exit("an index out of bounds went unnoticed")
@@ -210,4 +293,4 @@ def test_the_kernels_hold_in_another_mode_of_numba(mode: str, tmp_path: Path) ->
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 passed" in done.stdout
+    assert "10 passed" in done.stdout

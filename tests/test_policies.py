@@ -62,7 +62,7 @@ def recent_of(num_strata: int, z: Array | None = None, stratum: Array | None = N
     if z is not None and stratum is not None:
         x = np.zeros((len(z), EMBEDDING_DIM), np.float32)
         x[:, :METRIC_DIM] = z
-        recent.add(10_000 + np.arange(len(z)), stratum, x, z)
+        recent.add(10_000 + np.arange(len(z)), stratum, x, z, x)
     return recent
 
 
@@ -86,7 +86,7 @@ def view_of(
     draws: Callable[[], np.random.Generator] = never,
     **columns: Any,
 ) -> PoolView:
-    """A random pool; columns may be set."""
+    """A random pool; columns may be set, `z` as an array."""
     rng = np.random.default_rng(seed)
     defaults: dict[str, Any] = {
         "sample_id": rng.permutation(10 * n)[:n],
@@ -109,7 +109,8 @@ def view_of(
         "target": None,
         "rng": draws,
     }
-    return PoolView(**(defaults | columns))
+    made = defaults | columns
+    return PoolView(**made | {"z": made["z"].__getitem__})
 
 
 def utility_of(policy: Policy, **columns: Any) -> Array:
@@ -148,9 +149,10 @@ def test_a_batch_fills_the_quotas_with_different_candidates(
         np.testing.assert_array_equal(np.bincount(view.stratum[chosen], minlength=4), quota)
     # Where a candidate lies in the pool must not matter: a resumed run has another layout.
     order = np.random.default_rng(seed).permutation(n)
-    columns = ("sample_id", "occurrence", "stratum", "offered_at", "gumbel", "loss", "utility", "z")
+    columns = ("sample_id", "occurrence", "stratum", "offered_at", "gumbel", "loss", "utility")
     made = {name: getattr(view, name)()[order] for name in LAZY}
     lazy = {name: lambda rows=rows: rows for name, rows in made.items()}
+    lazy["z"] = view.z(order).__getitem__
     moved = replace(view, **{name: getattr(view, name)[order] for name in columns}, **lazy)
     again = rule.select(moved, quota)
     assert set(moved.sample_id[again].tolist()) == set(view.sample_id[chosen].tolist())
@@ -244,13 +246,13 @@ def crowded_view(seed: int) -> PoolView:
 
 def shared_directions(view: PoolView, batch: Array) -> float:
     """Mean positive part of the inner products in a batch."""
-    z = view.z[batch]
+    z = view.z(batch)
     return float(np.maximum(0.0, z @ z.T)[np.triu_indices(len(batch), 1)].mean())
 
 
 def crowding(view: PoolView, batch: Array) -> float:
     """How far, on average, a batch's members are from having the typical distance to others."""
-    z = view.z[batch]
+    z = view.z(batch)
     apart = np.linalg.norm(z[:, None] - z, axis=2) + 9.0 * np.eye(len(batch))
     nearest = np.minimum(
         apart.min(axis=1), view.recent.nearest(z, view.stratum[batch], view.sample_id[batch])
@@ -318,8 +320,8 @@ def test_learnability_equals_its_twin(seed: int, n: int, batch: int) -> None:
     view = view_of(seed, n, recent=recent_of(3, lately, np.arange(6) % 3))
     slap = Slap(SlapConfig(), rank_weight=0.1)
     members, everyone = np.arange(min(n, batch)), np.arange(n)
-    score, gram = slap.score(view), view.z @ view.z.T
-    distance = view.recent.nearest(view.z, view.stratum, view.sample_id)
+    score, z = slap.score(view), view.z(everyone)
+    gram, distance = z @ z.T, view.recent.nearest(z, view.stratum, view.sample_id)
     curvature, diversity = slap._weights(score, gram, distance / view.typical, view.typical)
     expected = reference.learnability(
         members.tolist(),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slap_stream.kernels import unit_rows
-from slap_stream.reservoir import RecentlyTrained, Reservoirs, first_of_each
+from slap_stream.reservoir import RecentlyTrained, Reservoirs
 from tests.laws import as_json
 from tests.strategies import Array, repeated, seeds, unit_vectors
 
@@ -149,7 +149,7 @@ def test_the_last_samples_of_each_stratum_are_remembered(
     for batch in batches:
         ids, stratum = np.arange(count, count + len(batch)), np.array(batch, np.int64)
         count += len(batch)
-        recent.add(ids, stratum, rows_of(ids), z_of[ids])
+        recent.add(ids, stratum, rows_of(ids), z_of[ids], unit_rows(rows_of(ids)[:, 1:]))
         for sample_id, name in zip(ids.tolist(), batch, strict=True):
             expected[name].append(sample_id)
     for name in range(4):
@@ -171,7 +171,8 @@ def test_the_last_samples_of_each_stratum_are_remembered(
     np.testing.assert_array_equal(again.nearest(query, strata, strangers), distance)
 
     rows = rows_of(np.arange(8) + 40) + np.float32([0.0, 3.0, 1.0])
-    apart = recent.nearest_embedding(unit_rows(rows[:, 1:]), strata, strangers)
+    units = unit_rows(rows[:, 1:])
+    apart = recent.nearest_embedding(units, np.arange(8), strata, strangers)
     for row, name, found in zip(rows, strata.tolist(), apart.tolist(), strict=True):
         others = [rows_of(np.array([i]))[0, 1:] for i in expected[name]]
         # Sample 0's embedding is zero and stays so: it is at distance sqrt(2) from any other.
@@ -182,7 +183,7 @@ def test_the_last_samples_of_each_stratum_are_remembered(
         nearest = np.sqrt(2 - 2 * max(cosines)) if cosines else np.inf
         assert found == pytest.approx(nearest, abs=1e-3)
     np.testing.assert_array_equal(
-        again.nearest_embedding(unit_rows(rows[:, 1:]), strata, strangers), apart
+        again.nearest_embedding(units[::-1], np.arange(8)[::-1], strata, strangers), apart
     )
     np.testing.assert_array_equal(again.x, recent.x)
     assert as_json(again.state_dict()) == as_json(recent.state_dict())
@@ -193,18 +194,13 @@ def test_a_sample_is_no_copy_of_its_own_earlier_visit() -> None:
         num_strata=1, per_stratum=4, columns=COLUMNS, dim=2, metric_dim=METRIC_DIM
     )
     z, stratum = unit_vectors(0, 2, METRIC_DIM), np.zeros(2, np.int64)
-    recent.add(np.array([7]), stratum[:1], rows_of(np.array([7])), z[:1])
+    rows = rows_of(np.array([7, 7]))
+    units = unit_rows(rows[:, 1:])
+    recent.add(np.array([7]), stratum[:1], rows[:1], z[:1], units[:1])
     again = np.tile(z[:1], (2, 1))
     distance = recent.nearest(again, stratum, np.array([7, 8]))
     assert distance[0] == np.inf
     assert distance[1] < 1e-3
-    rows = rows_of(np.array([7, 7]))
-    apart = recent.nearest_embedding(unit_rows(rows[:, 1:]), stratum, np.array([7, 8]))
+    apart = recent.nearest_embedding(units, np.arange(2), stratum, np.array([7, 8]))
     assert apart[0] == np.inf
     assert apart[1] < 1e-3
-
-
-def test_first_of_each_gives_what_there_is() -> None:
-    stratum = np.array([0, 0, 0, 2, 2, 3])
-    order = np.array([9, 8, 7, 6, 5, 4])
-    assert first_of_each(stratum, np.array([2, 5, 0, 3]), order).tolist() == [9, 8, 4]

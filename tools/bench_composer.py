@@ -110,26 +110,25 @@ def _middle(values: Sequence[float]) -> float:
 def memory(arguments: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
     """Tables of start time and memory against the number of samples."""
     ours, theirs = [], []
-    print(
-        f"{'samples':>14} {'shards':>8} {'start s':>8} {'first batch s':>14} {'MB':>7} {'growth':>7}"
-    )
+    names = ("shards", "start s", "first batch s", "MB", "growth MB")
+    print(f"{'samples':>14} " + " ".join(f"{name:>13}" for name in names))
     for size in arguments.sizes:
         row = in_own_process(given, f"memory:{int(size)}")
         ours.append(row)
         print(
-            f"{row['samples']:14,} {row['shards']:8,} {row['start_seconds']:8.2f} "
-            f"{row['first_batch_seconds']:14.2f} {row['resident_mb']:7.1f} {row['growth_mb']:7.1f}",
+            f"{row['samples']:14,} {row['shards']:13,} {row['start_seconds']:13.2f} "
+            f"{row['first_batch_seconds']:13.2f} {row['resident_mb']:13.1f} "
+            f"{row['growth_mb']:13.1f}",
             flush=True,
         )
-    print(
-        f"\nmosaicml-streaming, one epoch's order\n{'samples':>14} {'start s':>8} {'MB':>9} {'peak':>9}"
-    )
+    print("\nmosaicml-streaming, the order of one epoch")
+    print(f"{'samples':>14} {'start s':>13} {'MB':>13} {'peak MB':>13}")
     for size in arguments.streaming_sizes:
         row = in_own_process(given, f"streaming:{int(size)}")
         theirs.append(row)
         print(
-            f"{row['samples']:14,} {row['start_seconds']:8.2f} {row['resident_mb']:9.1f} "
-            f"{row['peak_mb']:9.1f}",
+            f"{row['samples']:14,} {row['start_seconds']:13.2f} {row['resident_mb']:13.1f} "
+            f"{row['peak_mb']:13.1f}",
             flush=True,
         )
     return {"slap_stream": ours, "streaming": theirs}
