@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,35 @@ def test_a_block_is_read_once_and_only_its_rows_are() -> None:
     assert len(store.reads) == intake.order.num_blocks == 3
     for index, ids in enumerate(store.reads):
         assert ids.tolist() == sorted(intake.order.block(index).sample_id.tolist())
+
+
+class Slices:
+    """(num_samples, DIM) half floats that are made when they are read."""
+
+    dtype = np.dtype(np.float16)
+
+    def __init__(self, num_samples: int, dim: int) -> None:
+        self.shape = (num_samples, dim)
+
+    def __getitem__(self, rows: slice) -> Array:
+        return np.ones((rows.stop - rows.start, self.shape[1]), np.float16)
+
+
+def test_at_most_two_blocks_of_half_floats_are_in_memory() -> None:
+    shard, dim = 500, 512
+    intake = intake_of([shard] * 12, store=ArrayStore(Slices(12 * shard, dim)))
+    block_bytes = 2 * shard * dim * np.dtype(np.float16).itemsize
+    intake.take(1)
+    tracemalloc.start()
+    try:
+        while intake.remaining:
+            intake.take(8)
+        # Traced from after the first block, which is let go before the second is read.
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert intake.order.num_blocks == 6
+    assert 1.0 * block_bytes < peak < 2.1 * block_bytes
 
 
 def test_the_next_block_is_hinted_at_before_this_one_is_waited_for() -> None:
