@@ -34,7 +34,13 @@ from slap_stream.shard_index import (
 )
 from slap_stream.sharding.cache import ShardCache
 from slap_stream.sharding.fetch import ShardFetcher
-from slap_stream.sharding.plan import DatasetShards, index_digests, min_cache_bytes, plan_shards
+from slap_stream.sharding.plan import (
+    DatasetShards,
+    index_digests,
+    launched_ranks,
+    min_cache_bytes,
+    plan_shards,
+)
 from slap_stream.sharding.read import OpenShards
 
 __all__ = [
@@ -46,6 +52,7 @@ __all__ = [
     "corpus_size",
     "index_digests",
     "iter_corpus",
+    "launched_ranks",
     "merge_indexes",
     "min_cache_bytes",
     "open_writer",

@@ -120,13 +120,6 @@ def test_settings_are_honoured_or_refused_by_name(
             shard_table(dataset)
 
 
-def test_replication_is_refused(dataset: StreamingDataset) -> None:
-    # Set afterwards: streaming itself wants as many processes.
-    dataset.replication = 2
-    with pytest.raises(ConfigError, match="replication must be None, got 2"):
-        shard_table(dataset)
-
-
 def test_a_dataset_that_offers_nothing_is_refused(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", SIZES)
     stream = Stream(local=str(tmp_path / "corpus"), choose=0)
