@@ -6,7 +6,6 @@ it comes out the same however the lanes are spread over ranks and however the ve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,7 @@ import numpy as np
 from slap_stream.types import FloatArray, State
 
 MOMENTS = "moments"
-# Gram matrices: the triangle below the diagonal is the one above it, and is not sent.
-SYMMETRIC = ("gram", "sketch_gram")
+COUNTS = ("centroid_sum", "centroid_count", "left_worth", "left_count")
 
 
 class StatisticsLayout:
@@ -30,12 +28,8 @@ class StatisticsLayout:
     """
 
     def __init__(self, example: State) -> None:
-        parts = _parts(example)
-        self._shapes = {name: np.shape(part) for name, part in parts.items()}
-        self._triangle = {
-            name: np.triu_indices(self._shapes[name][0]) for name in SYMMETRIC if name in parts
-        }
-        sizes = [len(self._flat(name, part)) for name, part in parts.items()]
+        self._shapes = {name: np.shape(part) for name, part in _parts(example).items()}
+        sizes = [int(np.prod(shape)) for shape in self._shapes.values()]
         self._bounds = np.concatenate([[0], np.cumsum(sizes)])
         self.size = int(self._bounds[-1])
 
@@ -43,38 +37,22 @@ class StatisticsLayout:
         """(size,) numbers of a lane's statistics; nested lists serve as arrays."""
         parts = _parts(statistics)
         vector: FloatArray = np.concatenate(
-            [self._flat(name, parts[name]) for name in self._shapes]
+            [np.ravel(np.asarray(parts[name], np.float64)) for name in self._shapes]
         )
         return vector
 
     def unpack(self, vector: FloatArray) -> State:
         """Inverse of `pack`; without the lane's number, because the vector may be a sum."""
-        found: State = {MOMENTS: {}}
-        for place, (name, shape) in enumerate(self._shapes.items()):
-            numbers = vector[self._bounds[place] : self._bounds[place + 1]]
-            if name in self._triangle:
-                rows, columns = self._triangle[name]
-                part = np.empty(shape)
-                part[rows, columns] = part[columns, rows] = numbers
-            else:
-                part = numbers.reshape(shape).copy()
-            home = found[MOMENTS] if name not in _OWN else found
-            home[name] = part
-        return found
-
-    def _flat(self, name: str, part: Any) -> FloatArray:
-        table = np.asarray(part, np.float64)
-        if name in self._triangle:
-            return table[self._triangle[name]]
-        return table.ravel()
-
-
-_OWN = ("centroid_sum", "centroid_count", "left_worth", "left_count")
+        parts = {
+            name: vector[self._bounds[place] : self._bounds[place + 1]].reshape(shape).copy()
+            for place, (name, shape) in enumerate(self._shapes.items())
+        }
+        counts = {name: parts.pop(name) for name in COUNTS}
+        return {MOMENTS: parts, **counts}
 
 
 def _parts(statistics: State) -> dict[str, Any]:
-    moments: Mapping[str, Any] = statistics[MOMENTS]
-    return {**moments, **{name: statistics[name] for name in _OWN}}
+    return {**statistics[MOMENTS], **{name: statistics[name] for name in COUNTS}}
 
 
 def sum_in_order(rows: FloatArray) -> FloatArray:

@@ -31,9 +31,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 
 from slap_stream import LearnabilityProbe, SlapDataLoader, distributed, per_sample_loss
 from slap_stream.errors import ConfigError, ExchangeError, StateError
+from slap_stream.integrations.transformers import SlapTrainer
 from tests.laws import config_of
 from tests.tiny_models import VOCABULARY, llama
 
@@ -54,7 +56,7 @@ class Run:
     """One process of the job: its datasets, and loaders over them."""
 
     def __init__(self, rank: int, corpus: Path, broken: Path, out: Path) -> None:
-        self.rank, self.out = rank, out
+        self.rank, self.out, self.barrier = rank, out, dist.barrier
         node = rank * NODES // PROCESSES
         local = tempfile.mkdtemp(prefix=f"node{node}") if rank % 2 == 0 else ""
         homes = [None] * PROCESSES
@@ -316,7 +318,53 @@ def training(run: Run) -> dict[str, Any]:
     return found
 
 
-SCENARIOS = [laws, cost, cut_short, replicas, errors, training]
+def trainer(run: Run) -> dict[str, Any]:
+    """SlapTrainer under DDP, saved after four steps and gone on with."""
+    found: dict[str, Any] = {}
+    # Accelerate's own ones are none of our business.
+    dist.barrier = run.barrier
+    # The Trainer's DDP on CPUs loads optimizers to "cpu:0", which torch.load does not know.
+    torch.serialization.register_package(
+        0, lambda _: None, lambda storage, place: storage if place == "cpu:0" else None
+    )
+
+    class Recording(SlapTrainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            found[stage].append(inputs["sample_id"].tolist())
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    for stage, resume in (("whole", None), ("rest", str(run.out / "trainer" / "checkpoint-13"))):
+        found[stage] = []
+        torch.manual_seed(0)
+        args = TrainingArguments(
+            str(run.out / "trainer"),
+            per_device_train_batch_size=BATCH // PROCESSES,
+            num_train_epochs=1,
+            learning_rate=1e-3,
+            save_strategy="steps" if resume is None else "no",
+            save_steps=13,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            remove_unused_columns=False,
+        )
+        made = Recording(
+            llama(),
+            args,
+            collate,
+            run.datasets["whole"],
+            embeddings=run.vectors[:400],
+            slap_config=config_of(num_lanes=4, lookahead=4),
+        )
+        made.train(resume_from_checkpoint=resume)
+        found[f"{stage} steps"] = made.state.global_step
+        found[f"{stage} wrapped"] = type(made.model_wrapped).__name__
+        assert made.loader is not None
+        found[f"{stage} metrics"] = made.loader.metrics()
+    return found
+
+
+SCENARIOS = [laws, cost, cut_short, replicas, errors, training, trainer]
 
 
 def main(rank: int, corpus: Path, broken: Path, out: Path) -> None:
@@ -325,6 +373,7 @@ def main(rank: int, corpus: Path, broken: Path, out: Path) -> None:
         "WORLD_SIZE": str(PROCESSES),
         "LOCAL_WORLD_SIZE": str(PROCESSES // NODES),
         "LOCAL_RANK": str(rank % (PROCESSES // NODES)),
+        "MASTER_ADDR": "127.0.0.1",
     }
     # The nodes share this machine's shared memory; each counts its names from another number on.
     first = 1000 * (rank * NODES // PROCESSES) + os.getppid() % 997 * 10_000 % 900_000

@@ -160,6 +160,18 @@ def test_the_probe_reads_a_wrapped_model_as_it_is(results: Results) -> None:
         np.testing.assert_allclose(training["ddp moment"], training["fsdp moment"], rtol=1e-4)
 
 
+def test_the_trainer_runs_on_many_ranks_and_goes_on(results: Results) -> None:
+    whole = joined(results, "trainer", "whole", 4)
+    assert len(whole) == 17
+    assert len({i for batch in whole for i in batch}) == 17 * 16
+    assert joined(results, "trainer", "rest", 4) == whole[13:]
+    for result in results:
+        training = result["trainer"]
+        assert training["whole steps"] == training["rest steps"] == 17
+        assert training["whole wrapped"] == "DistributedDataParallel"
+        assert training["whole metrics"]["probe_samples"] > 0
+
+
 def test_torchs_distributed_checkpoints_hold_the_loader(results: Results) -> None:
     for result in results:
         assert result["training"]["again"] == result["training"]["fsdp"][9:13]
