@@ -37,3 +37,7 @@ class HeadError(SlapStreamError, TypeError):
 
 class ExchangeError(SlapStreamError, RuntimeError):
     """Ranks could not exchange what they know, or are not at the same place of the same run."""
+
+
+class WorkerError(SlapStreamError, RuntimeError):
+    """A process that reads and collates batches has died."""

@@ -26,6 +26,7 @@ from slap_stream.shards import (
 )
 from slap_stream.state_bytes import from_bytes, to_bytes
 from slap_stream.types import FloatArray, IntArray, Position, RowStore, State
+from slap_stream.workers import raise_for_dead
 
 STATE_VERSION = 3
 SAMPLE_ID = "sample_id"
@@ -147,12 +148,20 @@ class SlapDataLoader(DataLoader[Any]):
 
         Raises:
             RuntimeError: If a state is loaded while this iterator is in use.
+            WorkerError: If a worker has died, at most some 5 seconds ago.
         """
         loads = self._loads
         self._pending.begin()
         batches = super().__iter__()
         while self._pending.ask():
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except RuntimeError as error:
+                workers = getattr(batches, "_workers", ())
+                if any(worker.exitcode for worker in workers):
+                    self._iterator = None  # persistent workers: the next iteration makes new ones
+                raise_for_dead(workers, error)
+                raise
             self._pending.deliver()
             yield batch
             if loads != self._loads:

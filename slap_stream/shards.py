@@ -34,6 +34,7 @@ from slap_stream.shard_index import (
 )
 from slap_stream.sharding.cache import ShardCache
 from slap_stream.sharding.fetch import ShardFetcher
+from slap_stream.sharding.opening import one_at_a_time
 from slap_stream.sharding.plan import (
     DatasetShards,
     index_digests,
@@ -55,6 +56,7 @@ __all__ = [
     "launched_ranks",
     "merge_indexes",
     "min_cache_bytes",
+    "one_at_a_time",
     "open_writer",
     "shard_sizes",
     "shard_table",

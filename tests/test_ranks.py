@@ -177,6 +177,22 @@ def test_torchs_distributed_checkpoints_hold_the_loader(results: Results) -> Non
         assert result["training"]["again"] == result["training"]["fsdp"][9:13]
 
 
+def test_killed_again_and_again_a_job_makes_the_same_batches() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.killed_ranks", "--times", "3"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["kills"] == {"worker": 1, "rank": 1, "job": 1}
+    assert result["equal"]
+
+
 def test_a_world_that_was_not_connected_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
