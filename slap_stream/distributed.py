@@ -232,6 +232,8 @@ class Ranks:
         try:
             return exchange()
         except RuntimeError as error:  # what gloo raises for a deadline and for a lost peer alike
+            if "DataLoader worker" in str(error):
+                raise  # torch raises it wherever the main thread is when a worker dies
             raise ExchangeError(
                 f"rank {self.rank} of {self.world_size} must reach all others, got none of the "
                 f"answers due after {monotonic() - began:.0f} s (deadline "

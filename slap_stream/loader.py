@@ -156,7 +156,8 @@ class SlapDataLoader(DataLoader[Any]):
         while self._pending.ask():
             try:
                 batch = next(batches)
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
+                # It may have died with a batch half handed over.
                 workers = getattr(batches, "_workers", ())
                 if any(worker.exitcode for worker in workers):
                     self._iterator = None  # persistent workers: the next iteration makes new ones

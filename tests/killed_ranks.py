@@ -14,6 +14,7 @@ import atexit
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -100,29 +101,48 @@ def start(rank: int, *arguments: Any) -> int:
 
 def kill(kind: str, pids: list[int], draws: random.Random) -> bool:
     """Kill one of a kind; whether there was one."""
-    rank = draws.choice(pids)
     if kind == "job":
         for pid in pids:
             os.killpg(pid, signal.SIGKILL)
         return True
-    victims = [rank]
+    victims = [draws.choice(pids)]
     if kind == "worker":
-        # Python's resource tracker is a child too.
+        # Between two epochs there is none; Python's resource tracker is a child too.
         victims = [
             child.pid
-            for child in psutil.Process(rank).children()
-            if "resource_tracker" not in " ".join(child.cmdline())
+            for child in psutil.Process(victims[0]).children()
+            if not {"resource_tracker", psutil.STATUS_ZOMBIE} & {*description_of(child)}
         ]
     if victims:
         os.kill(draws.choice(victims), signal.SIGKILL)
     return bool(victims)
 
 
-def wait(pids: list[int], deadline: float) -> list[int]:
+def description_of(child: psutil.Process) -> list[str]:
+    """Status of a process, and the words of its command."""
+    try:
+        return [child.status(), *" ".join(child.cmdline()).replace(".", " ").split()]
+    except psutil.NoSuchProcess:
+        return [psutil.STATUS_ZOMBIE]
+
+
+def failed_within(pids: list[int], seconds: float) -> bool:
+    """Whether a rank ends in time; it is still to be waited for."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        if any(os.waitid(os.P_PID, pid, options) for pid in pids):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def wait(pids: list[int], seconds: float) -> list[int]:
     """Exit codes of a job's ranks; when one has failed the others are ended."""
     codes: dict[int, int] = {}
+    end = time.monotonic() + seconds
     while len(codes) < len(pids):
-        assert time.monotonic() < deadline, "a rank hangs"
+        assert time.monotonic() < end, "a rank hangs"
         for pid in set(pids) - set(codes):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
@@ -137,22 +157,34 @@ def wait(pids: list[int], deadline: float) -> list[int]:
 def main(times: int, seed: int) -> dict[str, Any]:
     draws = random.Random(seed)
     torch.set_num_threads(1)
+    # No TemporaryDirectory: the ranks, which are forks, would remove it at their end.
     folder = Path(tempfile.mkdtemp(prefix="killed"))
+    try:
+        return run_jobs(folder, times, draws)
+    finally:
+        shutil.rmtree(folder)
+
+
+def run_jobs(folder: Path, times: int, draws: random.Random) -> dict[str, Any]:
     corpus = write_corpus(folder / "corpus")
-    total, kills = 12 + 8 * times, Counter[str]()
-    for attempt in range(10 * times + 1):
+    kills: Counter[str] = Counter()
+    for attempt in range(times + 1):
+        killing = sum(kills.values()) < times
+        # The last job ends by itself, a few batches on.
+        total = 10**9 if killing else count_lines(folder) + 6
         pids = [start(rank, corpus, folder, attempt, total) for rank in range(RANKS)]
-        began = time.monotonic()
-        if sum(kills.values()) < times:
+        if killing:
             kind = KINDS[sum(kills.values()) % len(KINDS)]
-            lines = count_lines(folder)
+            lines, began = count_lines(folder), time.monotonic()
             while count_lines(folder) == lines and time.monotonic() < began + 60:
                 time.sleep(0.01)
             time.sleep(draws.uniform(0.0, 0.5))
-            kills[kind] += kill(kind, pids, draws)
-        codes = wait(pids, time.monotonic() + 120)
-        if not any(codes):
-            break
+            # A worker that has just read its last batch of an epoch is not missed: another one.
+            while not (kill(kind, pids, draws) and failed_within(pids, 8.0)):
+                pass
+            kills[kind] += 1
+        codes = wait(pids, 120.0)
+        assert any(codes) == killing, codes
     ids = [merged(folder / f"ids{rank}.jsonl") for rank in range(RANKS)]
     made = [[i for part in ids for i in part[batch]] for batch in range(total)]
     loader, unbroken = loader_of(corpus, 1, num_workers=0), []
