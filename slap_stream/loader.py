@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, default_collate
 from slap_stream.config import SlapConfig
 from slap_stream.distributed import TIMEOUT_SECONDS, join_ranks
 from slap_stream.embeddings import StackedStore, open_embeddings
-from slap_stream.errors import AlignmentError, ConfigError, StateError
+from slap_stream.errors import AlignmentError, ConfigError, StateError, WorkerError
 from slap_stream.pending import PendingBatches, join_pending
 from slap_stream.probe import LearnabilityProbe
 from slap_stream.sampler import SlapSampler
@@ -26,7 +26,7 @@ from slap_stream.shards import (
 )
 from slap_stream.state_bytes import from_bytes, to_bytes
 from slap_stream.types import FloatArray, IntArray, Position, RowStore, State
-from slap_stream.workers import raise_for_dead
+from slap_stream.workers import describe_dead
 
 STATE_VERSION = 3
 SAMPLE_ID = "sample_id"
@@ -157,12 +157,11 @@ class SlapDataLoader(DataLoader[Any]):
             try:
                 batch = next(batches)
             except (RuntimeError, OSError, EOFError) as error:
-                # It may have died with a batch half handed over.
-                workers = getattr(batches, "_workers", ())
-                if any(worker.exitcode for worker in workers):
-                    self._iterator = None  # persistent workers: the next iteration makes new ones
-                raise_for_dead(workers, error)
-                raise
+                message = describe_dead(getattr(batches, "_workers", ()), error)
+                if message is None:
+                    raise
+                self._iterator = None  # persistent workers: the next iteration makes new ones
+                raise WorkerError(message) from error
             self._pending.deliver()
             yield batch
             if loads != self._loads:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from multiprocessing.connection import wait
 from typing import Any
-
-from slap_stream.errors import WorkerError
 
 _CAUSES = {
     signal.SIGKILL: "as a rule the machine was out of memory: use fewer num_workers, a smaller "
@@ -16,26 +15,30 @@ _CAUSES = {
 }
 
 
-def raise_for_dead(workers: Sequence[Any], cause: BaseException) -> None:
-    """Say which workers have died and why; nothing happens if all live.
+def describe_dead(workers: Sequence[Any], error: BaseException) -> str | None:
+    """Say which workers have died and why.
 
     Args:
         workers: The processes of a DataLoader's iterator.
-        cause: What torch says of it.
+        error: What it has raised.
 
-    Raises:
-        WorkerError: If one has ended with an error.
+    Returns:
+        The message; None if all live, so that the error is of something else.
     """
+    if workers and isinstance(error, OSError | EOFError):
+        # A worker that died with a batch half handed over may still be about to end.
+        wait([worker.sentinel for worker in workers], timeout=3.0)
     dead = [
         f"worker {index} (pid {worker.pid}) {_reason(worker.exitcode)}"
         for index, worker in enumerate(workers)
         if worker.exitcode
     ]
-    if dead:
-        raise WorkerError(
-            f"all {len(workers)} workers must live, got {'; '.join(dead)}. A new iteration starts "
-            "new workers and goes on with the same batch."
-        ) from cause
+    if not dead:
+        return None
+    return (
+        f"all {len(workers)} workers must live, got {'; '.join(dead)}. A new iteration starts new "
+        "workers and goes on with the same batch."
+    )
 
 
 def _reason(exitcode: int) -> str:

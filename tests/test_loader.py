@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -26,6 +27,7 @@ from slap_stream.errors import (
     WorkerError,
 )
 from slap_stream.shards import one_at_a_time, open_writer
+from slap_stream.workers import describe_dead
 from tests.laws import as_json, config_of
 
 NUM_SAMPLES, BATCH = 400, 16
@@ -344,3 +346,19 @@ def test_weights_of_losses_come_with_the_batch_at_hand(corpus: Path) -> None:
     assert torch.cat(seen).max() > 1.0
     with pytest.raises(FeedbackError, match="loss_weights: ids of yielded batches"):
         loader.loss_weights(batch["sample_id"])
+
+
+def test_a_worker_that_dies_while_it_hands_a_batch_over_is_told_too() -> None:
+    context = multiprocessing.get_context("fork")
+    living, dying = context.Process(target=time.sleep, args=(60,)), context.Process(target=os.abort)
+    living.start()
+    dying.start()
+    try:
+        message = describe_dead([living, dying], ConnectionResetError("reset by peer"))
+        assert message is not None
+        assert f"worker 1 (pid {dying.pid}) that was killed by SIGABRT" in message
+        assert describe_dead([living], RuntimeError("something else")) is None
+    finally:
+        living.kill()
+        living.join()
+        dying.join()
