@@ -444,6 +444,15 @@ def test_statistics_must_be_complete() -> None:
         sampler.merge(sampler.statistics()[::-1])
 
 
+def test_ranks_that_nobody_connects_do_not_refresh_on_their_own() -> None:
+    sampler = make([40] * 5, batch_size=8, num_lanes=2, world_size=2)
+    batches = iter(sampler)
+    for _ in range(4):
+        next(batches)
+    with pytest.raises(ConfigError, match="a sampler of 2 ranks must be refreshed by merge"):
+        next(batches)
+
+
 def test_a_state_of_another_run_is_refused_and_changes_nothing() -> None:
     sampler = make([40] * 5, batch_size=8)
     next(iter(sampler))
