@@ -26,7 +26,7 @@ from slap_stream.errors import (
     StateError,
     WorkerError,
 )
-from slap_stream.shards import one_at_a_time, open_writer
+from slap_stream.shards import open_writer
 from slap_stream.workers import describe_dead
 from tests.laws import as_json, config_of
 
@@ -63,8 +63,7 @@ def make(
 ) -> SlapDataLoader:
     """A loader over a local corpus."""
     if dataset is None:
-        with one_at_a_time():
-            dataset = StreamingDataset(local=str(corpus), batch_size=BATCH)
+        dataset = StreamingDataset(local=str(corpus), batch_size=BATCH)
     return SlapDataLoader(
         dataset,
         batch_size,
