@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from slap_stream.appraisal import Appraiser
+from slap_stream.evidence import REFERENCE_COLUMN
 from slap_stream.intake import Intake
 from slap_stream.learnability import NUM_OWN_COLUMNS, LearnabilityModel
 from slap_stream.plan import Keep, LanePlan, Progress
@@ -59,8 +60,8 @@ class Composer:
         self._intake, self._pool, self._recent, self._chosen = intake, pool, recent, chosen
         self._appraiser, self._progress = appraiser, progress
         names = plan.store.feature_names
-        if "reference_loss" in names:
-            self._reference_column = NUM_OWN_COLUMNS + names.index("reference_loss")
+        if REFERENCE_COLUMN in names:
+            self._reference_column = NUM_OWN_COLUMNS + names.index(REFERENCE_COLUMN)
         self.target: Float32Array | None = None
         self.compare = False
         self.gauges: dict[str, float] = {}

@@ -33,3 +33,11 @@ class ShardError(SlapStreamError, RuntimeError):
 
 class HeadError(SlapStreamError, TypeError):
     """The probe cannot read this model without being told more about it."""
+
+
+class ExchangeError(SlapStreamError, RuntimeError):
+    """Ranks could not exchange what they know, or are not at the same place of the same run."""
+
+
+class WorkerError(SlapStreamError, RuntimeError):
+    """A process that reads and collates batches has died."""

@@ -70,6 +70,10 @@ class Awaiting:
             )
         )
 
+    def last(self) -> tuple[IntArray, Float32Array] | None:
+        """(n,) ids and (n, columns) rows asked for last; None before the first question."""
+        return (self._asked[-1].sample_id, self._asked[-1].x) if self._asked else None
+
     def entries(self) -> tuple[IntArray, IntArray, IntArray, IntArray]:
         """Every open question: ids, steps, index of the question, position in it; each (n,)."""
         ids, steps, questions, positions = [], [], [], []

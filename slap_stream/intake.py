@@ -10,7 +10,7 @@ import numpy as np
 from slap_stream.encoding.stores import take
 from slap_stream.learnability import checked_rows, design_rows
 from slap_stream.order import Block, LaneOrder, ShardTable
-from slap_stream.types import Float32Array, IntArray, Rows, RowStore, ShardGate, State
+from slap_stream.types import BoolArray, Float32Array, IntArray, Rows, RowStore, ShardGate, State
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,14 @@ class Intake:
         return self.order.num_candidates - self.position
 
     @property
+    def fillable(self) -> int:
+        """The same, without those of the open block that are known to be withdrawn."""
+        if not len(self._bad_shards) or self.block_index < 0:
+            return self.remaining
+        start = self.position - int(self.order.block_start[self.block_index])
+        return self.remaining - int(np.count_nonzero(self._is_bad(self._block.sample_id[start:])))
+
+    @property
     def next_block(self) -> int:
         """Block that the next candidate belongs to."""
         return int(np.searchsorted(self.order.block_start, self.position, side="right")) - 1
@@ -105,8 +113,7 @@ class Intake:
         ids = self._block.sample_id[start:stop]
         occurrence = self._block.occurrence[start:stop]
         if len(self._bad_shards):
-            shard = np.searchsorted(self._table.first_id, ids, side="right") - 1
-            fine = ~np.isin(shard, self._bad_shards)
+            fine = ~self._is_bad(ids)
             self.withdrawn += int(np.count_nonzero(~fine))
             ids, occurrence = ids[fine], occurrence[fine]
         at = np.searchsorted(self._ids, ids)
@@ -138,6 +145,10 @@ class Intake:
         ids = np.unique(self.order.block(0).sample_id[:4096])
         # As in design rows: a value that is not finite would spoil every centroid.
         return self.rows_of(ids)[:, -self._store.shape[1] :]
+
+    def _is_bad(self, ids: IntArray) -> BoolArray:
+        shard = np.searchsorted(self._table.first_id, ids, side="right") - 1
+        return np.isin(shard, self._bad_shards)
 
     def _open(self, index: int) -> None:
         if self.gate is not None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from slap_stream.appraisal import Appraiser
 from slap_stream.composer import Composer
+from slap_stream.errors import ShardError
 from slap_stream.feedback import Answers, Awaiting
 from slap_stream.intake import Intake
 from slap_stream.judge import Judge
@@ -177,6 +178,30 @@ class Lane:
         self._composed += 1
         return ids
 
+    def repeat_batch(self) -> IntArray:
+        """Stand in for a batch that withdrawals have left no candidates for.
+
+        All ranks must take as many steps, and they agree on where the epoch ends at refreshes only.
+
+        Returns:
+            (batch_size,) sample ids of the lane's last batch.
+
+        Raises:
+            ShardError: If there was none.
+        """
+        last = self.feedback.awaiting_trained.last()
+        if last is None:
+            raise ShardError(
+                f"lane {self.index} must have candidates for a first batch, got "
+                f"{len(self.pool)} after {self.intake.withdrawn} were withdrawn; fetch the bad "
+                "shards again."
+            )
+        self.counters["batches_repeated"] += 1
+        self.feedback.awaiting_trained.ask(self._composed, *last)
+        self.progress.advance(self._plan.after(self.progress.part, self._keep.value))
+        self._composed += 1
+        return last[0].copy()
+
     def _refill(self, target: int, *, force: bool = False) -> bool:
         """Offer candidates up to `target` of the lane's order; whether any was taken.
 
@@ -249,28 +274,34 @@ class Lane:
         """Choose candidates whose losses would tell most.
 
         Args:
-            count: How many; ids repeat if the pool holds fewer.
+            count: How many; ids repeat if the pool holds fewer, and are those of the last batch if
+                it holds none.
 
         Returns:
             (count,) sample ids; their losses are awaited.
 
         Raises:
-            ValueError: If the pool is empty.
+            ValueError: If no batch was composed yet.
         """
-        slots = np.resize(self._composer.choose_probes(count), count)
+        last = self.feedback.awaiting_trained.last()
+        if len(self.pool) or last is None:
+            slots = np.resize(self._composer.choose_probes(count), count)
+            ids, x = self.pool.ints("sample_id")[slots], self.pool.x[slots]
+        else:
+            # Withdrawals have emptied it; the other ranks forward now, and so must this one.
+            at = np.resize(np.arange(len(last[0])), count)
+            ids, x = last[0][at], last[1][at]
         due, pooled = self._due_probes(self._plan.table.num_candidates // self._plan.num_lanes)
         # What left the pool before it could be probed cannot be made up for.
         self._probed += count + max(0, due - pooled)
-        ids = self.pool.ints("sample_id")[slots]
-        self.feedback.awaiting_probed.ask(self._composed, ids, self.pool.x[slots])
+        self.feedback.awaiting_probed.ask(self._composed, ids, x)
         return ids
 
     def probe_budget(self, candidates: int) -> int:
         """Probes due now for a lane with so many candidates; the smallest lane's count makes it
         equal on all lanes."""
         progress = self.progress
-        # Withdrawals may empty the pool before the plan does.
-        if not 0 < progress.part < self._plan.parts or not len(self.pool):
+        if not 0 < progress.part < self._plan.parts:
             return 0
         return max(0, min(self._due_probes(candidates)))
 

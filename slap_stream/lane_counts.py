@@ -24,7 +24,7 @@ def count_lanes(lanes: Sequence[Lane]) -> dict[str, float]:
         ),
         "nonfinite_rows": float(sum(lane.intake.nonfinite_rows for lane in lanes)),
     }
-    for name in ("observed", "nonfinite", "repeats_in_batch"):
+    for name in ("observed", "nonfinite", "repeats_in_batch", "batches_repeated"):
         result[name] = float(sum(lane.counters[name] for lane in lanes))
     total = sum((lane.feedback.agreement for lane in lanes), np.zeros(6))
     result["prediction_correlation"] = _correlation(*total.tolist())

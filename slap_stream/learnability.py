@@ -23,6 +23,8 @@ from slap_stream.types import Float32Array, FloatArray, IntArray, Rows, State
 # Columns of a design row that come before the store's feature columns.
 INTERCEPT, LOG_LENGTH = 0, 1
 NUM_OWN_COLUMNS = 2
+# Moments that are symmetric matrices.
+SYMMETRIC = ("gram", "sketch_gram")
 # Ridge penalties tried, relative to the number of samples (columns are scaled to unit power).
 PENALTIES = np.logspace(-5, 0.5, 23)
 # With fewer sketches than this for each dimension, principal components of the embeddings serve.
@@ -125,13 +127,22 @@ class Moments:
             setattr(self, field.name, mine * forgetting + getattr(other, field.name))
 
     def to_dict(self) -> State:
-        """Plain arrays by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Plain arrays by name; of the symmetric ones the upper triangle, row by row."""
+        upper = np.triu_indices(len(self.cross))
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        return state | {name: state[name][upper] for name in SYMMETRIC}
 
     @classmethod
     def from_dict(cls, state: State) -> Moments:
         """Inverse of `to_dict`; nested lists are accepted."""
-        return cls(**{f.name: np.array(state[f.name], np.float64) for f in fields(cls)})
+        parts = {f.name: np.array(state[f.name], np.float64) for f in fields(cls)}
+        columns = len(parts["cross"])
+        upper = np.triu_indices(columns)
+        for name in SYMMETRIC:
+            whole = np.empty((columns, columns))
+            whole[upper] = whole.T[upper] = parts[name]
+            parts[name] = whole
+        return cls(**parts)
 
 
 class LearnabilityModel:

@@ -7,25 +7,28 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed
 from torch.utils.data import DataLoader, default_collate
 
 from slap_stream.config import SlapConfig
+from slap_stream.distributed import TIMEOUT_SECONDS, join_ranks
 from slap_stream.embeddings import StackedStore, open_embeddings
-from slap_stream.errors import AlignmentError, ConfigError, StateError
-from slap_stream.pending import PendingBatches
+from slap_stream.errors import AlignmentError, ConfigError, StateError, WorkerError
+from slap_stream.pending import PendingBatches, join_pending
 from slap_stream.probe import LearnabilityProbe
 from slap_stream.sampler import SlapSampler
 from slap_stream.shards import (
     ShardFetcher,
     ShardView,
     index_digests,
+    launched_ranks,
     min_cache_bytes,
     shard_table,
 )
-from slap_stream.types import FloatArray, IntArray, RowStore, State
+from slap_stream.state_bytes import from_bytes, to_bytes
+from slap_stream.types import FloatArray, IntArray, Position, RowStore, State
+from slap_stream.workers import describe_dead
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 SAMPLE_ID = "sample_id"
 
 
@@ -35,11 +38,17 @@ class SlapDataLoader(DataLoader[Any]):
     Iterating yields one epoch of collated batches; breaking off and iterating again goes on with
     the epoch. `batch["sample_id"]`, (batch,) int64, goes back through `observe` with the losses.
 
+    With several ranks every one makes a loader, and each gets its part of the global batches.
+    Ranks talk to each other when the loader is made, at refreshes and in `state_dict`; all of them
+    must do the same at the same step.
+
     State: the sampler's, the composed and undelivered batches, and the attached probe's.
 
     Args:
-        dataset: The dataset; its `batch_size`, if set, must be this one.
-        batch_size: Samples in a batch.
+        dataset: The dataset; its `batch_size`, if set, must be this one. Of a dataset with
+            `replication`, so many consecutive processes get the same batches.
+        batch_size: Samples in this rank's batch; the global batch, batch_size * world_size, is
+            fixed for a run.
         embeddings: Path of `embeddings.zarr`, an `EmbeddingStore`, an array, or a list of them in
             stream order.
         config: Settings; default `SlapConfig()`.
@@ -53,9 +62,15 @@ class SlapDataLoader(DataLoader[Any]):
         timeout: As for torch's DataLoader, in seconds.
         worker_init_fn: As for torch's DataLoader.
         multiprocessing_context: `fork`, `spawn`, `forkserver` or a context.
+        rank: Which part of the global batches this process gets; default: its rank in
+            torch.distributed, or in `process_group`. Processes of equal rank get the same.
+        world_size: Ranks; default likewise.
+        process_group: Processes that have a loader; default: all.
+        exchange_timeout: Deadline of everything that ranks tell each other, in seconds.
 
     Raises:
         ConfigError: If settings contradict each other or the dataset's.
+        ExchangeError: If a rank does not answer in time.
         AlignmentError: If embeddings and dataset do not describe the same samples.
         TypeError: If the dataset is not a `StreamingDataset`.
     """
@@ -75,15 +90,26 @@ class SlapDataLoader(DataLoader[Any]):
         timeout: float = 0.0,
         worker_init_fn: Callable[[int], None] | None = None,
         multiprocessing_context: Any = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        process_group: Any = None,
+        exchange_timeout: float = TIMEOUT_SECONDS,
     ) -> None:
         config = config or SlapConfig()
         shards = shard_table(dataset)
         _check_batch_size(batch_size, dataset)
-        _check_single_rank()
         prefetch_factor = _prefetch(num_workers, prefetch_factor, config.lookahead)
         store = open_embeddings(embeddings)
         self._digests = index_digests(dataset)
         _check_alignment(store, self._digests, shards.sizes, shards.stream_of_shard)
+        self._ranks = join_ranks(
+            rank=rank,
+            world_size=world_size,
+            process_group=process_group,
+            replication=dataset.replication,
+            timeout_seconds=exchange_timeout,
+            expected=launched_ranks(dataset),
+        )
         self._fetcher = ShardFetcher(dataset, on_bad_shard=config.on_bad_shard)
         self.composer = SlapSampler(
             shards.sizes,
@@ -91,7 +117,10 @@ class SlapDataLoader(DataLoader[Any]):
             batch_size=batch_size,
             shard_counts=shards.counts,
             config=config,
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
             gate=self._fetcher,
+            exchange=self._ranks,
         )
         _check_cache_limit(dataset, self.composer.shards_at_hand)
         self._pending = PendingBatches(self.composer)
@@ -119,12 +148,20 @@ class SlapDataLoader(DataLoader[Any]):
 
         Raises:
             RuntimeError: If a state is loaded while this iterator is in use.
+            WorkerError: If a worker has died, at most some 5 seconds ago.
         """
         loads = self._loads
         self._pending.begin()
         batches = super().__iter__()
         while self._pending.ask():
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except (RuntimeError, OSError, EOFError) as error:
+                message = describe_dead(getattr(batches, "_workers", ()), error)
+                if message is None:
+                    raise
+                self._iterator = None  # persistent workers: the next iteration makes new ones
+                raise WorkerError(message) from error
             self._pending.deliver()
             yield batch
             if loads != self._loads:
@@ -215,9 +252,20 @@ class SlapDataLoader(DataLoader[Any]):
         """Feed back what the probe measured of the ids that `probe_candidates` gave."""
         self.composer.update(ids, losses, sketches, nuclear_norms)
 
-    def refresh(self) -> None:
-        """Take in all feedback since the last refresh."""
-        self.composer.merge(self.composer.statistics())
+    def refresh(self, also: FloatArray | None = None) -> FloatArray:
+        """Take in all feedback since the last refresh, of all ranks; every rank calls it.
+
+        Args:
+            also: (local lanes, n) more numbers to be added up over all lanes of all ranks.
+
+        Returns:
+            (n,) their sums.
+
+        Raises:
+            ExchangeError: If a rank does not answer in time or is at another step.
+        """
+        self.composer.refreshes_itself = False
+        return self.composer.refresh(also)
 
     def attach(self, probe: LearnabilityProbe) -> None:
         """Let a probe refresh this loader; its state travels in the loader's."""
@@ -230,7 +278,7 @@ class SlapDataLoader(DataLoader[Any]):
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers about the run, ready for TensorBoard or Weights & Biases."""
-        metrics = self.composer.metrics() | self._fetcher.metrics()
+        metrics = self.composer.metrics() | self._fetcher.metrics() | self._ranks.metrics()
         # What was composed ahead has not been trained on yet.
         ahead = self._pending.undelivered
         metrics["undelivered"] = float(ahead)
@@ -241,18 +289,34 @@ class SlapDataLoader(DataLoader[Any]):
         return metrics
 
     def state_dict(self) -> State:
-        """Everything a resumed run needs: arrays, numbers and strings; only reads."""
-        probe = self._probe_state if self._probe is None else self._probe.state_dict()
+        """Everything a resumed run needs: arrays, numbers and strings; only reads.
+
+        With several ranks every one calls it at the same step, and all get the same: the state of
+        all lanes, from which any world size can go on.
+
+        Raises:
+            ExchangeError: If a rank does not answer in time or is at another step.
+        """
+        sampler, pending = self.composer.state_dict(), self._pending.state_dict()
+        mine = to_bytes({"lanes": sampler["lanes"], "pending": pending})
+        everyones = [from_bytes(data) for data in self._ranks.gather(mine, self._position())]
+        sampler["lanes"] = [lane for state in everyones for lane in state["lanes"]]
         return {
             "version": STATE_VERSION,
             "index_digests": list(self._digests),
-            "sampler": self.composer.state_dict(),
-            "probe": probe,
-            **self._pending.state_dict(),
+            "sampler": sampler,
+            "probe": self._probe_state if self._probe is None else self._probe.state_dict(),
+            **join_pending([state["pending"] for state in everyones]),
         }
+
+    def _position(self) -> Position:
+        return Position(epoch=self.composer.epoch, step=self.composer.step, digest=0)
 
     def load_state_dict(self, state: State) -> None:
         """Go on exactly where the state was saved; arrays may come back as nested lists.
+
+        Every rank is given the whole state and takes its lanes; the world size may be another, as
+        long as it divides the lanes and the global batch is the same.
 
         A probe's part is handed to the probe, now or when one is attached.
 
@@ -279,8 +343,9 @@ class SlapDataLoader(DataLoader[Any]):
             self._probe.load_state_dict(state["probe"])
 
     def close(self) -> None:
-        """End the threads that fetch shards; the loader cannot be iterated any more."""
+        """End the threads that fetch shards, and the ranks' connections: the loader's end."""
         self._fetcher.close()
+        self._ranks.close()
 
 
 class _CollateWithIds:
@@ -317,16 +382,6 @@ def _check_batch_size(batch_size: int, dataset: Any) -> None:
             f"batch_size must be the dataset's, {dataset.batch_size}, got {batch_size!r}; give "
             "both the same."
         )
-
-
-def _check_single_rank() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world_size = torch.distributed.get_world_size()
-        if world_size > 1:
-            raise ConfigError(
-                f"SlapDataLoader must run on one rank, got a world of {world_size}; ranks do not "
-                "exchange their statistics yet. SlapSampler takes rank and world_size."
-            )
 
 
 def _prefetch(num_workers: int, prefetch_factor: int | None, lookahead: int) -> int | None:

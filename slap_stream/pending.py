@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -85,7 +85,19 @@ class PendingBatches:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Take over saved pending batches."""
-        batches = [np.asarray(batch, np.int64) for batch in state["pending"]]
+        """Take over this rank's part of saved pending batches, which are those of all lanes."""
+        size = self._sampler.batch_size
+        mine = slice(self._sampler.rank * size, (self._sampler.rank + 1) * size)
+        batches = [np.array(batch, np.int64)[mine] for batch in state["pending"]]
         self._pending = deque(zip(batches, map(float, state["pending_progress"]), strict=True))
         self.progress = float(state["progress"])
+
+
+def join_pending(states: Sequence[State]) -> State:
+    """One state of all ranks' pending batches, whose lanes follow each other as the ranks do.
+
+    Args:
+        states: Each rank's `PendingBatches.state_dict()`, by rank.
+    """
+    batches = zip(*(state["pending"] for state in states), strict=True)
+    return {**states[0], "pending": [np.concatenate(parts) for parts in batches]}

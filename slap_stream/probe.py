@@ -23,7 +23,7 @@ from torch import nn
 
 from slap_stream.config import SlapConfig
 from slap_stream.errors import StateError
-from slap_stream.probing.head import find_head, head_weight, quiet, to_device, unwrap
+from slap_stream.probing.head import find_head, head_weight, quiet, reshard, to_device, unwrap
 from slap_stream.probing.readout import (
     IGNORED_LABEL,
     CausalReader,
@@ -40,6 +40,8 @@ from slap_stream.types import Float32Array, FloatArray, IntArray, State
 __all__ = ["IGNORED_LABEL", "LearnabilityProbe", "ProbeHost", "per_sample_loss"]
 
 _VERSION = 1
+# What is counted of each lane at a probe, ahead of the curvature.
+_COUNTS = ("samples", "finite losses", "sum of them")
 
 
 class ProbeHost(Protocol):
@@ -78,8 +80,9 @@ class ProbeHost(Protocol):
         """Take (n,) losses, (n, sketch_dim) sketches and (n,) nuclear norms of these samples."""
         ...
 
-    def refresh(self) -> None:
-        """Exchange and apply what was seen since the last refresh."""
+    def refresh(self, also: FloatArray, /) -> FloatArray:
+        """Exchange and apply what was seen since the last refresh; add up (local lanes, n) numbers
+        of the probe's own over the lanes of all ranks."""
         ...
 
     def attach(self, probe: LearnabilityProbe, /) -> None:
@@ -98,8 +101,11 @@ class LearnabilityProbe:
     A candidate without supervised tokens gets loss 0 and a sketch of zeros. A loss that is not
     finite is passed on as it is; its tokens are left out of sketches and second moment.
 
-    State: steps taken, samples read, losses that were not finite, and the Gauss-Newton estimate of
-    the second moment.
+    With several ranks every rank makes a probe and calls it alike. Each reads candidates of its own
+    lanes, in as many forwards as the others; what they saw is added up over all lanes.
+
+    State, the same on every rank: steps taken, samples read, losses that were not finite, and the
+    Gauss-Newton estimate of the second moment.
     """
 
     def __init__(
@@ -146,7 +152,9 @@ class LearnabilityProbe:
         self._seconds = 0.0
         self._last_loss = 0.0
 
+        reshard(self._model)
         found = find_head(self._model, head)
+        weight = head_weight(found)
         norms = loader.config.measures_nuclear_norms
         self._reader: Reader = (
             CausalReader(self._model, found, nuclear_norms=norms)
@@ -157,6 +165,7 @@ class LearnabilityProbe:
         with quiet(self._model, self._device):
             batch = to_device(loader.read_batch(checked), self._device)
             vocabulary, hidden, device = self._reader.check(batch, len(checked))
+        reshard(self._model)
         config = loader.config
         self._sketch: TensorSketch | None = None
         self._optimizer_given = optimizer is not None
@@ -164,7 +173,7 @@ class LearnabilityProbe:
             (vocabulary, hidden),
             decay=config.forgetting,
             device=device,
-            weight=head_weight(found),
+            weight=weight,
             optimizer=optimizer,
         )
         if sketches:
@@ -172,7 +181,7 @@ class LearnabilityProbe:
                 vocabulary, hidden, config.sketch_dim, seed=config.seed, device=device
             )
             # A first estimate of the second moment, so that the first sketches are preconditioned.
-            self._read(checked[None])
+            self._moment.update(self._read(checked[None])[3][0])
         loader.attach(self)
 
     def step(self) -> bool:
@@ -187,24 +196,30 @@ class LearnabilityProbe:
         self._step += 1
         if self._step % self._loader.config.probe_every:
             return False
-        budget = self._loader.probe_budget()
+        lanes, budget = self._loader.num_local_lanes, self._loader.probe_budget()
+        seen = np.zeros((lanes, len(_COUNTS)))
         if budget:
             began = time.perf_counter()
-            lanes = self._loader.num_local_lanes
             ids = np.asarray(self._loader.probe_candidates(budget), np.int64)
             if len(ids) % lanes:
                 raise ValueError(
                     f"probe_candidates must be equally many of {lanes} lanes, got {len(ids)} ids."
                 )
-            losses, sketches, norms = self._read(ids.reshape(lanes, -1))
-            finite = np.isfinite(losses)
-            self._samples += len(ids)
-            self._nonfinite += int(len(ids) - finite.sum())
-            self._last_loss = float(losses[finite].mean()) if finite.any() else 0.0
+            losses, sketches, norms, curvature = self._read(ids.reshape(lanes, -1))
+            by_lane = losses.reshape(lanes, -1)
+            finite = np.isfinite(by_lane)
+            counts = finite.sum(axis=1), np.where(finite, by_lane, 0.0).sum(axis=1)
+            seen = np.column_stack([np.full(lanes, finite.shape[1]), *counts, curvature])
             self._seconds += time.perf_counter() - began
             self._loader.update(ids, losses, sketches, norms)
         # Also without anything probed: a refresh is an exchange that every rank takes part in.
-        self._loader.refresh()
+        total = self._loader.refresh(seen)
+        samples, known, loss = total[: len(_COUNTS)]
+        if samples:
+            self._samples += int(samples)
+            self._nonfinite += int(samples - known)
+            self._last_loss = float(loss / known) if known else 0.0
+            self._moment.update(total[len(_COUNTS) :])
         return True
 
     def mean_sketch(self, batches: Iterable[Mapping[str, Any]]) -> Float32Array:
@@ -231,7 +246,8 @@ class LearnabilityProbe:
                 parts.append(sink.take(size).cpu().numpy())
         if not parts:
             raise ValueError("batches must hold at least one batch, got none.")
-        # The sink is not finished: the second moment is of what is trained on, not of the target.
+        reshard(self._model)
+        # The sink's curvature is left: the second moment is of what is trained on.
         mean: Float32Array = np.concatenate(parts).mean(axis=0)
         return mean
 
@@ -279,8 +295,11 @@ class LearnabilityProbe:
         self._moment.load_state_dict(state["second_moment"])
         self._step, self._samples, self._nonfinite = counts
 
-    def _read(self, ids: IntArray) -> tuple[FloatArray, Float32Array | None, FloatArray | None]:
-        """Losses, sketches and nuclear norms of (lanes, n) samples, as far as they are wanted.
+    def _read(
+        self, ids: IntArray
+    ) -> tuple[FloatArray, Float32Array | None, FloatArray | None, FloatArray]:
+        """Losses, sketches and nuclear norms of (lanes, n) samples, as far as they are wanted, and
+        the (lanes, ...) curvature seen.
 
         One preconditioner serves all of them.
 
@@ -288,7 +307,7 @@ class LearnabilityProbe:
         depend on how lanes are spread over ranks.
         """
         sink = None if self._sketch is None else GradientSink(self._sketch, self._moment)
-        rows = []
+        rows, curvature = [], []
         with quiet(self._model, self._device):
             for lane in ids:
                 for start in range(0, len(lane), self._batch_size):
@@ -299,10 +318,10 @@ class LearnabilityProbe:
                         columns.append(sink.take(len(chunk)))
                     # (samples, numbers + sketch_dim): one copy to the CPU per batch.
                     rows.append(torch.cat(columns, 1).cpu().numpy())
-        if sink is not None:
-            sink.finish()
+                curvature.append(np.zeros(0) if sink is None else sink.take_curvature())
+        reshard(self._model)
         table: Float32Array = np.concatenate(rows)
         numbers = 2 if self._loader.config.measures_nuclear_norms else 1
         sketches = None if sink is None else np.ascontiguousarray(table[:, numbers:])
         norms = table[:, 1].astype(np.float64) if numbers == 2 else None
-        return table[:, 0].astype(np.float64), sketches, norms
+        return table[:, 0].astype(np.float64), sketches, norms, np.stack(curvature)

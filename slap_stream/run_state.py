@@ -82,9 +82,16 @@ def check_state(
             f"{world_size}"
         )
     if differences:
+        cure = ""
+        if saved.get("global_batch") != run["global_batch"]:
+            cure = (
+                f" On {world_size} ranks give each a batch_size of the saved global_batch / "
+                f"{world_size}."
+            )
         raise StateError(
             "state must belong to this run, got one that differs (saved -> current) in "
             + "; ".join(differences)
             + "."
+            + cure
         )
     return num_lanes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,27 +17,18 @@ from slap_stream.evidence import MISMATCH_COLUMN, REFERENCE_COLUMN
 from slap_stream.feedback import check_feedback, check_sketches, find_questions, weights_of
 from slap_stream.lane import Lane
 from slap_stream.lane_counts import count_lanes
-from slap_stream.learnability import (
-    INTERCEPT,
-    LOG_LENGTH,
-    NUM_OWN_COLUMNS,
-    LearnabilityModel,
-    Moments,
-    single_threaded,
-)
+from slap_stream.lane_statistics import StatisticsLayout, sum_in_order
+from slap_stream.learnability import single_threaded
 from slap_stream.order import ShardTable
-from slap_stream.plan import Keep, plan_run
+from slap_stream.plan import plan_run
 from slap_stream.policies import make_policy
 from slap_stream.run_state import check_state, describe_run
-from slap_stream.strata import Strata
-from slap_stream.types import FloatArray, IntArray, ShardGate, State
+from slap_stream.shared import Shared
+from slap_stream.types import FloatArray, IntArray, LaneExchange, Position, ShardGate, State
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 2
-# Feature columns that, with the length of the whole sample, say how long its target is: a mean
-# loss over few tokens is another thing than one over many.
-LENGTH_FEATURES = ("target_share",)
+STATE_VERSION = 3
 
 
 class SlapSampler:
@@ -61,6 +53,8 @@ class SlapSampler:
         world_size: Ranks; must divide the number of lanes.
         gate: Who makes sure that shards are on disk before their candidates are offered; the
             loader's business.
+        exchange: Who adds up what the lanes of all ranks have counted; the loader's business.
+            Without one a sampler of several ranks waits for `merge`.
 
     Raises:
         ConfigError: If batch size, lanes and ranks do not fit together, or an epoch is too short.
@@ -81,6 +75,7 @@ class SlapSampler:
         rank: int = 0,
         world_size: int = 1,
         gate: ShardGate | None = None,
+        exchange: LaneExchange | None = None,
     ) -> None:
         self.config = config = config or SlapConfig()
         sizes = np.asarray(shard_sizes, np.int64)
@@ -88,7 +83,7 @@ class SlapSampler:
         self.table = ShardTable.of(sizes, counts)
         self._store = as_row_store(embeddings, lengths, features, sources)
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
-        self._gate = gate
+        self._gate, self._exchange = gate, exchange
         if not (world_size >= 1 and 0 <= rank < world_size):
             raise ConfigError(f"rank must be in [0, {world_size}), got {rank!r}.")
         if config.keep == "auto" and MISMATCH_COLUMN not in self._store.feature_names:
@@ -100,56 +95,38 @@ class SlapSampler:
             logger.info("num_lanes is %d, the world size; it stays so for the run.", world_size)
         self._build(world_size if config.num_lanes is None else config.num_lanes)
         self.epoch = 0
-        self._seeded = False
         # Until somebody else merges; then a second clock would refresh twice.
         self.refreshes_itself = True
         self._cut_short = 0
+        # Batches of this epoch, where withdrawals have left less than was planned.
+        self._last_step: int | None = None
+        # Of the batches composed since the last refresh; tells replicas that have parted.
+        self._digest = 0
         self.set_target(None)
 
     def _build(self, num_lanes: int) -> None:
-        """Make the shared model and strata, and this rank's lanes."""
-        config, store = self.config, self._store
-        has_reference = REFERENCE_COLUMN in store.feature_names
-        if config.policy == "rho_loss" and not has_reference:
-            raise ConfigError(
-                "policy='rho_loss' needs the feature column reference_loss, got "
-                f"{', '.join(store.feature_names) or 'no columns'}; embed with --reference-model."
-            )
+        """Make what the lanes share, and this rank's lanes."""
         self.num_lanes = num_lanes
         self._plan = plan_run(
             self.table,
-            store,
-            config,
+            self._store,
+            self.config,
             num_lanes=num_lanes,
             batch_size=self.batch_size,
             world_size=self.world_size,
         )
-        self._keep = Keep(config)
-        column_of = {
-            name: NUM_OWN_COLUMNS + place for place, name in enumerate(store.feature_names)
-        }
-        self._model = LearnabilityModel(
-            columns=self._plan.columns,
-            dim=store.shape[1],
-            metric_dim=config.metric_dim,
-            sketch_dim=config.sketch_dim,
-            warmup_losses=config.warmup_losses,
-            length_columns=[INTERCEPT, LOG_LENGTH]
-            + [column_of[name] for name in LENGTH_FEATURES if name in column_of],
-            reference_column=column_of.get(REFERENCE_COLUMN),
-        )
-        self._strata = Strata(
-            num_sources=len(store.source_names),
-            num_clusters=config.num_clusters,
-            pool_size=self._plan.pool_size,
-            dim=store.shape[1],
-        )
-        policy = make_policy(config, has_reference=has_reference)
+        self._shared = Shared(self._plan)
         each = num_lanes // self.world_size
         self.lanes = [
-            Lane(index, self._plan, policy, self._strata, self._model, self._keep, self._gate)
+            self._lane(index, self._gate)
             for index in range(self.rank * each, (self.rank + 1) * each)
         ]
+        self._layout = StatisticsLayout(self.lanes[0].statistics())
+
+    def _lane(self, index: int, gate: ShardGate | None) -> Lane:
+        has_reference = REFERENCE_COLUMN in self._store.feature_names
+        shared, policy = self._shared, make_policy(self.config, has_reference=has_reference)
+        return Lane(index, self._plan, policy, shared.strata, shared.model, shared.keep, gate)
 
     @property
     def step(self) -> int:
@@ -195,6 +172,7 @@ class SlapSampler:
     def start_next_epoch(self) -> None:
         """Begin the next epoch; what was learnt stays."""
         self.epoch += 1
+        self._last_step = None
         for lane in self.lanes:
             lane.start_epoch(self.epoch)
 
@@ -202,26 +180,28 @@ class SlapSampler:
         """Compose this rank's next batch.
 
         Returns:
-            (batch_size,) sample ids, lane by lane; None if so many candidates were withdrawn that
-            the epoch ends early.
+            (batch_size,) sample ids, lane by lane; None if the refresh that was due has found that
+            withdrawals have left nothing for another batch.
 
         Raises:
             ShardError: If a shard cannot be fetched and bad shards are not to be skipped.
         """
         with single_threaded():
-            if not self._seeded:
+            if not self._shared.seeded:
                 self._seed_strata()
             due = self.step and self.step % self.config.probe_every == 0
             if due and self.refreshes_itself:
-                self._merge(self.statistics())
+                self.refresh()
+                if self.exhausted:
+                    return None
             batches = []
             for lane in self.lanes:
                 batch = lane.compose()
-                if batch is None:
-                    self._cut_epoch_short()
-                    return None
-                batches.append(batch)
-        return np.concatenate(batches)
+                batches.append(lane.repeat_batch() if batch is None else batch)
+        joined = np.concatenate(batches)
+        self._digest = zlib.crc32(joined.tobytes(), self._digest)
+        self._end_where_agreed()
+        return joined
 
     def observe(self, ids: ArrayLike, losses: ArrayLike) -> None:
         """Feed back the losses of samples that were trained on.
@@ -329,8 +309,9 @@ class SlapSampler:
         return np.concatenate(ids) if ids else np.zeros(0, np.int64)
 
     def statistics(self) -> list[State]:
-        """Sums of this rank's lanes since the last refresh; plain arrays, only reads."""
-        return [lane.statistics() for lane in self.lanes]
+        """Sums of this rank's lanes since the last refresh, and the batches that each can still
+        fill; plain arrays, only reads."""
+        return [{**lane.statistics(), "last_step": self._last_step_of(lane)} for lane in self.lanes]
 
     def merge(self, statistics_in_lane_order: Sequence[State]) -> None:
         """Refresh from the statistics of all lanes of all ranks.
@@ -347,24 +328,53 @@ class SlapSampler:
                 f"in order, got {lanes[:8]}; gather them over all ranks."
             )
         self.refreshes_itself = False
-        with single_threaded():
-            self._merge(statistics_in_lane_order)
+        rows = np.stack([self._layout.pack(state) for state in statistics_in_lane_order])
+        last_step = min(int(state["last_step"]) for state in statistics_in_lane_order)
+        self._merge(sum_in_order(rows), last_step)
 
-    def _merge(self, statistics: Sequence[State]) -> None:
-        moments = [Moments.from_dict(state["moments"]) for state in statistics]
-        self._model.refresh(moments, self.config.forgetting)
-        sums = np.zeros(self._strata.centroids.shape)
-        counts = np.zeros(len(self._strata.centroids))
-        for state in statistics:
-            sums += np.asarray(state["centroid_sum"], np.float64)
-            counts += np.asarray(state["centroid_count"], np.float64)
-        self._strata.move(sums, counts, self.config.forgetting)
-        self._keep.refresh(
-            sum(float(state["left_worth"]) for state in statistics),
-            sum(float(state["left_count"]) for state in statistics),
-        )
-        for lane in self.lanes:
-            lane.refresh()
+    def refresh(self, also: FloatArray | None = None) -> FloatArray:
+        """Refresh from the lanes of all ranks, over the exchange; every rank at the same step.
+
+        Args:
+            also: (local lanes, n) more numbers that are to be added up over all lanes.
+
+        Returns:
+            (n,) their sums, in lane order.
+
+        Raises:
+            ConfigError: If there are other ranks and no exchange.
+            ExchangeError: If the ranks cannot be reached or are not at the same step.
+        """
+        rows = np.stack([self._layout.pack(lane.statistics()) for lane in self.lanes])
+        if also is not None:
+            rows = np.concatenate([rows, also], axis=1)
+        last_step = min(self._last_step_of(lane) for lane in self.lanes)
+        if self._exchange is not None:
+            position = Position(epoch=self.epoch, step=self.step, digest=self._digest)
+            total, last_step = self._exchange.sum_lanes(rows, last_step, position)
+        elif self.world_size == 1:
+            total = sum_in_order(rows)
+        else:
+            raise ConfigError(
+                f"a sampler of {self.world_size} ranks must be refreshed by merge, got no call of "
+                "it; gather statistics() of all ranks, every probe_every batches."
+            )
+        self._merge(total[: self._layout.size], last_step)
+        return total[self._layout.size :]
+
+    def _last_step_of(self, lane: Lane) -> int:
+        """Batches of this epoch that the lane can fill, as far as is known now."""
+        stock = len(lane.pool) + lane.intake.fillable
+        return self.step + stock // self._plan.batch_size
+
+    def _merge(self, total: FloatArray, last_step: int) -> None:
+        with single_threaded():
+            self._shared.refresh(self._layout.unpack(total))
+            for lane in self.lanes:
+                lane.refresh()
+        self._digest = 0
+        self._last_step = last_step
+        self._end_where_agreed()
 
     def metrics(self) -> dict[str, float]:
         """Counts over this rank's lanes in this epoch, and how well losses are predicted."""
@@ -372,13 +382,7 @@ class SlapSampler:
             "epoch": float(self.epoch),
             "step": float(self.step),
             "epochs_cut_short": float(self._cut_short),
-            "keep": self._keep.value,
-            "dispensable": self._keep.dispensable,
-            "strata": float(self._strata.num_strata),
-            "strata_by_source": float(self._strata.by_source),
-            "fitted": float(self._model.fitted),
-            "metric_from_sketches": float(self._model.metric_from_sketches),
-            "loss_noise": self._model.noise,
+            **self._shared.metrics(),
             **count_lanes(self.lanes),
         }
 
@@ -389,13 +393,11 @@ class SlapSampler:
             "config": self.config.to_dict(),
             "run": self._run(),
             "epoch": self.epoch,
-            "seeded": self._seeded,
             "refreshes_itself": self.refreshes_itself,
             "cut_short": self._cut_short,
+            "last_step": self._last_step,
             "target": self._target,
-            "model": self._model.state_dict(),
-            "strata": self._strata.state_dict(),
-            "keep": self._keep.state_dict(),
+            **self._shared.state_dict(),
             "lanes": [lane.state_dict() for lane in self.lanes],
         }
 
@@ -419,13 +421,12 @@ class SlapSampler:
         if num_lanes != self.num_lanes:
             self._build(num_lanes)
         self.epoch = int(state["epoch"])
-        self._seeded = bool(state["seeded"])
         self.refreshes_itself = bool(state["refreshes_itself"])
         self._cut_short = int(state["cut_short"])
+        last_step = state["last_step"]
+        self._last_step = None if last_step is None else int(last_step)
         self.set_target(state["target"])
-        self._model.load_state_dict(state["model"])
-        self._strata.load_state_dict(state["strata"])
-        self._keep.load_state_dict(state["keep"])
+        self._shared.load_state_dict(state)
         saved = {int(lane["lane"]): lane for lane in state["lanes"]}
         for lane in self.lanes:
             lane.load_state_dict(saved[lane.index])
@@ -446,15 +447,17 @@ class SlapSampler:
 
     def _seed_strata(self) -> None:
         # From lane 0's first block on every rank: all lanes share the centroids.
-        first = self.lanes[0].intake if self.lanes[0].index == 0 else None
-        if first is None:
-            policy = make_policy(self.config)
-            lane = Lane(0, self._plan, policy, self._strata, self._model, self._keep)
-            first = lane.intake
-        self._strata.seed(first.first_embeddings(), self.config.seed)
-        self._seeded = True
+        first = self.lanes[0] if self.lanes[0].index == 0 else self._lane(0, None)
+        self._shared.seed(first.intake.first_embeddings())
 
-    def _cut_epoch_short(self) -> None:
+    def _end_where_agreed(self) -> None:
+        """End the epoch after the last batch that all lanes can fill.
+
+        Withdrawals differ from lane to lane, and ranks hear of each other at refreshes only: there
+        they agree on the last step. As a rule that is the planned one, or later.
+        """
+        if self.exhausted or self._last_step is None or self.step < self._last_step:
+            return
         self._cut_short += 1
         logger.warning(
             "epoch %d ends after %d batches, %.0f %% of it: too many candidates were withdrawn.",

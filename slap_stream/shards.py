@@ -34,7 +34,14 @@ from slap_stream.shard_index import (
 )
 from slap_stream.sharding.cache import ShardCache
 from slap_stream.sharding.fetch import ShardFetcher
-from slap_stream.sharding.plan import DatasetShards, index_digests, min_cache_bytes, plan_shards
+from slap_stream.sharding.opening import one_at_a_time
+from slap_stream.sharding.plan import (
+    DatasetShards,
+    index_digests,
+    launched_ranks,
+    min_cache_bytes,
+    plan_shards,
+)
 from slap_stream.sharding.read import OpenShards
 
 __all__ = [
@@ -46,8 +53,10 @@ __all__ = [
     "corpus_size",
     "index_digests",
     "iter_corpus",
+    "launched_ranks",
     "merge_indexes",
     "min_cache_bytes",
+    "one_at_a_time",
     "open_writer",
     "shard_sizes",
     "shard_table",

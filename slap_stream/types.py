@@ -79,3 +79,35 @@ class ShardGate(Protocol):
             ShardError: If a shard is bad and bad shards are not to be skipped.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """Where a rank is in its run when it talks to the others.
+
+    Attributes:
+        epoch: Epoch.
+        step: Batches composed in it.
+        digest: Checksum of the batches composed since the last refresh.
+    """
+
+    epoch: int
+    step: int
+    digest: int
+
+
+class LaneExchange(Protocol):
+    """Who adds up what the lanes of all ranks have counted."""
+
+    def sum_lanes(self, rows: FloatArray, least: int, position: Position) -> tuple[FloatArray, int]:
+        """Add over all lanes of all ranks, in lane order; every rank calls it at the same step.
+
+        Args:
+            rows: (local lanes, size) numbers of this rank's lanes.
+            least: A whole number, of which the smallest over all ranks is wanted.
+            position: Where this rank is.
+
+        Returns:
+            (size,) sums, and the smallest number.
+        """
+        ...

@@ -29,6 +29,24 @@ settings.register_profile(
 settings.load_profile("slap")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _datasets_are_made_in_turn() -> Iterator[None]:
+    """Several suites may run on a machine, and streaming's names for shared memory collide."""
+    from streaming import StreamingDataset
+
+    from slap_stream.shards import one_at_a_time
+
+    original = StreamingDataset.__init__
+
+    def in_turn(self: Any, *arguments: Any, **options: Any) -> None:
+        with one_at_a_time():
+            original(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StreamingDataset, "__init__", in_turn)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _shared_memory_is_let_go() -> Iterator[None]:
     """Close the shared memory of a module's datasets.

@@ -91,6 +91,7 @@ def hold_epoch_laws(sampler: SlapSampler, batches: Sequence[NDArray[np.int64]]) 
     assert metrics["trained"] == steps * size
     assert metrics["pruned"] == table.num_candidates - steps * size
     assert metrics["pooled"] == 0
+    assert metrics["epochs_cut_short"] == metrics["batches_repeated"] == 0
     most = np.repeat(-(-table.counts // np.maximum(table.sizes, 1)), table.sizes)
     for sample_id, times in Counter(np.concatenate(batches).tolist()).items():
         assert times <= most[sample_id]

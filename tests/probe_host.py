@@ -50,8 +50,9 @@ class Host:
         self.updates.append((ids, losses, sketches))
         self.nuclear_norms.append(nuclear_norms)
 
-    def refresh(self):
+    def refresh(self, also):
         self.refreshes += 1
+        return also.sum(axis=0)
 
     def attach(self, probe):
         self.probe = probe

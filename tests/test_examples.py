@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -154,6 +155,35 @@ def test_a_hugging_face_training_is_broken_off_and_goes_on(
     with pytest.raises(SystemExit, match="2"):
         run_here("03_hf_trainer.py", *arguments)
     assert "--out must be new" in capsys.readouterr().err
+
+
+def test_a_training_goes_on_with_another_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--records", "200", "--save-every", "3", "--out", tmp_path / "run")
+    # What the example sets for one process, so that it is taken back.
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    run_here("04_torchrun.py", *arguments, "--stop-after", "4")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        [sys.executable, *torchrun, EXAMPLES / "04_torchrun.py", *arguments, "--fsdp"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on after step 3 on 2 processes" in done.stdout
+    trained = re.search(r"trained on (\d+) of (\d+) samples", done.stdout)
+    assert trained is not None
+    assert int(trained[1]) == int(0.7 * int(trained[2]) // 16) * 16
 
 
 def test_docstrings_become_questions_of_every_kind() -> None:

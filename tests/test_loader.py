@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -19,8 +18,16 @@ from streaming import Stream, StreamingDataset
 
 from slap_stream import SlapDataLoader
 from slap_stream.embeddings import ArrayStore
-from slap_stream.errors import AlignmentError, ConfigError, FeedbackError, ShardError, StateError
+from slap_stream.errors import (
+    AlignmentError,
+    ConfigError,
+    FeedbackError,
+    ShardError,
+    StateError,
+    WorkerError,
+)
 from slap_stream.shards import open_writer
+from slap_stream.workers import describe_dead
 from tests.laws import as_json, config_of
 
 NUM_SAMPLES, BATCH = 400, 16
@@ -46,14 +53,20 @@ def vectors(count: int = NUM_SAMPLES) -> np.ndarray[Any, Any]:
 
 
 def make(
-    corpus: Path, *, embeddings: Any = None, dataset: Any = None, config: Any = None, **options: Any
+    corpus: Path,
+    *,
+    embeddings: Any = None,
+    dataset: Any = None,
+    config: Any = None,
+    batch_size: int = BATCH,
+    **options: Any,
 ) -> SlapDataLoader:
     """A loader over a local corpus."""
     if dataset is None:
         dataset = StreamingDataset(local=str(corpus), batch_size=BATCH)
     return SlapDataLoader(
         dataset,
-        BATCH,
+        batch_size,
         embeddings=vectors() if embeddings is None else embeddings,
         config=config or config_of(num_lanes=2, lookahead=4),
         **options,
@@ -176,33 +189,28 @@ def test_iterating_leaves_torchs_random_state_alone(corpus: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_run_killed_and_resumed_equals_the_unbroken_one(
-    corpus: Path, unbroken: list[list[int]], tmp_path: Path
-) -> None:
-    script = Path(__file__).parent / "killed_run.py"
-    log, checkpoint = tmp_path / "ids.jsonl", tmp_path / "state.json"
-    command = [sys.executable, str(script), str(corpus), str(log), str(checkpoint)]
-    for kill_after in (7, None):
-        process = subprocess.Popen([*command, str(len(unbroken))], start_new_session=True)
-        if kill_after is not None:
-            wait_for_lines(log, kill_after, process)
-            os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait(timeout=120) == (-signal.SIGKILL if kill_after else 0)
-    # A batch after the last checkpoint is delivered again: the log may repeat, never differ.
-    seen: dict[int, list[int]] = {}
-    for line in log.read_text().splitlines():
-        entry = json.loads(line)
-        assert seen.setdefault(entry["batch"], entry["ids"]) == entry["ids"]
-    assert [seen[index] for index in range(len(unbroken))] == unbroken
+def test_a_worker_that_dies_is_named_and_replaced(corpus: Path, unbroken: list[list[int]]) -> None:
+    loader = make(corpus, num_workers=2, persistent_workers=True)
+    batches = iter(loader)
+    ids = [feed(loader, next(batches))]
+    victim = loader._iterator._workers[1]
+    os.kill(victim.pid, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=rf"worker 1 \(pid {victim.pid}\) .* SIGKILL: .* memory"):
+        ids.extend(feed(loader, batch) for batch in batches)
+    assert time.monotonic() - began < 10
+    assert ids + run(loader, 10) == unbroken[: len(ids) + 10]
 
 
-def wait_for_lines(log: Path, count: int, process: subprocess.Popen[bytes]) -> None:
-    """Wait until a log has so many lines."""
-    end = time.monotonic() + 120
-    while not log.exists() or len(log.read_text().splitlines()) < count:
-        assert time.monotonic() < end, "the run made no progress"
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
+def test_an_error_of_the_callers_own_code_in_a_worker_stays_what_it_is(corpus: Path) -> None:
+    loader = make(corpus, num_workers=1, collate_fn=fail)
+    with pytest.raises(RuntimeError, match="no such thing") as caught:
+        next(iter(loader))
+    assert not isinstance(caught.value, WorkerError)
+
+
+def fail(samples: list[Any]) -> Any:
+    raise RuntimeError("no such thing")
 
 
 def test_an_epoch_offers_all_and_trains_keep_of_it(corpus: Path) -> None:
@@ -298,7 +306,7 @@ def test_a_state_of_another_dataset_is_refused(corpus: Path, tmp_path: Path) -> 
     other = make(write_corpus(tmp_path / "other", first=1))
     with pytest.raises(StateError, match="index_digests must be those of this dataset"):
         other.load_state_dict(state)
-    with pytest.raises(StateError, match="version must be 2, got 7"):
+    with pytest.raises(StateError, match="version must be 3, got 7"):
         other.load_state_dict({**state, "version": 7})
 
 
@@ -337,3 +345,20 @@ def test_weights_of_losses_come_with_the_batch_at_hand(corpus: Path) -> None:
     assert torch.cat(seen).max() > 1.0
     with pytest.raises(FeedbackError, match="loss_weights: ids of yielded batches"):
         loader.loss_weights(batch["sample_id"])
+
+
+def test_a_worker_that_dies_while_it_hands_a_batch_over_is_told_too() -> None:
+    context = multiprocessing.get_context("fork")
+    living = context.Process(target=time.sleep, args=(60,))
+    dying = context.Process(target=os._exit, args=(3,))
+    living.start()
+    dying.start()
+    try:
+        message = describe_dead([living, dying], ConnectionResetError("reset by peer"))
+        assert message is not None
+        assert f"worker 1 (pid {dying.pid}) that exited with code 3" in message
+        assert describe_dead([living], RuntimeError("something else")) is None
+    finally:
+        living.kill()
+        living.join()
+        dying.join()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from slap_stream import SlapConfig, SlapSampler
 from slap_stream.config import PolicyName
 from slap_stream.embeddings import ArrayStore
-from slap_stream.errors import AlignmentError, ConfigError, FeedbackError, StateError
+from slap_stream.errors import AlignmentError, ConfigError, FeedbackError, ShardError, StateError
 from tests.laws import (
     LossTable,
     as_json,
@@ -319,17 +319,56 @@ def test_losses_that_are_not_finite_are_counted_and_left_out() -> None:
     assert np.isfinite(list(sampler.metrics().values())).all()
 
 
-def test_nothing_is_due_to_be_probed_where_withdrawals_have_emptied_the_pool() -> None:
+def test_an_epoch_ends_at_the_last_batch_that_all_lanes_can_fill() -> None:
     sampler = make([40] * 5, batch_size=8, keep=1.0, probe_fraction=0.1)
     batches = iter(sampler)
     next(batches)
+    # Exactly one batch less; it is known at the refresh before the fifth.
     sampler.update(sampler.probe_candidates(8), np.full(8, np.nan), np.ones((8, 16)))
-    # Exactly one batch less: the pool is empty a step before the epoch ends.
-    for _ in range(23):
-        next(batches)
-    assert not sampler.exhausted
-    assert sampler.metrics()["pooled"] == 0
-    assert sampler.probe_budget() == 0
+    assert len(list(batches)) == 23
+    assert sampler.exhausted
+    metrics = sampler.metrics()
+    assert (metrics["epochs_cut_short"], metrics["batches_repeated"]) == (1, 0)
+    assert len(list(sampler)) == 25, "the next epoch is whole"
+
+
+def test_what_is_missing_before_ranks_can_agree_is_a_repeated_batch() -> None:
+    sampler = make([40] * 2, batch_size=8, keep=1.0, probe_every=7, num_lanes=2)
+    batches = iter(sampler)
+    first = next(batches)
+    # Lane 1 loses all that is left to it, and no refresh comes in time.
+    lane = sampler.lanes[1]
+    lane.pool.clear()
+    lane.intake.position = lane.num_candidates
+    rest = list(batches)
+    assert len(rest) == 6, "up to the refresh"
+    assert sampler.metrics()["batches_repeated"] == 6
+    assert {tuple(batch[4:]) for batch in rest} == {tuple(first[4:])}
+    assert len({tuple(batch[:4]) for batch in rest}) == 6
+    # A repeated sample's loss is asked for again.
+    for batch in [first, *rest]:
+        sampler.observe(batch, np.ones(8))
+
+
+def test_a_lane_with_nothing_to_begin_with_says_so() -> None:
+    sampler = make([40] * 2, batch_size=8, keep=1.0)
+    sampler.lanes[0].intake.position = 80
+    with pytest.raises(ShardError, match="lane 0 must have candidates for a first batch, got 0"):
+        next(iter(sampler))
+
+
+def test_a_lane_without_candidates_is_still_probed_as_often() -> None:
+    sampler = make([40] * 5, batch_size=8, keep=1.0, probe_fraction=0.1, probe_every=100)
+    batches = iter(sampler)
+    last = [next(batches) for _ in range(20)][-1]
+    lane = sampler.lanes[0]
+    lane.pool.clear()
+    budget = sampler.probe_budget()
+    assert budget > 0
+    ids = sampler.probe_candidates(budget)
+    assert len(ids) == budget
+    assert set(ids.tolist()) <= set(last)
+    sampler.update(ids, np.ones(budget), np.ones((budget, 16)))
 
 
 def test_rows_that_are_not_finite_are_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -405,6 +444,15 @@ def test_statistics_must_be_complete() -> None:
         sampler.merge(sampler.statistics()[::-1])
 
 
+def test_ranks_that_nobody_connects_do_not_refresh_on_their_own() -> None:
+    sampler = make([40] * 5, batch_size=8, num_lanes=2, world_size=2)
+    batches = iter(sampler)
+    for _ in range(4):
+        next(batches)
+    with pytest.raises(ConfigError, match="a sampler of 2 ranks must be refreshed by merge"):
+        next(batches)
+
+
 def test_a_state_of_another_run_is_refused_and_changes_nothing() -> None:
     sampler = make([40] * 5, batch_size=8)
     next(iter(sampler))
@@ -420,7 +468,7 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing() -> None:
         with pytest.raises(StateError, match=difference):
             other.load_state_dict(state)
         assert as_json(other.state_dict()) == before
-    with pytest.raises(StateError, match="version must be 2, got 0"):
+    with pytest.raises(StateError, match="version must be 3, got 0"):
         sampler.load_state_dict({**state, "version": 0})
 
 

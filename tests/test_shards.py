@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
+import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,13 @@ from streaming import JSONWriter, Stream, StreamingDataset
 from torch.utils.data import DataLoader
 
 from slap_stream.errors import ConfigError, ShardError
-from slap_stream.shards import ShardView, index_digests, min_cache_bytes, shard_table
+from slap_stream.shards import (
+    ShardView,
+    index_digests,
+    min_cache_bytes,
+    one_at_a_time,
+    shard_table,
+)
 from tests.shard_corpora import (
     Doubling,
     Numbering,
@@ -118,13 +126,6 @@ def test_settings_are_honoured_or_refused_by_name(
     else:
         with pytest.raises(ConfigError, match=message):
             shard_table(dataset)
-
-
-def test_replication_is_refused(dataset: StreamingDataset) -> None:
-    # Set afterwards: streaming itself wants as many processes.
-    dataset.replication = 2
-    with pytest.raises(ConfigError, match="replication must be None, got 2"):
-        shard_table(dataset)
 
 
 def test_a_dataset_that_offers_nothing_is_refused(tmp_path: Path) -> None:
@@ -312,3 +313,30 @@ def test_a_shard_cut_while_open_raises(dataset: StreamingDataset) -> None:
             view[9]
         path.write_bytes(whole)
     assert same(view[9][1], sample(9))
+
+
+def test_jobs_on_one_machine_make_their_datasets_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    order = []
+
+    def another_job() -> None:
+        with one_at_a_time():
+            order.append("another job")
+
+    thread = threading.Thread(target=another_job)
+    with one_at_a_time():
+        thread.start()
+        thread.join(0.2)
+        order.append("this job")
+        # The other processes of this job do not wait for its first one.
+        with monkeypatch.context() as patch:
+            patch.setenv("LOCAL_RANK", "1")
+            with one_at_a_time():
+                order.append("this job's second process")
+    thread.join(10)
+    assert order == ["this job", "this job's second process", "another job"]
+    with one_at_a_time(), one_at_a_time(wait_seconds=0.1):
+        pass
+    assert "going ahead without a turn" in caplog.text

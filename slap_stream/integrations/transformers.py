@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,8 +18,9 @@ from slap_stream.errors import ConfigError, StateError
 from slap_stream.loader import SAMPLE_ID, SlapDataLoader
 from slap_stream.probe import LearnabilityProbe, per_sample_loss
 from slap_stream.shards import shard_table
+from slap_stream.state_bytes import from_bytes, to_bytes
 
-STATE_FILE = "slap_stream.json"
+STATE_FILE = "slap_stream.state"
 METRICS_PREFIX = "slap/"
 
 
@@ -32,12 +32,15 @@ class SlapTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     each sample's mean loss goes back to the loader, and a `LearnabilityProbe` steps along with the
     optimizer. Evaluation and prediction are the stock Trainer's.
 
-    A checkpoint holds the loader's state in `slap_stream.json`, and `resume_from_checkpoint` goes
-    on exactly; `ignore_data_skip` has no meaning here. Batches are always whole, as with
-    `dataloader_drop_last`, and have one row per sample: there is no packing. The columns that a
-    `ChatCollator` reads are never removed. The loader's metrics go to the reporters (TensorBoard,
-    Weights & Biases) and to the caller's callbacks as `slap/...`, but neither to the console nor
-    to `log_history`, which every checkpoint holds.
+    On several devices (one process each, DDP) every process composes its part of the batches.
+
+    A checkpoint holds the loader's state, of all ranks, in `slap_stream.state` (to be read with
+    `slap_stream.state_bytes.from_bytes`), and `resume_from_checkpoint` goes on exactly, on as many
+    devices or, with as large a global batch, on others; `ignore_data_skip` has no meaning here.
+    Batches are always whole, as with `dataloader_drop_last`, and have one row per sample: there is
+    no packing. The columns that a `ChatCollator` reads are never removed. The loader's metrics go
+    to the reporters (TensorBoard, Weights & Biases) and to the caller's callbacks as `slap/...`,
+    but neither to the console nor to `log_history`, which every checkpoint holds.
 
     Args:
         model: As for `Trainer`; a causal language model, or see `sample_losses`.
@@ -201,7 +204,7 @@ class SlapTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     def num_examples(self, dataloader: Any) -> int:
         """Samples of an epoch: those that are trained on, not those that are offered."""
         if isinstance(dataloader, _TrainerLoader):
-            return dataloader.steps * int(self._train_batch_size)
+            return dataloader.steps * int(self._train_batch_size) * int(self.args.world_size)
         return int(super().num_examples(dataloader))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -218,8 +221,10 @@ class SlapTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.loader is not None:
-            state = json.dumps(self.loader.state_dict(), default=lambda array: array.tolist())
-            (Path(output_dir) / STATE_FILE).write_text(state)
+            # Every rank takes part, one of them writes.
+            state = self.loader.state_dict()
+            if self.args.should_save:
+                (Path(output_dir) / STATE_FILE).write_bytes(to_bytes(state))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -371,17 +376,21 @@ class _ShowMetrics(TrainerCallback):  # type: ignore[misc]  # transformers is no
 
 def _check_arguments(args: TrainingArguments) -> None:
     """Refuse what cannot be honoured, by name."""
-    if args.world_size > 1 or args.n_gpu > 1:
+    if args.n_gpu > 1:
         raise ConfigError(
-            f"SlapTrainer must run on one device, got a world of {args.world_size} with "
-            f"{args.n_gpu} devices each; ranks do not exchange their statistics yet: start one "
-            "process with one device visible (CUDA_VISIBLE_DEVICES=0)."
+            f"SlapTrainer must have one device in each process, got {args.n_gpu}; start one "
+            "process for each (torchrun --nproc-per-node), or show this one a single device "
+            "(CUDA_VISIBLE_DEVICES=0)."
         )
     refused = {
         "group_by_length": "the sampler composes the batches",
         "auto_find_batch_size": "the batch size is fixed for a run; find it beforehand",
         "include_tokens_per_second": "it would read an epoch in advance; use "
         "include_num_input_tokens_seen",
+        "fsdp": "probe and optimizer must see the same weights; with fully_shard in a loop of your "
+        "own they do (examples/04_torchrun.py)",
+        "parallelism_config": "ranks that share a sample must be told apart; give SlapDataLoader "
+        "rank and world_size in a loop of your own",
         "deepspeed": "its engine takes over the optimizer step, which the probe follows",
     }
     for name, cure in refused.items():
@@ -410,4 +419,4 @@ def _read_state(checkpoint: Path) -> Any:
             f"which has no {STATE_FILE}; it was written by another Trainer or with "
             "save_only_model: load its weights instead, and start anew."
         )
-    return json.loads(path.read_text())
+    return from_bytes(path.read_bytes())

@@ -80,6 +80,17 @@ def head_weight(head: nn.Module) -> nn.Parameter | None:
     return weight if isinstance(weight, nn.Parameter) else None
 
 
+def reshard(model: nn.Module) -> None:
+    """Give back what FSDP2 has gathered for the root's forward.
+
+    It waits for a backward otherwise, with the root's own weights, the head's among them, in memory
+    and in the place of those that the optimizer knows.
+    """
+    give_back = getattr(model, "reshard", None)
+    if callable(give_back):
+        give_back()
+
+
 def find_body(model: nn.Module) -> nn.Module | None:
     """The module whose output enters the head, for models that never call their head."""
     inner = getattr(model, "get_base_model", None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from slap_stream.probing.head import (
 )
 from slap_stream.probing.second_moment import SecondMoment
 from slap_stream.probing.sketch import TensorSketch
+from slap_stream.types import FloatArray
 
 IGNORED_LABEL = -100
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -70,8 +72,8 @@ def _mean_over_tokens(token_losses: Tensor, supervised: Tensor) -> Tensor:
 class GradientSink:
     """Turns blocks of token gradients into sketches, and into the second moment's next update.
 
-    One preconditioner serves everything between its making and `finish`, so that the sketches of
-    one step can be compared.
+    One preconditioner serves everything, so that the sketches of one step can be compared: a step
+    makes a new sink.
     """
 
     def __init__(self, sketch: TensorSketch, moment: SecondMoment) -> None:
@@ -118,9 +120,21 @@ class GradientSink:
             return self._left.new_zeros(samples, self._sketch.dim)
         return self._sketch.finish(spectrum)
 
-    def finish(self) -> None:
-        """Hand the curvature that was seen to the second moment."""
-        self._moment.update(self._rows, self._cols, self._tokens)
+    def take_curvature(self) -> FloatArray:
+        """Curvature seen since the last call: the Gauss-Newton sums and their tokens.
+
+        Returns:
+            (vocabulary + hidden + 1,) float64, as `SecondMoment.update` takes them; empty if the
+            optimizer knows better.
+        """
+        if not self.wants_curvature:
+            return np.zeros(0)
+        seen = torch.cat([self._rows, self._cols]).cpu().numpy().astype(np.float64)
+        taken: FloatArray = np.append(seen, float(self._tokens))
+        self._rows.zero_()
+        self._cols.zero_()
+        self._tokens = 0
+        return taken
 
 
 class Reader(Protocol):

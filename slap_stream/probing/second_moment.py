@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from slap_stream.errors import StateError
-from slap_stream.types import State
+from slap_stream.types import FloatArray, State
 
 _LOG = logging.getLogger(__name__)
 
@@ -91,18 +91,19 @@ class SecondMoment:
             return torch.ones_like(self._rows), torch.ones_like(self._cols)
         return (rows / mean + 1.0).pow_(-0.25), (cols / mean + 1.0).pow_(-0.25)
 
-    def update(self, rows: Tensor, cols: Tensor, tokens: int) -> None:
+    def update(self, seen: FloatArray) -> None:
         """Add one step's Gauss-Newton sums; used only while the optimizer cannot tell.
 
         Args:
-            rows: (vocabulary,) sum over tokens of the diagonal, averaged over hidden units.
-            cols: (hidden,) sum over tokens of the diagonal, averaged over the vocabulary.
-            tokens: Tokens in the sums.
+            seen: (vocabulary + hidden + 1,) sum over tokens of the diagonal, averaged over hidden
+                units; the same, averaged over the vocabulary; and the tokens. Empty: nothing.
         """
-        if tokens == 0:
+        if not len(seen) or not seen[-1]:
             return
-        self._rows.mul_(self.decay).add_(rows / tokens)
-        self._cols.mul_(self.decay).add_(cols / tokens)
+        sums = torch.from_numpy(seen[:-1].astype(np.float32)).to(self.device) / float(seen[-1])
+        rows, cols = torch.split(sums, list(self.shape))
+        self._rows.mul_(self.decay).add_(rows)
+        self._cols.mul_(self.decay).add_(cols)
         self._total = self._total * self.decay + 1.0
 
     def mean(self) -> float:

@@ -94,6 +94,11 @@ def index_digests(dataset: Any) -> list[str]:
     return [file_digest(Path(stream.local, stream.split, INDEX_NAME)) for stream in dataset.streams]
 
 
+def launched_ranks(dataset: Any) -> int:
+    """Processes of the job, as the launcher told the dataset (`WORLD_SIZE`)."""
+    return int(dataset._unique_rank_world.num_ranks)
+
+
 def min_cache_bytes(dataset: Any, num_shards: int) -> int:
     """Bytes of `cache_limit` with which any `num_shards` shards fit on local disk at a time.
 
@@ -111,11 +116,6 @@ def _refuse(dataset: Any) -> None:
         raise ConfigError(
             f"batching_method must be 'random', got {dataset.batching_method!r}; strata decide "
             "what a batch holds: give each stream a source of its own instead."
-        )
-    if dataset.replication not in (None, 1):
-        raise ConfigError(
-            f"replication must be None, got {dataset.replication!r}; ranks that share samples "
-            "would train on different ones."
         )
     if hasattr(dataset, "_resume_shm"):
         raise ConfigError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from slap_stream import (
 )
 from slap_stream.chat import ChatCollator
 from slap_stream.embeddings import ArrayStore
+from slap_stream.shards import one_at_a_time
 from slap_stream.tools.selection.corpora import KINDS, Corpus, Workshop, encoded
 from slap_stream.tools.selection.generation import generation_scores
 from slap_stream.tools.selection.schedule import Arm, Preset, RunKey, config_of, rate
@@ -29,7 +29,6 @@ Batch = dict[str, torch.Tensor]
 EVALUATION_BATCH = 64
 # Records of a target set, and after how many batches its gradient is measured again.
 TARGET_SIZE, TARGET_EVERY = 32, 8
-OPEN_ATTEMPTS = 6
 
 
 def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
@@ -119,19 +118,9 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
 
 
 def _open_dataset(corpus: Corpus, preset: Preset) -> StreamingDataset:
-    """The corpus's dataset.
-
-    Two that are made at the same moment, in whatever processes of a machine, may take the same
-    names for their shared memory, and one of them fails.
-    """
-    for attempt in range(OPEN_ATTEMPTS):
-        try:
-            return StreamingDataset(local=str(corpus.path), batch_size=preset.batch_size)
-        except FileExistsError:
-            if attempt + 1 == OPEN_ATTEMPTS:
-                raise
-            time.sleep(random.uniform(0.5, 2.0))
-    raise AssertionError("the last attempt returns or raises")
+    """The corpus's dataset; several runs of the benchmark share a machine."""
+    with one_at_a_time():
+        return StreamingDataset(local=str(corpus.path), batch_size=preset.batch_size)
 
 
 def _store(workshop: Workshop, corpus: Corpus, arm: Arm, key: RunKey) -> Any:

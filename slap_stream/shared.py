@@ -1,0 +1,112 @@
+"""What the lanes of a run share: regression and metric, strata, and the fraction that is kept.
+
+Every rank has all of it, and all have the same: it changes at refreshes only, by sums over all
+lanes.
+"""
+
+from __future__ import annotations
+
+from slap_stream.config import SlapConfig
+from slap_stream.errors import ConfigError
+from slap_stream.evidence import REFERENCE_COLUMN
+from slap_stream.learnability import (
+    INTERCEPT,
+    LOG_LENGTH,
+    NUM_OWN_COLUMNS,
+    LearnabilityModel,
+    Moments,
+)
+from slap_stream.plan import Keep, LanePlan
+from slap_stream.strata import Strata
+from slap_stream.types import Float32Array, State
+
+# Feature columns that, with the length of the whole sample, say how long its target is: a mean
+# loss over few tokens is another thing than one over many.
+LENGTH_FEATURES = ("target_share",)
+
+
+class Shared:
+    """Regression and metric, strata and keep, made for a run and refreshed together.
+
+    Args:
+        plan: How the run is cut.
+
+    Attributes:
+        model: Losses and gradients as predicted from embeddings and columns.
+        strata: Who belongs to which stratum.
+        keep: Fraction that is kept.
+        seeded: Whether the strata have centroids.
+
+    Raises:
+        ConfigError: If the policy needs a column that the store lacks.
+    """
+
+    def __init__(self, plan: LanePlan) -> None:
+        config, store = plan.config, plan.store
+        if config.policy == "rho_loss" and REFERENCE_COLUMN not in store.feature_names:
+            raise ConfigError(
+                "policy='rho_loss' needs the feature column reference_loss, got "
+                f"{', '.join(store.feature_names) or 'no columns'}; embed with --reference-model."
+            )
+        self._config: SlapConfig = config
+        column_of = {
+            name: NUM_OWN_COLUMNS + place for place, name in enumerate(store.feature_names)
+        }
+        self.model = LearnabilityModel(
+            columns=plan.columns,
+            dim=store.shape[1],
+            metric_dim=config.metric_dim,
+            sketch_dim=config.sketch_dim,
+            warmup_losses=config.warmup_losses,
+            length_columns=[INTERCEPT, LOG_LENGTH]
+            + [column_of[name] for name in LENGTH_FEATURES if name in column_of],
+            reference_column=column_of.get(REFERENCE_COLUMN),
+        )
+        self.strata = Strata(
+            num_sources=len(store.source_names),
+            num_clusters=config.num_clusters,
+            pool_size=plan.pool_size,
+            dim=store.shape[1],
+        )
+        self.keep = Keep(config)
+        self.seeded = False
+
+    def seed(self, embedding: Float32Array) -> None:
+        """Place the centroids, from (n, dim) embeddings of lane 0's first block."""
+        self.strata.seed(embedding, self._config.seed)
+        self.seeded = True
+
+    def refresh(self, sums: State) -> None:
+        """Take in statistics summed over all lanes, as `Lane.statistics` names them."""
+        forgetting = self._config.forgetting
+        self.model.refresh([Moments.from_dict(sums["moments"])], forgetting)
+        self.strata.move(sums["centroid_sum"], sums["centroid_count"], forgetting)
+        self.keep.refresh(float(sums["left_worth"]), float(sums["left_count"]))
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers, the same on every rank."""
+        return {
+            "keep": self.keep.value,
+            "dispensable": self.keep.dispensable,
+            "strata": float(self.strata.num_strata),
+            "strata_by_source": float(self.strata.by_source),
+            "fitted": float(self.model.fitted),
+            "metric_from_sketches": float(self.model.metric_from_sketches),
+            "loss_noise": self.model.noise,
+        }
+
+    def state_dict(self) -> State:
+        """All of it; only reads."""
+        return {
+            "seeded": self.seeded,
+            "model": self.model.state_dict(),
+            "strata": self.strata.state_dict(),
+            "keep": self.keep.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a saved state; the caller has checked that it fits."""
+        self.seeded = bool(state["seeded"])
+        self.model.load_state_dict(state["model"])
+        self.strata.load_state_dict(state["strata"])
+        self.keep.load_state_dict(state["keep"])
