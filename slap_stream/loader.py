@@ -100,8 +100,8 @@ class SlapDataLoader(DataLoader[Any]):
         self._loads = 0
         super().__init__(
             ShardView(dataset),  # type: ignore[arg-type]  # map-style by duck typing
-            batch_sampler=self._pending,
-            collate_fn=_CollateWithIds(collate_fn or default_collate),
+            batch_sampler=self._pending,  # type: ignore[arg-type]  # arrays, which pickle faster
+            collate_fn=collate_fn or default_collate,
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
             persistent_workers=persistent_workers,
@@ -125,8 +125,7 @@ class SlapDataLoader(DataLoader[Any]):
         batches = super().__iter__()
         while self._pending.ask():
             batch = next(batches)
-            self._pending.deliver()
-            yield batch
+            yield _with_ids(batch, self._pending.deliver())
             if loads != self._loads:
                 raise RuntimeError(
                     "the loader must not be iterated on after load_state_dict; its batches belong "
@@ -207,7 +206,8 @@ class SlapDataLoader(DataLoader[Any]):
         view: ShardView = self.dataset  # type: ignore[assignment]
         collate = self.collate_fn
         assert collate is not None, "set in the constructor"
-        return collate(view.__getitems__([int(i) for i in ids]))
+        ids = np.array(ids, np.int64)
+        return _with_ids(collate(view.__getitems__(ids)), ids)
 
     def update(
         self, ids: IntArray, losses: FloatArray, sketches: Any = None, nuclear_norms: Any = None
@@ -283,23 +283,21 @@ class SlapDataLoader(DataLoader[Any]):
         self._fetcher.close()
 
 
-class _CollateWithIds:
-    """Adds `sample_id` to what the user's function makes of the samples."""
+def _with_ids(batch: Any, ids: IntArray) -> Any:
+    """Add `sample_id` to what the user's function made of the samples.
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self._collate = collate
-
-    def __call__(self, pairs: list[tuple[int, Any]]) -> Any:
-        batch = self._collate([sample for _, sample in pairs])
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"collate_fn must make a mapping, got {type(batch).__name__}; sample_id is added "
-                "to it."
-            )
-        if not isinstance(batch, MutableMapping):
-            batch = dict(batch)
-        batch[SAMPLE_ID] = torch.tensor([sample_id for sample_id, _ in pairs], dtype=torch.int64)
-        return batch
+    Here, not in the worker, which would send back what this process knows: a tensor more costs
+    more than all the ids of a batch.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"collate_fn must make a mapping, got {type(batch).__name__}; sample_id is added to it."
+        )
+    if not isinstance(batch, MutableMapping):
+        batch = dict(batch)
+    # A copy: what a training loop does to its batch must not change what is checkpointed.
+    batch[SAMPLE_ID] = torch.tensor(ids)
+    return batch
 
 
 def _on_cpu(values: Any) -> Any:
