@@ -124,6 +124,7 @@ class SlapDataLoader(DataLoader[Any]):
         self._pending.begin()
         batches = super().__iter__()
         while self._pending.ask():
+            self._hold_shards()
             batch = next(batches)
             yield _with_ids(batch, self._pending.deliver())
             if loads != self._loads:
@@ -218,6 +219,19 @@ class SlapDataLoader(DataLoader[Any]):
     def refresh(self) -> None:
         """Take in all feedback since the last refresh."""
         self.composer.merge(self.composer.statistics())
+
+    def _hold_shards(self) -> None:
+        """Under a `cache_limit`, say which shards composed and pooled samples still need."""
+        if not self._fetcher.limited:
+            return
+        first_id = self.composer.table.first_id
+        now = [np.searchsorted(first_id, self._pending.ids, side="right") - 1]
+        soon = []
+        for lane in self.composer.lanes:
+            pooled, following = lane.intake.shards_in_use()
+            now.append(pooled)
+            soon.append(following)
+        self._fetcher.hold(np.unique(np.concatenate(now)), np.concatenate(soon))
 
     def attach(self, probe: LearnabilityProbe) -> None:
         """Let a probe refresh this loader; its state travels in the loader's."""

@@ -52,6 +52,11 @@ class PendingBatches:
         """Batches composed and not delivered yet."""
         return len(self._pending)
 
+    @property
+    def ids(self) -> IntArray:
+        """(n,) sample ids of the batches composed and not delivered yet."""
+        return np.concatenate([np.zeros(0, np.int64), *(batch for batch, _ in self._pending)])
+
     def begin(self) -> None:
         """Compose up to the lookahead; begins the next epoch if this one is all delivered."""
         if not self._pending and self._sampler.exhausted:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
-from sys import byteorder
 from collections.abc import Callable, Sequence
 from functools import partial
+from sys import byteorder
 from typing import Any
 
 import numpy as np
