@@ -15,6 +15,7 @@ from slap_stream.embeddings import StackedStore, open_embeddings
 from slap_stream.errors import AlignmentError, ConfigError, StateError
 from slap_stream.pending import PendingBatches
 from slap_stream.probe import LearnabilityProbe
+from slap_stream.progress import ProgressLine
 from slap_stream.sampler import SlapSampler
 from slap_stream.shards import (
     ShardFetcher,
@@ -98,6 +99,7 @@ class SlapDataLoader(DataLoader[Any]):
         self._probe: LearnabilityProbe | None = None
         self._probe_state: State | None = None
         self._loads = 0
+        self._line = ProgressLine()
         super().__init__(
             ShardView(dataset),  # type: ignore[arg-type]  # map-style by duck typing
             batch_sampler=self._pending,  # type: ignore[arg-type]  # arrays, which pickle faster
@@ -123,10 +125,13 @@ class SlapDataLoader(DataLoader[Any]):
         loads = self._loads
         self._pending.begin()
         batches = super().__iter__()
+        self._line.restart()
         while self._pending.ask():
             self._hold_shards()
             batch = next(batches)
-            yield _with_ids(batch, self._pending.deliver())
+            ids = self._pending.deliver()
+            self._line.count(len(ids), self.progress, self.metrics)
+            yield _with_ids(batch, ids)
             if loads != self._loads:
                 raise RuntimeError(
                     "the loader must not be iterated on after load_state_dict; its batches belong "

@@ -18,7 +18,7 @@ FLOORS = {
     2: "order strata plan quota repeats reservoir learnability appraisal evidence feedback intake "
     "policies embeddings encoders encoding corpus converting",
     3: "composer lane lane_counts pending run_state sampler",
-    4: "loader probe probing shards sharding",
+    4: "loader probe probing progress shards sharding",
     5: "integrations",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
