@@ -67,6 +67,8 @@ def _result(arm: str, number: int, rate: float, workers: int = 0) -> dict[str, A
         "round": number,
         "samples_per_second": rate,
         "select_seconds_per_sample": 0.0 if arm == "stock" else 1e-5,
+        "wait_seconds_per_sample": 0.0,
+        "main_cpu_seconds_per_sample": 1e-5,
         "first_batch_seconds": 1.0,
         "peak_bytes": 1e9,
     }

@@ -39,6 +39,8 @@ def parser() -> argparse.ArgumentParser:
                       default=["local", "remote"])  # fmt: skip
     line.add_argument("--rounds", type=int, default=3)
     line.add_argument("--seconds", type=float, default=10.0, help="most of an epoch to read")
+    line.add_argument("--latency", type=float, default=0.0,
+                      help="seconds that each download takes at least (remote only)")  # fmt: skip
     line.add_argument("--run", help=argparse.SUPPRESS)
     return line
 
@@ -78,6 +80,7 @@ def measure_all(arguments: argparse.Namespace, results: list[report.Result]) -> 
                     remote=place == "remote",
                     num_workers=num_workers,
                     seconds=arguments.seconds,
+                    latency_seconds=arguments.latency,
                 )
                 result = {**asdict(run), "round": number, **measure(run)}
                 results.append(result)

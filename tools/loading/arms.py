@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import resource
 import tempfile
 import time
@@ -19,6 +20,7 @@ from slap_stream.tools.loading.corpora import samples
 BATCH_SIZE = 256
 # Candidates that an arm without shards to permute shuffles among.
 SHUFFLE_BUFFER = 10_000
+OPEN_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +34,7 @@ class Run:
         remote: Whether the corpus is copied from there into an empty local cache while it is read.
         num_workers: Processes that read.
         seconds: Time after which the measurement ends, if the epoch has not.
+        latency_seconds: Time that every download from the remote takes at least.
     """
 
     arm: str
@@ -40,13 +43,20 @@ class Run:
     remote: bool
     num_workers: int
     seconds: float
+    latency_seconds: float = 0.0
 
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds spent in a function that is called over and over."""
+    """Seconds spent in functions that are called over and over.
+
+    Attributes:
+        seconds: In those that count.
+        waited_seconds: In those inside of them that do not.
+    """
 
     seconds: float = 0.0
+    waited_seconds: float = 0.0
 
     def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, timed."""
@@ -60,6 +70,20 @@ class Clock:
 
         return timed
 
+    def without(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function called inside of those, which is not to count."""
+
+        def untimed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                waited = time.perf_counter() - started
+                self.seconds -= waited
+                self.waited_seconds += waited
+
+        return untimed
+
 
 def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
     """A cheap collate function, the same for every arm: texts as a list, tokens as one tensor."""
@@ -71,10 +95,26 @@ def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _dataset(run: Run, cache: str, **options: Any) -> Any:
-    from streaming import StreamingDataset
+    from streaming import Stream, StreamingDataset
 
-    where = {"remote": run.corpus, "local": cache} if run.remote else {"local": run.corpus}
-    return StreamingDataset(**where, batch_size=BATCH_SIZE, **options)
+    class SlowStream(Stream):
+        def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
+            time.sleep(run.latency_seconds)
+            return str(super()._download_file(from_basename, to_basename))
+
+    where: dict[str, Any] = {"local": run.corpus}
+    if run.remote:
+        where = {"streams": [SlowStream(remote=run.corpus, local=cache)]}
+    for attempt in range(OPEN_ATTEMPTS):
+        try:
+            return StreamingDataset(**where, batch_size=BATCH_SIZE, **options)
+        except FileExistsError:
+            # Two that are made at the same moment, in whatever processes of a machine, may take
+            # the same names for their shared memory.
+            if attempt + 1 == OPEN_ATTEMPTS:
+                raise
+            time.sleep(random.uniform(0.5, 2.0))
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _stock(run: Run, cache: str, selecting: Clock) -> Iterator[Any]:
@@ -99,10 +139,13 @@ def _slap_stream(run: Run, cache: str, selecting: Clock, *, config: Any) -> Iter
         num_workers=run.num_workers,
         collate_fn=collate,
     )
-    # Both are the selection's, and none of the loading's.
     composer = loader.composer
+    # Both are the selection's, and none of the loading's; waiting for shards, while a batch is
+    # composed, is not.
     composer.compose = selecting.around(composer.compose)  # type: ignore[method-assign]
     composer.observe = selecting.around(composer.observe)  # type: ignore[method-assign]
+    gate = loader._fetcher
+    gate.require = selecting.without(gate.require)  # type: ignore[method-assign]
     losses = np.random.default_rng(5).gamma(4.0, 0.5, composer.table.num_samples)
     with closing(loader):
         for batch in loader:
@@ -231,6 +274,7 @@ def measure(run: Run) -> dict[str, float]:
         samples_per_second: Delivered, from the first batch (not counted) on.
         first_batch_seconds: From making the dataset, imports done, to the first batch.
         select_seconds_per_sample: Of composing batches and taking in losses, in the main process.
+        wait_seconds_per_sample: Of waiting for shards of the next block, in the main process.
         main_cpu_seconds_per_sample: CPU time of the main process and its threads.
         peak_bytes: Most memory of the main process.
     """
@@ -245,13 +289,15 @@ def measure(run: Run) -> dict[str, float]:
         made = time.perf_counter()
         batches = ARMS[run.arm](run, cache, selecting)
         next(batches)
-        started, cpu, selected = time.perf_counter(), time.process_time(), selecting.seconds
+        started, cpu = time.perf_counter(), time.process_time()
+        selected, waited = selecting.seconds, selecting.waited_seconds
         for batch in batches:
             count += len(next(iter(batch.values())))
             if time.perf_counter() - started > run.seconds:
                 break
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         selected = selecting.seconds - selected
+        waited = selecting.waited_seconds - waited
         batches.close()  # type: ignore[attr-defined]
     if not count:
         raise ValueError("samples must fill more than one batch; raise --samples.")
@@ -260,6 +306,7 @@ def measure(run: Run) -> dict[str, float]:
         "samples_per_second": count / seconds,
         "first_batch_seconds": started - made,
         "select_seconds_per_sample": selected / count,
+        "wait_seconds_per_sample": waited / count,
         "main_cpu_seconds_per_sample": cpu / count,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

@@ -67,6 +67,8 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
                     "ratio_high": None if found is None else found.high,
                     "rounds": len(mine),
                     "selecting_share": selecting,
+                    "waiting_share": _median(mine, "wait_seconds_per_sample") * rate,
+                    "main_cpu_us_per_sample": _median(mine, "main_cpu_seconds_per_sample") * 1e6,
                     "first_batch_seconds": _median(mine, "first_batch_seconds"),
                     "peak_mb": _median(mine, "peak_bytes") / 1e6,
                 }
