@@ -11,6 +11,7 @@ training goes on from its last checkpoint, the batches composed ahead included.
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,9 @@ def main() -> None:
     line.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     line.add_argument("--out", type=Path, default=Path("trained"), help="model and checkpoint")
     arguments = line.parse_args()
+    # A line every half minute that says how fast samples come and what was pruned.
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("slap_stream").setLevel(logging.INFO)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)

@@ -99,6 +99,14 @@ class Intake:
         """Whether no block follows the one being read."""
         return self.block_index + 1 == self.order.num_blocks
 
+    def shards_in_use(self) -> tuple[IntArray, IntArray]:
+        """Shards of the blocks that pooled candidates may be of, and those of the next block."""
+        blocks = range(max(0, self.block_index - 1), self.block_index + 1)
+        now = [self.order.shards_of_block(block) for block in blocks]
+        none = np.zeros(0, np.int64)
+        soon = none if self.in_last_block else self.order.shards_of_block(self.block_index + 1)
+        return np.concatenate([none, *now]), soon
+
     def take(self, most: int) -> Offered:
         """Take at most `most` candidates, all of one block; opens the block if it is the next.
 

@@ -15,6 +15,7 @@ from slap_stream.embeddings import StackedStore, open_embeddings
 from slap_stream.errors import AlignmentError, ConfigError, StateError, WorkerError
 from slap_stream.pending import PendingBatches, join_pending
 from slap_stream.probe import LearnabilityProbe
+from slap_stream.progress import ProgressLine
 from slap_stream.sampler import SlapSampler
 from slap_stream.shards import (
     ShardFetcher,
@@ -127,10 +128,11 @@ class SlapDataLoader(DataLoader[Any]):
         self._probe: LearnabilityProbe | None = None
         self._probe_state: State | None = None
         self._loads = 0
+        self._line = ProgressLine()
         super().__init__(
             ShardView(dataset),  # type: ignore[arg-type]  # map-style by duck typing
-            batch_sampler=self._pending,
-            collate_fn=_CollateWithIds(collate_fn or default_collate),
+            batch_sampler=self._pending,  # type: ignore[arg-type]  # arrays, which pickle faster
+            collate_fn=collate_fn or default_collate,
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
             persistent_workers=persistent_workers,
@@ -153,7 +155,9 @@ class SlapDataLoader(DataLoader[Any]):
         loads = self._loads
         self._pending.begin()
         batches = super().__iter__()
+        self._line.restart()
         while self._pending.ask():
+            self._hold_shards()
             try:
                 batch = next(batches)
             except (RuntimeError, OSError, EOFError) as error:
@@ -162,8 +166,9 @@ class SlapDataLoader(DataLoader[Any]):
                     raise
                 self._iterator = None  # persistent workers: the next iteration makes new ones
                 raise WorkerError(message) from error
-            self._pending.deliver()
-            yield batch
+            ids = self._pending.deliver()
+            self._line.count(len(ids), self.progress, self.metrics)
+            yield _with_ids(batch, ids)
             if loads != self._loads:
                 raise RuntimeError(
                     "the loader must not be iterated on after load_state_dict; its batches belong "
@@ -244,7 +249,8 @@ class SlapDataLoader(DataLoader[Any]):
         view: ShardView = self.dataset  # type: ignore[assignment]
         collate = self.collate_fn
         assert collate is not None, "set in the constructor"
-        return collate(view.__getitems__([int(i) for i in ids]))
+        ids = np.array(ids, np.int64)
+        return _with_ids(collate(view.__getitems__(ids)), ids)
 
     def update(
         self, ids: IntArray, losses: FloatArray, sketches: Any = None, nuclear_norms: Any = None
@@ -266,6 +272,19 @@ class SlapDataLoader(DataLoader[Any]):
         """
         self.composer.refreshes_itself = False
         return self.composer.refresh(also)
+
+    def _hold_shards(self) -> None:
+        """Under a `cache_limit`, say which shards composed and pooled samples still need."""
+        if not self._fetcher.limited:
+            return
+        first_id = self.composer.table.first_id
+        now = [np.searchsorted(first_id, self._pending.ids, side="right") - 1]
+        soon = []
+        for lane in self.composer.lanes:
+            pooled, following = lane.intake.shards_in_use()
+            now.append(pooled)
+            soon.append(following)
+        self._fetcher.hold(np.unique(np.concatenate(now)), np.concatenate(soon))
 
     def attach(self, probe: LearnabilityProbe) -> None:
         """Let a probe refresh this loader; its state travels in the loader's."""
@@ -348,23 +367,21 @@ class SlapDataLoader(DataLoader[Any]):
         self._ranks.close()
 
 
-class _CollateWithIds:
-    """Adds `sample_id` to what the user's function makes of the samples."""
+def _with_ids(batch: Any, ids: IntArray) -> Any:
+    """Add `sample_id` to what the user's function made of the samples.
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self._collate = collate
-
-    def __call__(self, pairs: list[tuple[int, Any]]) -> Any:
-        batch = self._collate([sample for _, sample in pairs])
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"collate_fn must make a mapping, got {type(batch).__name__}; sample_id is added "
-                "to it."
-            )
-        if not isinstance(batch, MutableMapping):
-            batch = dict(batch)
-        batch[SAMPLE_ID] = torch.tensor([sample_id for sample_id, _ in pairs], dtype=torch.int64)
-        return batch
+    Here, not in the worker, which would send back what this process knows: a tensor more costs
+    more than all the ids of a batch.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"collate_fn must make a mapping, got {type(batch).__name__}; sample_id is added to it."
+        )
+    if not isinstance(batch, MutableMapping):
+        batch = dict(batch)
+    # A copy: what a training loop does to its batch must not change what is checkpointed.
+    batch[SAMPLE_ID] = torch.tensor(ids)
+    return batch
 
 
 def _on_cpu(values: Any) -> Any:

@@ -36,21 +36,26 @@ class PendingBatches:
         """Batches of an epoch."""
         return len(self._sampler)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[IntArray]:
         """Hand out the undelivered batches from the first on."""
         self._pulled = 0
         return self
 
-    def __next__(self) -> list[int]:
+    def __next__(self) -> IntArray:
         if self._pulled >= len(self._pending):
             raise StopIteration
         self._pulled += 1
-        return self._pending[self._pulled - 1][0].tolist()  # type: ignore[no-any-return]
+        return self._pending[self._pulled - 1][0]
 
     @property
     def undelivered(self) -> int:
         """Batches composed and not delivered yet."""
         return len(self._pending)
+
+    @property
+    def ids(self) -> IntArray:
+        """(n,) sample ids of the batches composed and not delivered yet."""
+        return np.concatenate([np.zeros(0, np.int64), *(batch for batch, _ in self._pending)])
 
     def begin(self) -> None:
         """Compose up to the lookahead; begins the next epoch if this one is all delivered."""
@@ -64,10 +69,11 @@ class PendingBatches:
         self._compose(self._lookahead + 1)
         return bool(self._pending)
 
-    def deliver(self) -> None:
-        """The oldest pending batch has been delivered."""
-        self.progress = self._pending.popleft()[1]
+    def deliver(self) -> IntArray:
+        """The oldest pending batch has been delivered; its (batch,) sample ids."""
+        ids, self.progress = self._pending.popleft()
         self._pulled -= 1
+        return ids
 
     def _compose(self, ahead: int) -> None:
         while len(self._pending) < ahead and not self._sampler.exhausted:

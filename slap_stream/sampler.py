@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -433,9 +434,18 @@ class SlapSampler:
 
     @property
     def shards_at_hand(self) -> int:
-        """Shards that this rank's lanes work on at a time: two blocks each, and a third hinted."""
-        blocks = sum(3 * lane.intake.order.visits_per_block for lane in self.lanes)
-        return min(blocks, len(self.table.sizes))
+        """Shards that this rank's lanes need on disk at a time: of the two blocks that are pooled,
+        and of those that batches composed ahead may still be of (or the next one, later on)."""
+        config = self.config
+        keep = config.keep_min if config.keep == "auto" else config.keep
+        shards = 0
+        for lane in self.lanes:
+            order = lane.intake.order
+            smallest = int(np.diff(order.block_start)[:-1].min(initial=order.num_candidates))
+            batches = smallest * keep / self._plan.batch_size
+            ahead = max(1, math.ceil(config.lookahead / batches))
+            shards += (2 + ahead) * order.visits_per_block
+        return min(shards, len(self.table.sizes))
 
     def _run(self) -> dict[str, Any]:
         return describe_run(

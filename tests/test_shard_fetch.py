@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,11 @@ def _states(dataset: StreamingDataset) -> list[int]:
 
 
 def _reads(dataset: StreamingDataset) -> None:
-    view = ShardView(dataset)
-    assert all(same(value, sample(i)) for i, value in view.__getitems__(range(sum(SIZES))))
+    assert _holds(ShardView(dataset), range(sum(SIZES)))
+
+
+def _holds(view: ShardView, ids: Sequence[int]) -> bool:
+    return all(same(v, sample(i)) for i, v in zip(ids, view.__getitems__(ids), strict=True))
 
 
 def test_states_are_those_of_the_installed_streaming() -> None:
@@ -322,7 +326,7 @@ def test_under_a_cache_limit_evicted_shards_come_back(tmp_path: Path) -> None:
         fetcher.hint(shards)
         assert fetcher.require(shards).tolist() == []
         ids = range(first * 20, (first + 4) * 20)
-        assert all(same(value, sample(i)) for i, value in view.__getitems__(ids))
+        assert _holds(view, ids)
         on_disk = sum(p.stat().st_size for p in shard_files(tmp_path / "local"))
         assert index + on_disk == dataset.cache_usage <= dataset.cache_limit
     assert fetcher.metrics()["shards_fetched"] == 16
@@ -335,7 +339,7 @@ def _read_as_a_rank(dataset: StreamingDataset, seed: int, done: Any) -> None:
         fetcher.hint(block)
         fetcher.require(block)
         ids = [int(shard_id) * 10 + row for shard_id in block for row in range(10)]
-        assert all(same(value, sample(i)) for i, value in view.__getitems__(ids))
+        assert _holds(view, ids)
     done.put(fetcher.metrics()["shards_fetched"])
     fetcher.close()
 

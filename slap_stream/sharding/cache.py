@@ -24,6 +24,9 @@ from slap_stream.errors import ShardError
 
 # Values of streaming's shard states; a test compares them with the installed version.
 REMOTE, PREPARING, LOCAL = 1, 2, 3
+# Time of access of a shard that is to stay: later than any, and not streaming's "never", which it
+# writes when it evicts a shard.
+PINNED = (1 << 64) - 2
 
 ATTEMPTS = 3
 BACKOFF_SECONDS = 0.1
@@ -59,7 +62,26 @@ class ShardCache:
 
     def touch(self, shard_id: int) -> None:
         """Mark the shard as used now: `cache_limit` evicts what was used longest ago."""
-        self._dataset._shard_access_times[shard_id] = time_ns()
+        times = self._dataset._shard_access_times
+        if times[shard_id] != PINNED:
+            times[shard_id] = time_ns()
+
+    def pin(self, shard_ids: list[int], released: list[int]) -> None:
+        """Have these shards evicted last, in all processes of the node, and others as usual."""
+        times = self._dataset._shard_access_times.numpy()
+        times[released] = time_ns()
+        times[shard_ids] = PINNED
+
+    def room_bytes(self) -> int | None:
+        """Bytes of shards that `cache_limit` has room for; None without a limit."""
+        if not self._dataset.cache_limit:
+            return None
+        indexes = sum(stream.get_index_size() for stream in self._dataset.streams)
+        return int(self._dataset.cache_limit - indexes)
+
+    def max_bytes(self, shard_id: int) -> int:
+        """Bytes that a shard may take while it is unpacked."""
+        return int(self._dataset.shards[shard_id].get_max_size())
 
     def ensure(self, shard_id: int, deadline: float) -> int:
         """Bring a shard to local disk and verify it, in this thread.

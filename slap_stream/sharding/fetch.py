@@ -74,6 +74,8 @@ class ShardFetcher:
         self._cache = ShardCache(dataset)
         self._jobs: dict[int, _Job] = {}
         self._verified: set[int] = set()
+        self._held: set[int] = set()
+        self._room_bytes = self._cache.room_bytes()
         self._bad: set[int] = set()
         self._fetched = 0
         self._bytes_fetched = 0
@@ -100,10 +102,46 @@ class ShardFetcher:
     def hint(self, shard_ids: IntArray) -> None:
         """Start fetching these shards in the background; returns at once.
 
+        With a `cache_limit` it does nothing: `hold` knows whether there is room.
+
         Args:
             shard_ids: (n,) shards in the order they will be needed.
         """
+        if self.limited:
+            return
         for shard_id in shard_ids.tolist():
+            self._submit(shard_id, _HINTED)
+
+    @property
+    def limited(self) -> bool:
+        """Whether shards are evicted, so that `hold` must be told which are needed."""
+        return self._room_bytes is not None
+
+    def hold(self, now: IntArray, soon: IntArray) -> None:
+        """Keep shards from being evicted, and fetch the next ones as far as they fit beside them.
+
+        Eviction by last use alone would throw away what was fetched ahead and not read yet.
+
+        Args:
+            now: (n,) shards of candidates and samples that wait to be read.
+            soon: (m,) shards in the order they will be needed.
+        """
+        if self._room_bytes is None:
+            return
+        held = set(now.tolist())
+        left = self._room_bytes - sum(map(self._cache.max_bytes, held))
+        ahead = []
+        for shard_id in soon.tolist():
+            if shard_id not in held:
+                left -= self._cache.max_bytes(shard_id)
+                if left < 0:
+                    break
+                held.add(shard_id)
+            ahead.append(shard_id)
+        # Anew each time: another rank of the node may have released what this one needs.
+        self._cache.pin(list(held), list(self._held - held))
+        self._held = held
+        for shard_id in ahead:
             self._submit(shard_id, _HINTED)
 
     def require(self, shard_ids: IntArray) -> IntArray:

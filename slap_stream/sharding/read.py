@@ -1,27 +1,34 @@
-"""Raw samples of MDS shards through files that stay open."""
+"""Raw samples of MDS shards through memory maps that stay open."""
 
 from __future__ import annotations
 
+import mmap
 import os
-import struct
-import weakref
 from collections import OrderedDict
 from time import monotonic
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from slap_stream.errors import ShardError
 from slap_stream.sharding.cache import ShardCache
+from slap_stream.types import IntArray
 
 REOPENS = 3
 
+_Map = tuple[mmap.mmap, NDArray[np.uint32]]
+
 
 class OpenShards:
-    """A bounded number of open shard files, least recently used closed first.
+    """A bounded number of mapped shard files, least recently used closed first.
 
-    Positioned reads, not memory maps: as fast here, but a file that is cut short under a map kills
-    the process, and mapped pages count as memory of every worker that reads them.
+    Maps, not positioned reads: those cost a system call a sample, which is more than all the rest
+    of reading a short one. What is read is copied out, so that no sample holds a file open. A file
+    that is cut short under a map kills the process that reads what is gone, so its size is looked
+    up before each group is read; nothing in streaming changes a shard in place.
 
-    Holds file descriptors only, which survive a fork and the eviction of their file.
+    Holds maps only, which survive a fork and the eviction of their file.
 
     Args:
         shards: (num_shards,) streaming's readers.
@@ -37,67 +44,74 @@ class OpenShards:
         self._cache = cache
         self._max_open = max_open
         self._deadline_seconds = deadline_seconds
-        self._files: OrderedDict[int, int] = OrderedDict()
-        weakref.finalize(self, _close_all, self._files)
+        # Each with the (samples + 1,) bounds of its samples, as the file has them.
+        self._maps: OrderedDict[int, _Map] = OrderedDict()
 
-    def read(self, shard_id: int, index: int) -> bytes:
-        """One sample's bytes.
+    def read(self, shard_id: int, rows: IntArray) -> list[bytes]:
+        """Several samples' bytes.
 
         Args:
             shard_id: Which shard.
-            index: Position of the sample in the shard.
+            rows: (n,) positions of the samples in the shard.
+
+        Returns:
+            (n,) bytes, in the order asked.
 
         Raises:
-            ShardError: If the shard cannot be fetched, or its file ends too early.
+            ShardError: If the shard cannot be fetched, or its file changes under the map.
         """
-        file = self._files.get(shard_id)
-        if file is None:
-            file = self._open(shard_id)
+        found = self._maps.get(shard_id)
+        if found is None:
+            found = self._open(shard_id)
         else:
-            self._files.move_to_end(shard_id)
-        bounds = os.pread(file, 8, 4 + 4 * index)
-        if len(bounds) == 8:
-            begin, end = struct.unpack("<II", bounds)
-            data = os.pread(file, end - begin, begin)
-            if len(data) == end - begin:
-                return data
-        os.close(self._files.pop(shard_id))
-        raise ShardError(
-            f"shard {shard_id} must keep its size while it is read, got a file that ends before "
-            f"sample {index}; something else wrote to it."
-        )
+            self._maps.move_to_end(shard_id)
+        data, bounds = found
+        if data.size() != len(data):
+            del self._maps[shard_id]
+            raise ShardError(
+                f"shard {shard_id} must keep its size while it is read, got {data.size()} bytes "
+                f"instead of {len(data)}; something else wrote to it."
+            )
+        begin, end = bounds[rows].tolist(), bounds[rows + 1].tolist()
+        return [data[low:high] for low, high in zip(begin, end, strict=True)]
 
-    def _open(self, shard_id: int) -> int:
-        file = self._open_whole(shard_id)
+    def _open(self, shard_id: int) -> _Map:
+        data = self._map_whole(shard_id)
         for _ in range(REOPENS):
-            if file is not None:
+            if data is not None:
                 break
             # More than once, since `cache_limit` may evict the shard before it is opened.
             self._cache.ensure(shard_id, monotonic() + self._deadline_seconds)
-            file = self._open_whole(shard_id)
-        if file is None:
+            data = self._map_whole(shard_id)
+        if data is None:
             raise ShardError(
                 f"shard {shard_id} must stay on local disk until it is opened, got it evicted "
                 f"{REOPENS} times; raise cache_limit."
             )
-        if len(self._files) >= self._max_open:
-            os.close(self._files.popitem(last=False)[1])
-        self._files[shard_id] = file
-        return file
+        if len(self._maps) >= self._max_open:
+            self._maps.popitem(last=False)
+        found = self._maps[shard_id] = data, self._bounds(shard_id, data)
+        return found
 
-    def _open_whole(self, shard_id: int) -> int | None:
-        """Descriptor of the shard's file, or None if it is missing or not of its full size."""
+    def _map_whole(self, shard_id: int) -> mmap.mmap | None:
+        """The shard's file, or None if it is missing or not of its full size."""
         info = self._shards[shard_id].raw_data
         try:
-            file = os.open(self._cache.directory(shard_id) / info.basename, os.O_RDONLY)
+            with open(self._cache.directory(shard_id) / info.basename, "rb", 0) as file:
+                if os.fstat(file.fileno()).st_size != info.bytes:
+                    return None
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             return None
-        if os.fstat(file).st_size == info.bytes:
-            return file
-        os.close(file)
-        return None
 
-
-def _close_all(files: OrderedDict[int, int]) -> None:
-    while files:
-        os.close(files.popitem()[1])
+    def _bounds(self, shard_id: int, data: mmap.mmap) -> NDArray[np.uint32]:
+        samples = self._shards[shard_id].samples
+        # The header: number of samples, then where each begins and the last ends.
+        if len(data) >= 4 * (samples + 2):
+            bounds = np.frombuffer(data, np.uint32, samples + 1, 4)
+            if bounds[-1] == len(data) and np.all(bounds[:-1] <= bounds[1:]):
+                return bounds
+        raise ShardError(
+            f"shard {shard_id} must hold {samples} samples as its index says, got a file whose "
+            "header says otherwise; fetch it or write the corpus again."
+        )

@@ -1,0 +1,1 @@
+"""Parts of `bench_loader`: corpora, arms, and what is made of their numbers."""

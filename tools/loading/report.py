@@ -1,0 +1,107 @@
+"""Ratios to the stock loader of the same round, and their spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+Result = dict[str, Any]
+# What is compared: everything of a result but its arm and its round.
+CASE = ("kind", "remote", "num_workers")
+BASE = "stock"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ratio:
+    """How much faster than stock an arm was.
+
+    Attributes:
+        middle: Median over the rounds; None without a round in which both ran.
+        low: Least.
+        high: Most.
+        rounds: How many.
+    """
+
+    middle: float
+    low: float
+    high: float
+    rounds: int
+
+    def __str__(self) -> str:
+        return f"{self.middle:.1f} [{self.low:.1f}, {self.high:.1f}]"
+
+
+def ratio(results: Sequence[Result], base: Sequence[Result]) -> Ratio | None:
+    """Ratio of samples per second, round by round; None if no round has both."""
+    stock = {result["round"]: result["samples_per_second"] for result in base}
+    found = [
+        result["samples_per_second"] / stock[result["round"]]
+        for result in results
+        if result["round"] in stock
+    ]
+    if not found:
+        return None
+    return Ratio(middle=median(found), low=min(found), high=max(found), rounds=len(found))
+
+
+def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One row per case and arm, in the order in which they first ran."""
+    table = []
+    for case in _distinct(results, CASE):
+        here = [r for r in results if _key(r, CASE) == case]
+        stock = [r for r in here if r["arm"] == BASE]
+        for (arm,) in _distinct(here, ("arm",)):
+            mine = [r for r in here if r["arm"] == arm]
+            found = ratio(mine, stock)
+            rate = _median(mine, "samples_per_second")
+            selecting = _median(mine, "select_seconds_per_sample") * rate
+            table.append(
+                {
+                    **dict(zip(CASE, case, strict=True)),
+                    "arm": arm,
+                    "samples_per_second": rate,
+                    "ratio": None if found is None else found.middle,
+                    "ratio_low": None if found is None else found.low,
+                    "ratio_high": None if found is None else found.high,
+                    "rounds": len(mine),
+                    "selecting_share": selecting,
+                    "waiting_share": _median(mine, "wait_seconds_per_sample") * rate,
+                    "main_cpu_us_per_sample": _median(mine, "main_cpu_seconds_per_sample") * 1e6,
+                    "first_batch_seconds": _median(mine, "first_batch_seconds"),
+                    "peak_mb": _median(mine, "peak_bytes") / 1e6,
+                }
+            )
+    return table
+
+
+def text(table: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| corpus | workers | arm | samples/s | times stock [range] | selecting | first batch, s |",
+        "|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for row in table:
+        where = f"{row['kind']}, remote" if row["remote"] else row["kind"]
+        times = ""
+        if row["ratio"] is not None and row["arm"] != BASE:
+            times = f"{row['ratio']:.1f} [{row['ratio_low']:.1f}, {row['ratio_high']:.1f}]"
+        share = f"{row['selecting_share']:.0%}" if row["selecting_share"] else ""
+        lines.append(
+            f"| {where} | {row['num_workers']} | {row['arm']} | {row['samples_per_second']:,.0f} "
+            f"| {times} | {share} | {row['first_batch_seconds']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _median(results: Sequence[Result], name: str) -> float:
+    return float(median(result[name] for result in results))
+
+
+def _key(result: Result, names: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(result[name] for name in names)
+
+
+def _distinct(results: Sequence[Result], names: Sequence[str]) -> list[tuple[Any, ...]]:
+    return list(dict.fromkeys(_key(result, names) for result in results))
