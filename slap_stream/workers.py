@@ -27,7 +27,11 @@ def describe_dead(workers: Sequence[Any], error: BaseException) -> str | None:
     """
     if workers and isinstance(error, OSError | EOFError):
         # A worker that died with a batch half handed over may still be about to end.
-        wait([worker.sentinel for worker in workers], timeout=3.0)
+        ready = wait([worker.sentinel for worker in workers], timeout=3.0)
+        for worker in workers:
+            if worker.sentinel in ready:
+                # Its files are closed a moment before its exit code can be had.
+                worker.join(3.0)
     dead = [
         f"worker {index} (pid {worker.pid}) {_reason(worker.exitcode)}"
         for index, worker in enumerate(workers)
