@@ -7,7 +7,7 @@ import numpy as np
 from slap_stream.appraisal import Appraiser
 from slap_stream.evidence import REFERENCE_COLUMN
 from slap_stream.intake import Intake
-from slap_stream.learnability import NUM_OWN_COLUMNS, LearnabilityModel
+from slap_stream.learnability import LOG_LENGTH, NUM_OWN_COLUMNS, LearnabilityModel
 from slap_stream.plan import Keep, LanePlan, Progress
 from slap_stream.policies import InfoBatch, Policy, PoolView, Slap, Uniform
 from slap_stream.policies.base import top_of_each_stratum
@@ -159,7 +159,8 @@ class Composer:
             count: How many.
 
         Returns:
-            (count,) slots, all different; as many as the pool has if it has fewer.
+            (count,) slots, all different, by length, so that what is padded to one length differs
+            little; as many as the pool has if it has fewer.
 
         Raises:
             ValueError: If the pool is empty.
@@ -193,7 +194,7 @@ class Composer:
             least_certain = np.argsort(-variance, kind="stable")[:uncertain]
             picked = np.concatenate([picked, rest[least_certain]])
         probes: IntArray = slots[picked]
-        return probes
+        return probes[np.argsort(pool.x[probes, LOG_LENGTH], kind="stable")]
 
     def loss_weights(self, slots: IntArray, chosen: IntArray) -> FloatArray:
         """Weights of a batch's losses, as the policy wants them.

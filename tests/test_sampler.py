@@ -281,6 +281,16 @@ def test_a_reference_gives_the_rank_more_weight() -> None:
     assert batches(False) == batches(False, rank_weight=0.1) != batches(False, rank_weight=2.0)
 
 
+def test_probes_come_by_length_lane_by_lane() -> None:
+    lengths = np.random.default_rng(0).integers(1, 500, 800)
+    rows = ArrayStore(embeddings(800), lengths=lengths.astype(np.int32))
+    sampler = SlapSampler([100] * 8, rows, batch_size=16, config=config_of(num_lanes=2))
+    next(iter(sampler))
+    probed = lengths[sampler.probe_candidates(24)].reshape(2, 12)
+    assert np.all(np.diff(probed, axis=1) >= 0)
+    assert probed[0, -1] > probed[1, 0]
+
+
 def test_near_copies_of_what_was_trained_on_are_pruned() -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(1600, 16))
