@@ -279,10 +279,9 @@ sys.exit("an index out of bounds went unnoticed")
 """
 
 
-@pytest.mark.parametrize("mode", ["NUMBA_DISABLE_JIT", "NUMBA_BOUNDSCHECK"])
-def test_the_kernels_hold_in_another_mode_of_numba(mode: str, tmp_path: Path) -> None:
+def test_the_kernels_stay_within_their_arrays(tmp_path: Path) -> None:
     # A cache of its own: a shared one silently hands out code compiled without the checks.
-    environment = {**os.environ, mode: "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    environment = {**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", PROVE_AND_TEST],
         cwd=ROOT,
