@@ -55,19 +55,17 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
         for (arm,) in _distinct(here, ("arm",)):
             mine = [r for r in here if r["arm"] == arm]
             found = ratio(mine, stock)
-            rate = _median(mine, "samples_per_second")
-            selecting = _median(mine, "select_seconds_per_sample") * rate
             table.append(
                 {
                     **dict(zip(CASE, case, strict=True)),
                     "arm": arm,
-                    "samples_per_second": rate,
+                    "samples_per_second": _median(mine, "samples_per_second"),
                     "ratio": None if found is None else found.middle,
                     "ratio_low": None if found is None else found.low,
                     "ratio_high": None if found is None else found.high,
                     "rounds": len(mine),
-                    "selecting_share": selecting,
-                    "waiting_share": _median(mine, "wait_seconds_per_sample") * rate,
+                    "selecting_share": _share(mine, "select_seconds_per_sample"),
+                    "waiting_share": _share(mine, "wait_seconds_per_sample"),
                     "main_cpu_us_per_sample": _median(mine, "main_cpu_seconds_per_sample") * 1e6,
                     "first_batch_seconds": _median(mine, "first_batch_seconds"),
                     "peak_mb": _median(mine, "peak_bytes") / 1e6,
@@ -97,6 +95,11 @@ def text(table: Sequence[dict[str, Any]]) -> str:
 
 def _median(results: Sequence[Result], name: str) -> float:
     return float(median(result[name] for result in results))
+
+
+def _share(results: Sequence[Result], name: str) -> float:
+    """Of the time, where it is given per sample."""
+    return float(median(result[name] * result["samples_per_second"] for result in results))
 
 
 def _key(result: Result, names: Sequence[str]) -> tuple[Any, ...]:
