@@ -103,7 +103,7 @@ class Lane:
             self._appraiser,
             measured_for_good=config.measures_all,
         )
-        self.feedback = LaneFeedback(plan, model, self.pool, self._judge)
+        self.feedback = LaneFeedback(plan, policy, model, self.pool, self._judge)
         self._centroid_sum = np.zeros(strata.centroids.shape)
         self._centroid_count = np.zeros(len(strata.centroids))
         self._composed = 0

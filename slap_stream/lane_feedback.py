@@ -11,6 +11,7 @@ from slap_stream.feedback import Answers, Awaiting
 from slap_stream.judge import Judge
 from slap_stream.learnability import LearnabilityModel
 from slap_stream.plan import LanePlan
+from slap_stream.policies import Policy
 from slap_stream.reservoir import Reservoirs
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray
 
@@ -22,6 +23,7 @@ class LaneFeedback:
 
     Args:
         plan: What all lanes have in common.
+        policy: Rule that picks a batch; where it uses no losses, nothing is learnt from them.
         model: Shared model.
         pool: The lane's pool.
         judge: Who counts the lane's refreshes.
@@ -36,8 +38,14 @@ class LaneFeedback:
     """
 
     def __init__(
-        self, plan: LanePlan, model: LearnabilityModel, pool: Reservoirs, judge: Judge
+        self,
+        plan: LanePlan,
+        policy: Policy,
+        model: LearnabilityModel,
+        pool: Reservoirs,
+        judge: Judge,
     ) -> None:
+        self._policy = policy
         self._model, self._pool, self._judge = model, pool, judge
         self.awaiting_trained, self.awaiting_probed = Awaiting(plan.patience), Awaiting(2)
         self.answers = Answers(columns=plan.columns, sketch_dim=plan.config.sketch_dim)
@@ -57,13 +65,16 @@ class LaneFeedback:
         ids, losses = ids[fine], losses[fine]
         sketches = None if sketches is None else sketches[fine]
         norms = None if nuclear_norms is None else nuclear_norms[fine]
-        self.answers.add(ids, x[fine], losses, sketches)
+        if self._policy.uses_losses:
+            self.answers.add(ids, x[fine], losses, sketches)
         self._pool.measure(ids, losses, sketches, norms, since=self._judge.refreshes)
 
     def take_trained(self, ids: IntArray, x: Float32Array, losses: FloatArray) -> None:
         """Take in the losses of (n,) samples that were trained on, with rows x (n, columns)."""
         fine = self._finite(ids, losses)
         ids, x, losses = ids[fine], x[fine], losses[fine]
+        if not self._policy.uses_losses:
+            return
         self.answers.add(ids, x, losses)
         if self._model.fitted and len(ids):
             p = x.astype(np.float64) @ self._model.coefficient.astype(np.float64)

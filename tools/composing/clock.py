@@ -49,7 +49,7 @@ def watch_sampler(clock: Clock, sampler: SlapSampler) -> None:
     """Time the parts of a sampler's lanes, and of its refreshes."""
     clock.watch(sampler, "_merge", "refresh: other")
     clock.watch(sampler, "statistics", "refresh: sums over the answers")
-    clock.watch(sampler._model, "refresh", "refresh: regression and metric solved")
+    clock.watch(sampler._shared.model, "refresh", "refresh: regression and metric solved")
     for lane in sampler.lanes:
         clock.watch(lane, "refresh", "refresh: pool judged anew")
         clock.watch(lane, "compose", "other")
