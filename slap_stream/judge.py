@@ -51,6 +51,15 @@ class Judge:
     def _model_counts(self) -> bool:
         return self._model.fitted and self._policy.uses_losses
 
+    @property
+    def _appraises(self) -> bool:
+        return self._policy.uses_losses or self._policy.weighs_evidence
+
+    def watch(self, ids: IntArray, x: Float32Array, stratum: IntArray) -> None:
+        """Take the yardsticks from (n,) samples that were just offered, too."""
+        if self._appraises:
+            self._appraiser.watch(ids, x, stratum)
+
     def appraise(self, slots: IntArray) -> None:
         """Judge (n,) pooled candidates by the model of the last refresh, and by what was trained
         on."""

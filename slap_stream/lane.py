@@ -231,7 +231,7 @@ class Lane:
         sums, counts = cluster_sums(embedding, stratum % clusters, clusters)
         self._centroid_sum += sums
         self._centroid_count += counts
-        self._appraiser.watch(ids, offered.x, stratum)
+        self._judge.watch(ids, offered.x, stratum)
         slots = self.pool.offer(
             offered.x,
             sample_id=ids,
@@ -249,7 +249,8 @@ class Lane:
         stratum, x = self.pool.ints("stratum")[slots], self.pool.x[slots]
         self.feedback.awaiting_trained.ask(self._composed, ids, x, weights)
         unit = self.pool.unit[slots]
-        self._recent.add(ids, stratum, x, self.pool.z[slots], unit)
+        if self._policy.looks_back:
+            self._recent.add(ids, stratum, x, self.pool.z[slots], unit)
         self._chosen.add(self.pool.sketch[slots])
         self.progress.trained += self.progress.by_stratum(stratum)
         self._leave(slots)

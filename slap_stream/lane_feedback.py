@@ -45,8 +45,8 @@ class LaneFeedback:
         pool: Reservoirs,
         judge: Judge,
     ) -> None:
-        self._policy = policy
         self._model, self._pool, self._judge = model, pool, judge
+        self._learns = policy.uses_losses or policy.needs_losses
         self.awaiting_trained, self.awaiting_probed = Awaiting(plan.patience), Awaiting(2)
         self.answers = Answers(columns=plan.columns, sketch_dim=plan.config.sketch_dim)
         self.agreement = np.zeros(6)
@@ -65,7 +65,7 @@ class LaneFeedback:
         ids, losses = ids[fine], losses[fine]
         sketches = None if sketches is None else sketches[fine]
         norms = None if nuclear_norms is None else nuclear_norms[fine]
-        if self._policy.uses_losses:
+        if self._learns:
             self.answers.add(ids, x[fine], losses, sketches)
         self._pool.measure(ids, losses, sketches, norms, since=self._judge.refreshes)
 
@@ -73,7 +73,7 @@ class LaneFeedback:
         """Take in the losses of (n,) samples that were trained on, with rows x (n, columns)."""
         fine = self._finite(ids, losses)
         ids, x, losses = ids[fine], x[fine], losses[fine]
-        if not self._policy.uses_losses:
+        if not self._learns:
             return
         self.answers.add(ids, x, losses)
         if self._model.fitted and len(ids):

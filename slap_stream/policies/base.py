@@ -77,12 +77,14 @@ class Policy(Protocol):
         needs_losses: Whether batches are drawn uniformly until losses can be predicted.
         uses_losses: Whether it is told losses, ranks and the metric space once these are known.
         weighs_evidence: Whether what can be spared is told, and yields its strata's slots.
+        looks_back: Whether it compares candidates with what was trained on lately.
     """
 
     proportional: bool
     needs_losses: bool
     uses_losses: bool
     weighs_evidence: bool
+    looks_back: bool
 
     def utility(
         self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
@@ -118,6 +120,7 @@ class PlainPolicy:
     needs_losses = False
     uses_losses = False
     weighs_evidence = False
+    looks_back = False
 
     def utility(
         self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray

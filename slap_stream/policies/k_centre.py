@@ -17,6 +17,8 @@ class KCentre(SlidingPolicy):
         what was chosen is the batch and what was trained on lately, not everything so far.
     """
 
+    looks_back = True
+
     def select(self, view: PoolView, quota: IntArray) -> IntArray:
         """Greedy farthest points; the first ones of a run are drawn."""
         order: IntArray = np.lexsort((view.occurrence, view.sample_id, -view.gumbel))

@@ -23,6 +23,7 @@ class MaxLoss:
     needs_losses = True
     uses_losses = True
     weighs_evidence = False
+    looks_back = False
 
     def __init__(self, config: SlapConfig) -> None:
         self._config = config

@@ -32,6 +32,7 @@ class Slap:
     needs_losses = False
     uses_losses = True
     weighs_evidence = True
+    looks_back = True
 
     def __init__(self, config: SlapConfig, rank_weight: float) -> None:
         self._config = config

@@ -28,6 +28,7 @@ class SlapPaper:
     needs_losses = True
     uses_losses = True
     weighs_evidence = False
+    looks_back = False
 
     def utility(
         self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
