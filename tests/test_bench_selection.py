@@ -22,7 +22,7 @@ from slap_stream.errors import CorpusError
 from slap_stream.tools import bench_selection
 from slap_stream.tools.selection import generation, schedule, tasks
 from slap_stream.tools.selection.corpora import Workshop, encoded
-from slap_stream.tools.selection.report import Difference, holm, reached_after
+from slap_stream.tools.selection.report import Difference, holm, reached_after, tables
 from slap_stream.tools.selection.results import append_row, read_rows
 from slap_stream.tools.selection.schedule import PRESETS, Preset, RunKey, arms, rate
 
@@ -197,6 +197,30 @@ def test_differences_come_with_students_interval(values: list[float]) -> None:
 def test_one_seed_has_no_interval() -> None:
     assert str(Difference.of([0.25])) == "+0.2500"
     assert str(Difference.of([0.1, 0.3])) == "+0.2000 ± 1.2706"
+
+
+def test_settings_are_compared_with_the_arm_without_them() -> None:
+    def row(seed: int, overrides: str, loss: float) -> dict[str, Any]:
+        kinds = dict.fromkeys(("clean", "first", "copy", "shuffled"), 1)
+        return {
+            **RunKey(
+                preset="small",
+                condition="balanced",
+                arm="slap",
+                keep=0.7,
+                seed=seed,
+                learning_rate=1e-3,
+                overrides=overrides,
+            ).to_dict(),
+            **{"loss": loss, "heldout": {"a": loss}, "curve": [[0, 5.0], [8, loss]]},
+            **{"samples": 8, "candidates": 10, "tokens": 8, "probed": 1},
+            **{"offered": kinds, "trained": kinds},
+        }
+
+    runs = [row(0, "", 2.0), row(1, "", 3.0)]
+    runs += [row(0, "copy_weight=4", 2.1), row(1, "copy_weight=4", 3.3)]
+    text = tables(runs)
+    assert "- slap with copy_weight=4 - slap: +0.2000 ± 1.2706 (2)." in text
 
 
 def test_holm_corrects_the_smallest_most() -> None:

@@ -210,7 +210,8 @@ def _mean(seeds: dict[int, Row], value: str) -> float:
 
 
 def _against(arms: dict[str, dict[int, Row]]) -> str:
-    """slap against full (not worse by more than 0.5 %) and against every other arm (Holm)."""
+    """slap against full (not worse by more than 0.5 %) and against every other arm (Holm), and what
+    settings change."""
     lines = []
     for name in ("slap", "slap_auto"):
         if name not in arms:
@@ -228,7 +229,17 @@ def _against(arms: dict[str, dict[int, Row]]) -> str:
         if to_full is not None and to_full.seeds > 1:
             bound = 100 * to_full.upper / _mean(arms["full"], "loss")
             lines.append(f"- {name} - full: {to_full}, at most {bound:+.2f} % (one-sided 95 %).")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + _sensitivity(arms)) + "\n"
+
+
+def _sensitivity(arms: dict[str, dict[int, Row]]) -> list[str]:
+    """Each arm with settings of the command line against the same arm without."""
+    lines = []
+    for name, seeds in arms.items():
+        plain, _, settings = name.partition(" ")
+        if "=" in settings and (difference := paired(seeds, arms.get(plain, {}))):
+            lines.append(f"- {plain} with {settings} - {plain}: {difference} ({difference.seeds}).")
+    return lines
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
