@@ -212,9 +212,15 @@ def test_settings_are_compared_with_the_arm_without_them() -> None:
                 learning_rate=1e-3,
                 overrides=overrides,
             ).to_dict(),
-            **{"loss": loss, "heldout": {"a": loss}, "curve": [[0, 5.0], [8, loss]]},
-            **{"samples": 8, "candidates": 10, "tokens": 8, "probed": 1},
-            **{"offered": kinds, "trained": kinds},
+            "loss": loss,
+            "heldout": {"a": loss},
+            "curve": [[0, 5.0], [8, loss]],
+            "samples": 8,
+            "candidates": 10,
+            "tokens": 8,
+            "probed": 1,
+            "offered": kinds,
+            "trained": kinds,
         }
 
     runs = [row(0, "", 2.0), row(1, "", 3.0)]
