@@ -34,10 +34,10 @@ def one_at_a_time(*, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
         yield
         return
     path = Path(tempfile.gettempdir(), "slap_stream_opening.lock")
-    # Another user's jobs take turns too.
-    lock = FileLock(path, timeout=wait_seconds, mode=0o666)
+    # Another user's jobs take turns too. One lock for the process: who has the turn may ask again.
+    lock = FileLock(path, mode=0o666, is_singleton=True)
     try:
-        lock.acquire()
+        lock.acquire(timeout=wait_seconds)
     except Timeout:
         logger.warning(
             "%s is held by another process for more than %.0f s; going ahead without a turn.",
