@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from slap_stream.lane import Lane
+from slap_stream.plan import LanePlan
 
 
 def count_lanes(lanes: Sequence[Lane]) -> dict[str, float]:
@@ -33,6 +35,20 @@ def count_lanes(lanes: Sequence[Lane]) -> dict[str, float]:
         if known:
             result[name] = float(np.mean(known))
     return result
+
+
+def shards_needed(lanes: Sequence[Lane], plan: LanePlan) -> int:
+    """Shards that these lanes need on disk at a time: of the two blocks that are pooled, and of
+    those that batches composed ahead may still be of (or the next one, later on)."""
+    config, shards = plan.config, 0
+    keep = config.keep_min if config.keep == "auto" else config.keep
+    for lane in lanes:
+        order = lane.intake.order
+        smallest = int(np.diff(order.block_start)[:-1].min(initial=order.num_candidates))
+        batches = smallest * keep / plan.batch_size
+        ahead = max(1, math.ceil(config.lookahead / batches))
+        shards += (2 + ahead) * order.visits_per_block
+    return min(shards, len(plan.table.sizes))
 
 
 def _correlation(n: float, p: float, y: float, pp: float, yy: float, py: float) -> float:

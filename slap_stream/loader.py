@@ -11,8 +11,14 @@ from torch.utils.data import DataLoader, default_collate
 
 from slap_stream.config import SlapConfig
 from slap_stream.distributed import TIMEOUT_SECONDS, join_ranks
-from slap_stream.embeddings import StackedStore, open_embeddings
-from slap_stream.errors import AlignmentError, ConfigError, StateError, WorkerError
+from slap_stream.embeddings import open_embeddings
+from slap_stream.errors import StateError, WorkerError
+from slap_stream.loader_checks import (
+    check_alignment,
+    check_batch_size,
+    check_cache_limit,
+    prefetch_within,
+)
 from slap_stream.pending import PendingBatches, join_pending
 from slap_stream.probe import LearnabilityProbe
 from slap_stream.progress import ProgressLine
@@ -22,11 +28,10 @@ from slap_stream.shards import (
     ShardView,
     index_digests,
     launched_ranks,
-    min_cache_bytes,
     shard_table,
 )
 from slap_stream.state_bytes import from_bytes, to_bytes
-from slap_stream.types import FloatArray, IntArray, Position, RowStore, State
+from slap_stream.types import FloatArray, IntArray, Position, State
 from slap_stream.workers import describe_dead
 
 STATE_VERSION = 3
@@ -98,11 +103,11 @@ class SlapDataLoader(DataLoader[Any]):
     ) -> None:
         config = config or SlapConfig()
         shards = shard_table(dataset)
-        _check_batch_size(batch_size, dataset)
-        prefetch_factor = _prefetch(num_workers, prefetch_factor, config.lookahead)
+        check_batch_size(batch_size, dataset)
+        prefetch_factor = prefetch_within(num_workers, prefetch_factor, config.lookahead)
         store = open_embeddings(embeddings)
         self._digests = index_digests(dataset)
-        _check_alignment(store, self._digests, shards.sizes, shards.stream_of_shard)
+        check_alignment(store, self._digests, shards.sizes, shards.stream_of_shard)
         self._ranks = join_ranks(
             rank=rank,
             world_size=world_size,
@@ -123,7 +128,7 @@ class SlapDataLoader(DataLoader[Any]):
             gate=self._fetcher,
             exchange=self._ranks,
         )
-        _check_cache_limit(dataset, self.composer.shards_at_hand)
+        check_cache_limit(dataset, self.composer.shards_at_hand)
         self._pending = PendingBatches(self.composer)
         self._probe: LearnabilityProbe | None = None
         self._probe_state: State | None = None
@@ -391,59 +396,3 @@ def _on_cpu(values: Any) -> Any:
         values = values.double() if values.is_floating_point() else values
         return values.cpu().numpy()
     return np.asarray(values)
-
-
-def _check_batch_size(batch_size: int, dataset: Any) -> None:
-    if dataset.batch_size is not None and dataset.batch_size != batch_size:
-        raise ConfigError(
-            f"batch_size must be the dataset's, {dataset.batch_size}, got {batch_size!r}; give "
-            "both the same."
-        )
-
-
-def _prefetch(num_workers: int, prefetch_factor: int | None, lookahead: int) -> int | None:
-    if not num_workers:
-        return None
-    if prefetch_factor is None:
-        prefetch_factor = max(1, min(2, lookahead // num_workers))
-    if prefetch_factor * num_workers > lookahead:
-        raise ConfigError(
-            f"prefetch_factor * num_workers must be at most lookahead = {lookahead}, got "
-            f"{prefetch_factor} * {num_workers}; raise SlapConfig(lookahead=...)."
-        )
-    return prefetch_factor
-
-
-def _check_alignment(
-    store: RowStore, digests: Sequence[str], sizes: IntArray, stream_of_shard: IntArray
-) -> None:
-    samples = np.bincount(stream_of_shard, weights=sizes, minlength=len(digests)).astype(int)
-    if isinstance(store, StackedStore) and len(store.stores) == len(digests):
-        parts: Sequence[RowStore] = store.stores
-    elif len(digests) == 1 or not hasattr(store, "verify"):
-        parts, digests, samples = [store], [digests[0]], np.array([samples.sum()])
-    else:
-        raise AlignmentError(
-            f"embeddings must be a list of {len(digests)} stores, one per stream in their order, "
-            "got one store."
-        )
-    for part, digest, count in zip(parts, digests, samples, strict=True):
-        verify = getattr(part, "verify", None)
-        if verify is not None:
-            verify(digest, int(count))
-        elif part.shape[0] != count:
-            raise AlignmentError(
-                f"embeddings must have one row per sample, got {part.shape[0]} rows for {count} "
-                "samples; make them again for this dataset."
-            )
-
-
-def _check_cache_limit(dataset: Any, shards_at_hand: int) -> None:
-    if dataset.cache_limit:
-        needed = min_cache_bytes(dataset, shards_at_hand)
-        if dataset.cache_limit < needed:
-            raise ConfigError(
-                f"cache_limit must be at least {needed} bytes, got {dataset.cache_limit!r}: the "
-                f"lanes work on {shards_at_hand} shards at a time; raise it, or lower num_lanes "
-                "or shards_per_block."
-            )

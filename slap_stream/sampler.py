@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from slap_stream.errors import ConfigError, FeedbackError
 from slap_stream.evidence import MISMATCH_COLUMN, REFERENCE_COLUMN
 from slap_stream.feedback import check_feedback, check_sketches, find_questions, weights_of
 from slap_stream.lane import Lane
-from slap_stream.lane_counts import count_lanes
+from slap_stream.lane_counts import count_lanes, shards_needed
 from slap_stream.lane_statistics import StatisticsLayout, sum_in_order
 from slap_stream.learnability import single_threaded
 from slap_stream.order import ShardTable
@@ -434,18 +433,8 @@ class SlapSampler:
 
     @property
     def shards_at_hand(self) -> int:
-        """Shards that this rank's lanes need on disk at a time: of the two blocks that are pooled,
-        and of those that batches composed ahead may still be of (or the next one, later on)."""
-        config = self.config
-        keep = config.keep_min if config.keep == "auto" else config.keep
-        shards = 0
-        for lane in self.lanes:
-            order = lane.intake.order
-            smallest = int(np.diff(order.block_start)[:-1].min(initial=order.num_candidates))
-            batches = smallest * keep / self._plan.batch_size
-            ahead = max(1, math.ceil(config.lookahead / batches))
-            shards += (2 + ahead) * order.visits_per_block
-        return min(shards, len(self.table.sizes))
+        """Shards that this rank's lanes need on disk at a time."""
+        return shards_needed(self.lanes, self._plan)
 
     def _run(self) -> dict[str, Any]:
         return describe_run(

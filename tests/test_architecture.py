@@ -18,7 +18,7 @@ FLOORS = {
     2: "order strata plan quota repeats reservoir learnability appraisal evidence feedback intake "
     "judge policies embeddings encoders encoding corpus converting",
     3: "composer lane lane_counts lane_feedback lane_statistics pending run_state sampler shared",
-    4: "distributed loader probe probing progress shards sharding workers",
+    4: "distributed loader loader_checks probe probing progress shards sharding workers",
     5: "integrations",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
