@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -19,9 +20,10 @@ from slap_stream.loader_checks import (
     check_cache_limit,
     prefetch_within,
 )
-from slap_stream.pending import PendingBatches, join_pending
+from slap_stream.pending import PENDING, PendingBatches, join_pending
 from slap_stream.probe import LearnabilityProbe
 from slap_stream.progress import ProgressLine
+from slap_stream.run_state import check_ranks_agree, require_keys
 from slap_stream.sampler import SlapSampler
 from slap_stream.shards import (
     ShardFetcher,
@@ -129,6 +131,7 @@ class SlapDataLoader(DataLoader[Any]):
             exchange=self._ranks,
         )
         check_cache_limit(dataset, self.composer.shards_at_hand)
+        self._check_ranks_agree()
         self._pending = PendingBatches(self.composer)
         self._probe: LearnabilityProbe | None = None
         self._probe_state: State | None = None
@@ -333,6 +336,12 @@ class SlapDataLoader(DataLoader[Any]):
             **join_pending([state["pending"] for state in everyones]),
         }
 
+    def _check_ranks_agree(self) -> None:
+        mine = self.config.to_dict() | self.composer.describe()
+        mine["index_digests"] = self._digests
+        everyones = self._ranks.gather(json.dumps(mine).encode(), self._position())
+        check_ranks_agree([json.loads(text) for text in everyones])
+
     def _position(self) -> Position:
         return Position(epoch=self.composer.epoch, step=self.composer.step, digest=0)
 
@@ -348,6 +357,7 @@ class SlapDataLoader(DataLoader[Any]):
             StateError: If the state is of another version, config or dataset; nothing has changed
                 then.
         """
+        require_keys(state, ("version", "index_digests", "sampler", "probe", *PENDING))
         if state.get("version") != STATE_VERSION:
             raise StateError(
                 f"version must be {STATE_VERSION}, got {state.get('version')!r}; the state was "

@@ -10,6 +10,9 @@ import numpy as np
 from slap_stream.sampler import SlapSampler
 from slap_stream.types import IntArray, State
 
+# What a state says of pending batches.
+PENDING = ("pending", "pending_progress", "progress")
+
 
 class PendingBatches:
     """Composed and undelivered batches, as the batch sampler that torch's DataLoader pulls from.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from slap_stream.config import SlapConfig
-from slap_stream.errors import StateError
+from slap_stream.errors import ConfigError, StateError
 from slap_stream.order import ShardTable
 from slap_stream.types import RowStore, State
 
@@ -29,6 +30,48 @@ def describe_run(
         "global_batch": global_batch,
         "num_lanes": num_lanes,
     }
+
+
+def require_keys(state: Any, names: Sequence[str]) -> None:
+    """Refuse what is no state, before anything of it is taken over.
+
+    Raises:
+        StateError: If it is no mapping or lacks one of the names.
+    """
+    if not isinstance(state, Mapping):
+        raise StateError(
+            f"state must be what state_dict gave, got {type(state).__name__}; load a checkpoint."
+        )
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise StateError(
+            f"state must hold {', '.join(names)}, got none of {', '.join(missing)}; it is of "
+            "another version, or was cut."
+        )
+
+
+def check_ranks_agree(descriptions: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse ranks that were not given the same run: they would train on samples twice.
+
+    Args:
+        descriptions: What each rank says of its settings and data, by rank.
+
+    Raises:
+        ConfigError: If they differ; the message lists the differences to rank 0.
+    """
+    first = descriptions[0]
+    for rank, other in enumerate(descriptions):
+        differences = [
+            f"{name}: {first.get(name)!r} on rank 0, {other.get(name)!r} on rank {rank}"
+            for name in {**first, **other}
+            if first.get(name) != other.get(name)
+        ]
+        if differences:
+            raise ConfigError(
+                "ranks must be given the same settings and data, got "
+                + "; ".join(differences)
+                + "; a seed must not depend on the rank."
+            )
 
 
 def check_state(
@@ -57,6 +100,7 @@ def check_state(
         StateError: If the state is of another version, config, dataset or batch size, or lacks
             lanes of this rank; the message lists the differences.
     """
+    require_keys(state, ("version", "run", "config", "lanes", "epoch", "refreshes_itself"))
     if state.get("version") != version:
         raise StateError(
             f"version must be {version}, got {state.get('version')!r}; the state was written by "
@@ -90,7 +134,7 @@ def check_state(
             )
         raise StateError(
             "state must belong to this run, got one that differs (saved -> current) in "
-            + "; ".join(differences)
+            + "; ".join(dict.fromkeys(differences))
             + "."
             + cure
         )

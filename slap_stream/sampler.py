@@ -391,7 +391,7 @@ class SlapSampler:
         return {
             "version": STATE_VERSION,
             "config": self.config.to_dict(),
-            "run": self._run(),
+            "run": self.describe(),
             "epoch": self.epoch,
             "refreshes_itself": self.refreshes_itself,
             "cut_short": self._cut_short,
@@ -413,7 +413,7 @@ class SlapSampler:
         num_lanes = check_state(
             state,
             version=STATE_VERSION,
-            run=self._run(),
+            run=self.describe(),
             config=self.config,
             rank=self.rank,
             world_size=self.world_size,
@@ -436,7 +436,8 @@ class SlapSampler:
         """Shards that this rank's lanes need on disk at a time."""
         return shards_needed(self.lanes, self._plan)
 
-    def _run(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
+        """What must be the same on all ranks, and in a state that is loaded, besides the config."""
         return describe_run(
             self.table,
             self._store,

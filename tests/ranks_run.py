@@ -257,6 +257,12 @@ def errors(run: Run) -> dict[str, Any]:
     batches(loader, most=2 + (run.rank == 2))
     found["elsewhere"] = error_of(loader.refresh)
     loader.close()
+    other = config_of(num_lanes=4, lookahead=4, seed=run.rank % 2)
+    found["seeds"] = error_of(
+        lambda: SlapDataLoader(
+            run.datasets["whole"], BATCH, embeddings=run.vectors[:400], config=other
+        )
+    )
     found["join"] = error_of(lambda: distributed.join_ranks(rank=0, world_size=4))
     state = run.loader().state_dict()
     config = config_of(num_lanes=4, lookahead=4)

@@ -177,6 +177,19 @@ def test_with_auto_resume_is_exact_at_every_batch(corpus: Path) -> None:
         assert head + progressing(again, 40 - cut) == unbroken
 
 
+@pytest.mark.parametrize("missing", ["sampler", "probe", "pending"])
+def test_a_state_that_was_cut_changes_nothing(corpus: Path, missing: str) -> None:
+    loader = make(corpus)
+    run(loader, 3)
+    before = as_json(loader.state_dict())
+    cut = {name: part for name, part in before.items() if name != missing}
+    with pytest.raises(StateError, match=f"got none of {missing}; it is of another version"):
+        loader.load_state_dict(cut)
+    with pytest.raises(StateError, match="must be what state_dict gave, got NoneType"):
+        loader.load_state_dict(None)
+    assert as_json(loader.state_dict()) == before
+
+
 def test_breaking_off_goes_on_with_the_epoch(corpus: Path, unbroken: list[list[int]]) -> None:
     loader = make(corpus, num_workers=2, persistent_workers=True)
     ids: list[list[int]] = []

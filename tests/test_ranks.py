@@ -83,11 +83,12 @@ def test_nothing_is_sent_but_at_refreshes(results: Results, feedback: str) -> No
         assert [bool(call) for call in calls].count(True) == 4
         assert all(call in ({}, exchange) for call in calls)
         metrics = result["cost"][f"{feedback} metrics"]
-        # The fifth is the one that tells the ranks who they are.
-        assert metrics["exchanges"] == 5
+        # Two more, when the loader is made: who the ranks are, and that they mean the same run.
+        assert metrics["exchanges"] == 6
         if feedback == "table":
             # 294 numbers in four slices: all of them to be added up, one slice that was.
-            assert metrics["exchange_bytes"] == 4 * 8 * (4 + 1) * -(-294 // 4)
+            described = metrics["exchange_bytes"] - 4 * 8 * (4 + 1) * -(-294 // 4)
+            assert 0 < described < 4096
 
 
 def test_what_is_sent_does_not_grow_with_the_data() -> None:
@@ -126,6 +127,7 @@ def test_processes_of_one_rank_get_the_same_batches(results: Results, how: str) 
     [
         ("mismatch", "lane statistics (294 numbers) at epoch 0, step 6, by ranks 0, 2, 3; lane st"),
         ("elsewhere", "at epoch 0, step 7, by ranks 2: call the loader, probe.step and state_dict"),
+        ("seeds", "settings and data, got seed: 0 on rank 0, 1 on rank 1; a seed must not depend"),
         ("join", "so that 4 processes have ranks 0 to world_size - 1, got ranks 0, 0, 0, 0 of 4"),
         ("global batch", "global_batch: 16 -> 64. On 4 ranks give each a batch_size of the saved"),
     ],
