@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     line.add_argument("--features", type=int, default=7, help="feature columns")
     line.add_argument("--lane-batch", type=int, default=32, help="samples of a lane in a batch")
     line.add_argument("--steps", type=int, default=96)
-    return line.parse_args(argv)
+    arguments = line.parse_args(argv)
+    every = SlapConfig().probe_every
+    if arguments.ranks < 1 or arguments.lanes % arguments.ranks or arguments.lanes < 1:
+        line.error(
+            f"ranks must divide lanes, got {arguments.ranks} ranks of {arguments.lanes} lanes"
+        )
+    most = int(0.7 * SAMPLES) // (arguments.lane_batch * arguments.lanes)
+    if not every < arguments.steps <= most:
+        line.error(
+            f"steps must be above {every}, which are not timed, and at most the {most} of an "
+            f"epoch, got {arguments.steps}"
+        )
+    return arguments
 
 
 def new_sampler(arguments: argparse.Namespace, ranks: Ranks | None = None) -> SlapSampler:
@@ -107,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 try:
                     run_rank(rank, Path(folder), arguments)
                     code = 0
+                except Exception:
+                    traceback.print_exc()
                 finally:
                     os._exit(code)
             children.append(child)
