@@ -34,8 +34,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("ranks")
     corpus, broken = write_corpus(folder / "corpus"), write_corpus(folder / "broken")
     break_shard(broken, "shard.00002.mds")
+    run_module("tests.ranks_run", corpus, broken, folder)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(4)]
+
+
+def run_module(module: str, *arguments: str | Path) -> str:
+    """What a module prints that starts the processes of a job."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.ranks_run", corpus, broken, folder],
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -44,7 +50,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(4)]
+    return done.stdout
 
 
 def joined(results: Results, scenario: str, name: str, world_size: int) -> list[list[int]]:
@@ -180,17 +186,7 @@ def test_torchs_distributed_checkpoints_hold_the_loader(results: Results) -> Non
 
 
 def test_killed_again_and_again_a_job_makes_the_same_batches() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.killed_ranks", "--times", "3"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(run_module("tests.killed_ranks", "--times", "3").splitlines()[-1])
     assert result["kills"] == {"worker": 1, "rank": 1, "job": 1}
     assert result["equal"]
 

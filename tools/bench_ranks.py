@@ -121,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     run_rank(rank, Path(folder), arguments)
                     code = 0
                 except Exception:
+                    # Nothing may run past here in a fork; the parent sees the code.
                     traceback.print_exc()
                 finally:
                     os._exit(code)
