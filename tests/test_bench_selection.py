@@ -199,34 +199,52 @@ def test_one_seed_has_no_interval() -> None:
     assert str(Difference.of([0.1, 0.3])) == "+0.2000 ± 1.2706"
 
 
-def test_settings_are_compared_with_the_arm_without_them() -> None:
-    def row(seed: int, overrides: str, loss: float) -> dict[str, Any]:
-        kinds = dict.fromkeys(("clean", "first", "copy", "shuffled"), 1)
-        return {
-            **RunKey(
-                preset="small",
-                condition="balanced",
-                arm="slap",
-                keep=0.7,
-                seed=seed,
-                learning_rate=1e-3,
-                overrides=overrides,
-            ).to_dict(),
-            "loss": loss,
-            "heldout": {"a": loss},
-            "curve": [[0, 5.0], [8, loss]],
-            "samples": 8,
-            "candidates": 10,
-            "tokens": 8,
-            "probed": 1,
-            "offered": kinds,
-            "trained": kinds,
-        }
+def result(
+    seed: int, loss: float, *, arm: str = "slap", overrides: str = "", preset: str = "small"
+) -> dict[str, Any]:
+    """A row as a run leaves it."""
+    kinds = dict.fromkeys(("clean", "first", "copy", "shuffled"), 1)
+    return {
+        **RunKey(
+            preset=preset,
+            condition="balanced",
+            arm=arm,
+            keep=1.0 if arm == "full" else 0.7,
+            seed=seed,
+            learning_rate=PRESETS[preset].rate_for(0.7),
+            overrides=overrides,
+        ).to_dict(),
+        "loss": loss,
+        "heldout": {"a": loss},
+        "curve": [[0, 5.0], [8, loss]],
+        "samples": 8,
+        "candidates": 10,
+        "tokens": 8,
+        "probed": 1,
+        "offered": kinds,
+        "trained": kinds,
+        "seconds": {"train": 10.0, "compose": 0.1, "probe": 0.3},
+    }
 
-    runs = [row(0, "", 2.0), row(1, "", 3.0)]
-    runs += [row(0, "copy_weight=4", 2.1), row(1, "copy_weight=4", 3.3)]
+
+def test_settings_are_compared_with_the_arm_without_them() -> None:
+    runs = [result(0, 2.0), result(1, 3.0)]
+    runs += [result(0, 2.1, overrides="copy_weight=4"), result(1, 3.3, overrides="copy_weight=4")]
     text = tables(runs)
     assert "- slap with copy_weight=4 - slap: +0.2000 ± 1.2706 (2)." in text
+
+
+def test_runs_of_other_sizes_are_not_compared() -> None:
+    text = tables([result(0, 2.0, arm="full"), result(0, 3.0, preset="long")])
+    assert "### balanced\n" in text
+    _, _, other = text.partition("### balanced, preset long\n")
+    assert "| slap | 0.80 | 3.0000 |  |  |" in other
+
+
+def test_the_time_of_selecting_is_reported() -> None:
+    header, _, line = tables([result(0, 2.0)]).splitlines()[2:5]
+    cells = dict(zip(header.split(" | "), line.split(" | "), strict=True))
+    assert cells["selecting"] == "4%"
 
 
 def test_holm_corrects_the_smallest_most() -> None:

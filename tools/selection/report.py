@@ -94,10 +94,11 @@ def label(row: Row) -> str:
 
 
 def by_condition(rows: Sequence[Row]) -> dict[str, dict[str, dict[int, Row]]]:
-    """Rows by condition, label and seed."""
+    """Rows by condition (with the preset, where that is not the smallest), label and seed."""
     result: dict[str, dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        result[row["condition"]][label(row)][row["seed"]] = row
+        size = "" if row["preset"] == "small" else f", preset {row['preset']}"
+        result[row["condition"] + size][label(row)][row["seed"]] = row
     return result
 
 
@@ -112,6 +113,12 @@ def paired(arm: dict[int, Row], other: dict[int, Row], value: str = "loss") -> D
 def compute(row: Row) -> float:
     """Tokens through the model, a probe's forward counted as `FORWARD_SHARE` of a step."""
     return float(row["tokens"]) * (1.0 + FORWARD_SHARE * row["probed"] / row["samples"])
+
+
+def selecting(row: Row) -> float:
+    """Seconds of composing and probing over those of training, in the same run."""
+    seconds = row["seconds"]
+    return float((seconds["compose"] + seconds["probe"]) / seconds["train"])
 
 
 def reached_after(row: Row, target: float) -> float:
@@ -142,7 +149,7 @@ def tables(rows: Sequence[Row]) -> str:
         columns = [
             *("arm", "trained on", "held-out loss", "- full", "- uniform", "worst source"),
             *(WRITTEN[task] for task in tasks),
-            *("shuffled", "copies", "compute", "samples to full's loss", "seeds"),
+            *("shuffled", "copies", "compute", "selecting", "samples to full's loss", "seeds"),
         ]
         parts.append(f"### {condition}\n\n| {' | '.join(columns)} |")
         parts.append("|---" + "|---:" * (len(columns) - 1) + "|")
@@ -184,6 +191,7 @@ def _line(
         *(_score(_scores(seeds, task), _scores(full, task)) for task in tasks),
         *(_number(np.mean([rate_of(row, kind) for row in rows])) for kind in ("shuffled", "copy")),
         _number(cost),
+        f"{np.median([selecting(row) for row in rows]):.0%}",
         _number(float(np.median(reached))) if reached else "",
         str(len(rows)),
     ]

@@ -184,6 +184,14 @@ PRESETS = {
     for preset in (
         # About 90 minutes on two cores.
         Preset(name="small"),
+        # What pruning costs a model that has seen everything often: three times as many epochs.
+        Preset(
+            name="long",
+            epochs=6,
+            conditions=("t0_50k", "balanced"),
+            arms=("full", "uniform", "slap", "slap_auto"),
+            seeds=3,
+        ),
         # Every task, condition and arm; days on two cores, in pieces.
         Preset(
             name="full",
