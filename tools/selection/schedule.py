@@ -192,6 +192,16 @@ PRESETS = {
             arms=("full", "uniform", "slap", "slap_auto"),
             seeds=3,
         ),
+        # Five times the parameters: does it carry over?
+        Preset(
+            name="medium",
+            hidden=256,
+            layers=4,
+            vocabulary=4_096,
+            conditions=("imbalanced+copies+shuffled",),
+            arms=("full", "uniform", "slap", "slap_auto"),
+            seeds=3,
+        ),
         # Every task, condition and arm; days on two cores, in pieces.
         Preset(
             name="full",
