@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slap_stream.evidence import MISMATCH_COLUMN
-from slap_stream.kernels import project, unit_rows
+from slap_stream.kernels import nearest_of_group, project, unit_rows, weigh
 from slap_stream.learnability import NUM_OWN_COLUMNS, LearnabilityModel, RankTable
 from slap_stream.types import Float32Array, FloatArray, IntArray, State
 
@@ -32,14 +32,12 @@ class Appraisal:
         excess: (n,) loss beyond what the length explains.
         rank: (n,) rank of the excess inside the stratum, in [0, 1].
         mismatch: (n,) probability that the target belongs to another prompt.
-        z: (n, metric_dim) float32 unit vectors of the metric space.
     """
 
     loss: FloatArray
     excess: FloatArray
     rank: FloatArray
     mismatch: FloatArray
-    z: Float32Array
 
 
 class Appraiser:
@@ -67,7 +65,7 @@ class Appraiser:
             self._mismatch = NUM_OWN_COLUMNS + list(feature_names).index(MISMATCH_COLUMN)
         self._window = _Window(columns)
         self._ranks = RankTable(np.zeros(0), np.zeros(0, np.int64))
-        self._readout = model.readout
+        self._prediction, self._metric = model.prediction, model.metric
         self.typical = self.apart = 1.0
 
     def watch(self, sample_id: IntArray, x: Float32Array, stratum: IntArray) -> None:
@@ -76,13 +74,12 @@ class Appraiser:
 
     def refresh(self) -> None:
         """Renew the yardsticks from the window and the model as they now are."""
-        self._readout = self._model.readout
+        self._prediction, self._metric = self._model.prediction, self._model.metric
         ids, x, stratum = self._window.joined()
         if not len(ids):
             return
-        _, excess, z = self._read(x)
-        self._ranks = RankTable(excess, stratum)
-        self.typical = _neighbour_distance(z, stratum, 0.5)
+        self._ranks = RankTable(self._predict(x)[1], stratum)
+        self.typical = _neighbour_distance(self.project(x), stratum, 0.5)
         self.apart = _neighbour_distance(unit_rows(x[:, -self._dim :]), stratum, NOT_COPIED)
 
     def appraise(self, x: Float32Array, stratum: IntArray, own_loss: FloatArray) -> Appraisal:
@@ -93,7 +90,7 @@ class Appraiser:
             stratum: (n,) strata.
             own_loss: (n,) losses that were measured lately, NaN where none was.
         """
-        predicted, excess, z = self._read(x)
+        predicted, excess = self._predict(x)
         known = np.isfinite(own_loss)
         surprise = np.where(known, own_loss - predicted, 0.0)
         excess = excess + surprise
@@ -102,12 +99,11 @@ class Appraiser:
             excess=excess,
             rank=self._ranks.rank(excess, stratum),
             mismatch=self._mismatches(x),
-            z=z,
         )
 
     def project(self, x: Float32Array) -> Float32Array:
         """(n, metric_dim) unit vectors of the metric space."""
-        return self._read(x)[2]
+        return unit_rows(project(x, self._metric))
 
     def _mismatches(self, x: Float32Array) -> FloatArray:
         """(n,) the store's column of that name; zeros without one."""
@@ -116,10 +112,10 @@ class Appraiser:
         column: FloatArray = np.clip(x[:, self._mismatch].astype(np.float64), 0.0, 1.0)
         return column
 
-    def _read(self, x: Float32Array) -> tuple[FloatArray, FloatArray, Float32Array]:
-        out = project(x, self._readout)
-        z = out[:, 2:]
-        return out[:, 0].astype(np.float64), out[:, 1].astype(np.float64), unit_rows(z)
+    def _predict(self, x: Float32Array) -> tuple[FloatArray, FloatArray]:
+        """(n,) losses and (n,) excesses, as far as the design rows tell."""
+        out = weigh(x, self._prediction).astype(np.float64)
+        return out[:, 0], out[:, 1]
 
     def state_dict(self) -> State:
         """Window and yardsticks."""
@@ -143,7 +139,7 @@ class Appraiser:
             np.asarray(state["rank_stratum"], np.int64),
         )
         self.typical, self.apart = float(state["typical"]), float(state["apart"])
-        self._readout = self._model.readout
+        self._prediction, self._metric = self._model.prediction, self._model.metric
 
 
 class _Window:
@@ -182,12 +178,9 @@ def _neighbour_distance(vectors: Float32Array, stratum: IntArray, quantile: floa
     Returns:
         The distance; 1 if no stratum has two candidates.
     """
-    found = []
-    for name in np.unique(stratum):
-        inside = vectors[stratum == name]
-        if len(inside) > 1:
-            cosine = inside @ inside.T
-            np.fill_diagonal(cosine, -1.0)
-            found.append(np.sqrt(np.maximum(0.0, 2.0 - 2.0 * cosine.max(axis=1))))
-    distance = float(np.quantile(np.concatenate(found), quantile)) if found else 1.0
-    return max(distance, 1e-3)
+    order = np.argsort(stratum, kind="stable")
+    here = np.arange(len(order))
+    start = np.append(0, np.cumsum(np.bincount(stratum)))
+    found = nearest_of_group(vectors, order, here, stratum[order], vectors[order], here, start)
+    found = found[np.isfinite(found)]
+    return max(float(np.quantile(found, quantile)), 1e-3) if len(found) else 1.0

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from slap_stream.errors import FeedbackError
-from slap_stream.learnability import Moments
+from slap_stream.moments import Moments
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, State
 
 
@@ -303,12 +303,10 @@ class Answers:
         """Sums over all of them, in the order they came."""
         moments = Moments.zeros(columns=self._columns, sketch_dim=self._sketch_dim)
         if self._ids:
-            x = np.concatenate(self._x)
-            moments.add_losses(x, np.concatenate(self._losses))
-            if self._sketches:
-                sketched = np.concatenate(self._sketched)
-                if np.any(sketched):
-                    moments.add_sketches(x[sketched], np.concatenate(self._sketches))
+            moments.add_losses(self._x, np.concatenate(self._losses))
+            rows = [x[some] for x, some in zip(self._x, self._sketched, strict=True) if some.any()]
+            if rows:
+                moments.add_sketches(rows, np.concatenate(self._sketches))
         return moments
 
     def state_dict(self) -> State:

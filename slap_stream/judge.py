@@ -15,6 +15,9 @@ from slap_stream.types import Float32Array, IntArray
 
 # Refreshes after which a measured loss gives way to the prediction: the model has moved on.
 FRESH_REFRESHES = 3
+# Distances to what was trained on are known from the start up to that of a copy times this, so
+# that they need not be looked for again when the yardstick grows a little.
+REACH = 1.1
 
 
 class Judge:
@@ -30,6 +33,7 @@ class Judge:
 
     Attributes:
         refreshes: Refreshes so far; part of the lane's state.
+        reach: Up to which distance those in the pool are known; part of the lane's state.
     """
 
     def __init__(
@@ -46,6 +50,13 @@ class Judge:
         self._pool, self._recent, self._appraiser = pool, recent, appraiser
         self._measured_for_good = measured_for_good
         self.refreshes = 0
+        self.reach = REACH * self._copies_within
+        self._metric: Float32Array | None = None
+
+    @property
+    def _copies_within(self) -> float:
+        """Distance from which on a candidate is no copy."""
+        return NO_COPY * self._appraiser.apart
 
     @property
     def _model_counts(self) -> bool:
@@ -61,37 +72,52 @@ class Judge:
             self._appraiser.watch(ids, x, stratum)
 
     def appraise(self, slots: IntArray) -> None:
-        """Judge (n,) pooled candidates by the model of the last refresh, and by what was trained
-        on."""
-        pool = self._pool
-        pool.floats("worth")[slots] = 1.0
+        """Judge (n,) candidates that have just come into the pool, by the model of the last refresh
+        and by what was trained on."""
+        self._pool.floats("worth")[slots] = 1.0
         if not len(slots) or not (self._model_counts or self._policy.weighs_evidence):
             return
+        self._place(slots)
+        self._look_for_copies(slots)
+        self._predict(slots)
+
+    def _predict(self, slots: IntArray) -> None:
+        """Say what loss (n,) pooled candidates have and how it ranks, and so what they are worth.
+
+        A loss of their own goes before the model's prediction, while it is fresh."""
+        pool = self._pool
         stratum, own = pool.ints("stratum")[slots], pool.floats("own_loss")[slots]
         if not self._measured_for_good:
             age = self.refreshes - pool.ints("own_since")[slots]
             own = np.where(age >= FRESH_REFRESHES, np.nan, own)
         judged = self._appraiser.appraise(pool.x[slots], stratum, own)
-        pool.z[slots] = judged.z
         pool.floats("loss")[slots] = judged.loss
         pool.floats("rank")[slots] = judged.rank
         pool.floats("mismatch")[slots] = judged.mismatch
+        self._weigh(slots)
+
+    def _place(self, slots: IntArray) -> None:
+        """Find the (n,) pooled candidates' places in the metric space."""
+        if self._model_counts:
+            self._pool.z[slots] = self._appraiser.project(self._pool.x[slots])
+
+    def _look_for_copies(self, slots: IntArray) -> None:
+        """Compare (n,) pooled candidates with all that was trained on lately."""
+        pool = self._pool
         pool.floats("distance")[slots] = np.inf
         if self._policy.weighs_evidence:
-            distance = self._recent.nearest_embedding(
+            pool.floats("distance")[slots] = self._recent.nearest_embedding(
                 pool.unit,
                 slots,
-                stratum,
+                pool.ints("stratum")[slots],
                 pool.ints("sample_id")[slots],
-                within=NO_COPY * self._appraiser.apart,
+                within=self.reach,
             )
-            pool.floats("distance")[slots] = distance / self._appraiser.apart
-        self._weigh(slots)
 
     def _weigh(self, slots: IntArray) -> None:
         """Renew the utility and the worth of (n,) candidates that have been judged."""
         pool = self._pool
-        copy = copy_likelihood(pool.floats("distance")[slots])
+        copy = copy_likelihood(pool.floats("distance")[slots] / self._appraiser.apart)
         mismatch = pool.floats("mismatch")[slots]
         pool.floats("utility")[slots] = self._policy.utility(
             rank=pool.floats("rank")[slots],
@@ -124,26 +150,35 @@ class Judge:
             unit[order],
             ids[order],
             np.append(0, np.cumsum(counts)),
-            within=NO_COPY * self._appraiser.apart,
+            within=self.reach,
         )
-        near /= self._appraiser.apart
         nearer = near < before
         pool.floats("distance")[slots[nearer]] = near[nearer]
         self._weigh(slots[nearer])
 
     def refresh(self) -> bool:
-        """Judge everything anew, model and strata having been refreshed; whether there was need."""
+        """Judge everything anew, model and strata having been refreshed; whether there was need.
+
+        Places in the metric space change with the metric only. Distances to what was trained on
+        have been kept up to date; they are looked for again if the yardstick has outgrown them.
+        """
         self.refreshes += 1
         if not (self._model_counts or self._policy.weighs_evidence):
             return False
         self._appraiser.refresh()
-        self._recent.project(self._appraiser.project)
-        self.appraise(self._pool.slots())
+        slots = self._pool.slots()
+        if self._metric is not self._model.metric:
+            self.project_again()
+        known, self.reach = self.reach, min(self.reach, REACH * self._copies_within)
+        if known < self._copies_within:
+            self.reach = REACH * self._copies_within
+            self._look_for_copies(slots)
+        self._predict(slots)
         return True
 
     def project_again(self) -> None:
         """Renew all metric vectors, which a checkpoint does not hold."""
+        self._metric = self._model.metric
         if self._model_counts:
-            slots = self._pool.slots()
-            self._pool.z[slots] = self._appraiser.project(self._pool.x[slots])
+            self._place(self._pool.slots())
             self._recent.project(self._appraiser.project)

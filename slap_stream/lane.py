@@ -347,6 +347,7 @@ class Lane:
             "left_count": self._left_count,
             "probed": self._probed,
             "refreshes": self._judge.refreshes,
+            "reach": self._judge.reach,
             "composed": self._composed,
             "compare": self._composer.compare,
             "agreement": self.feedback.agreement.copy(),
@@ -363,6 +364,7 @@ class Lane:
         self.progress.load_state_dict(state["progress"])
         self._left_worth, self._left_count = float(state["left_worth"]), int(state["left_count"])
         self._probed, self._judge.refreshes = int(state["probed"]), int(state["refreshes"])
+        self._judge.reach = float(state["reach"])
         self._composed = int(state["composed"])
         self._composer.compare = bool(state["compare"])
         self.feedback.agreement = np.array(state["agreement"], np.float64)

@@ -5,40 +5,44 @@ to every other candidate through its embedding and feature columns. Gradient ske
 linear map from the same columns to a small metric space in which inner products follow those of
 preconditioned gradients.
 
-Everything here is a sum over samples (`Moments`), so lanes and ranks can be added in a fixed order.
+Everything is solved from sums over samples (`Moments`), so lanes and ranks can be added in a fixed
+order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from slap_stream.kernels import mid_ranks, widen_halves
+from slap_stream.linear import (
+    inverse_of_triangle,
+    leading_directions,
+    power_after,
+    single_threaded,
+)
+from slap_stream.moments import Moments
+from slap_stream.rng import Purpose, generator
 from slap_stream.types import Float32Array, FloatArray, IntArray, Rows, State
 
 # Columns of a design row that come before the store's feature columns.
 INTERCEPT, LOG_LENGTH = 0, 1
 NUM_OWN_COLUMNS = 2
-# Moments that are symmetric matrices.
-SYMMETRIC = ("gram", "sketch_gram")
 # Ridge penalties tried, relative to the number of samples (columns are scaled to unit power).
 PENALTIES = np.logspace(-5, 0.5, 23)
 # With fewer sketches than this for each dimension, principal components of the embeddings serve.
 SKETCHES_PER_DIMENSION = 2
 # Samples of other strata that a stratum's rank is shrunk towards.
 RANK_SHRINKAGE = 8.0
-
-_blas = ThreadpoolController()
-
-
-def single_threaded() -> AbstractContextManager[object]:
-    """Context in which BLAS uses one thread: its sums then do not depend on the machine's cores."""
-    context: AbstractContextManager[object] = _blas.limit(limits=1, user_api="blas")
-    return context
+# Ridge penalty and metric are solved anew when so many times the samples are behind them, and else
+# at every so many refreshes: an eigenproblem each, and they move slowly.
+SOLVE_GROWTH, SOLVE_EVERY = 1.25, 4
+# Share of a column's mean square below which its variance is no more than rounding.
+LEAST_VARIANCE = 1e-5
+# Directions beyond the metric's that make its own more exact, and multiplications that find them.
+SPARE_DIRECTIONS, DIRECTION_ROUNDS = 16, 4
 
 
 def design_rows(rows: Rows) -> Float32Array:
@@ -66,83 +70,25 @@ def checked_rows(rows: Rows) -> tuple[Float32Array, int]:
 
 
 @dataclass(kw_only=True, slots=True)
-class Moments:
-    """Sums over samples, all float64; adding two of them adds their samples.
+class Renewal:
+    """When something that moves slowly is solved anew: while the samples behind it grow fast, and
+    else at every `SOLVE_EVERY`-th refresh.
 
     Attributes:
-        gram: (columns, columns) sum of x x^T over samples with a loss.
-        cross: (columns,) sum of x * loss.
-        square: () sum of loss squared.
-        count: () samples with a loss.
-        sketch_gram: (columns, columns) sum of x x^T over samples with a sketch.
-        sketch_cross: (columns, sketch_dim) sum of x times the sketch, scaled to unit length:
-            a long sample's larger gradient is not more of a direction.
-        sketch_count: () samples with a sketch.
+        weight: Samples, after forgetting, that it was solved from last.
+        age: Refreshes since.
     """
 
-    gram: FloatArray
-    cross: FloatArray
-    square: FloatArray
-    count: FloatArray
-    sketch_gram: FloatArray
-    sketch_cross: FloatArray
-    sketch_count: FloatArray
+    weight: float = 0.0
+    age: int = 0
 
-    @classmethod
-    def zeros(cls, *, columns: int, sketch_dim: int) -> Moments:
-        """No samples yet."""
-        return cls(
-            gram=np.zeros((columns, columns)),
-            cross=np.zeros(columns),
-            square=np.zeros(()),
-            count=np.zeros(()),
-            sketch_gram=np.zeros((columns, columns)),
-            sketch_cross=np.zeros((columns, sketch_dim)),
-            sketch_count=np.zeros(()),
-        )
-
-    def add_losses(self, x: Float32Array, losses: FloatArray) -> None:
-        """Add samples with design rows x (n, columns) and finite losses (n,)."""
-        wide = x.astype(np.float64)
-        with single_threaded():
-            self.gram += wide.T @ wide
-            self.cross += wide.T @ losses
-        self.square += np.sum(losses**2)
-        self.count += float(len(losses))
-
-    def add_sketches(self, x: Float32Array, sketches: Float32Array) -> None:
-        """Add finite, non-zero gradient sketches (n, sketch_dim) of samples with rows x."""
-        wide = x.astype(np.float64)
-        unit = sketches.astype(np.float64)
-        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-        with single_threaded():
-            self.sketch_gram += wide.T @ wide
-            self.sketch_cross += wide.T @ unit
-        self.sketch_count += float(len(unit))
-
-    def add(self, other: Moments, *, forgetting: float = 1.0) -> None:
-        """Add another's samples after scaling the own ones by `forgetting`."""
-        for field in fields(self):
-            mine = getattr(self, field.name)
-            setattr(self, field.name, mine * forgetting + getattr(other, field.name))
-
-    def to_dict(self) -> State:
-        """Plain arrays by name; of the symmetric ones the upper triangle, row by row."""
-        upper = np.triu_indices(len(self.cross))
-        state = {field.name: getattr(self, field.name) for field in fields(self)}
-        return state | {name: state[name][upper] for name in SYMMETRIC}
-
-    @classmethod
-    def from_dict(cls, state: State) -> Moments:
-        """Inverse of `to_dict`; nested lists are accepted."""
-        parts = {f.name: np.array(state[f.name], np.float64) for f in fields(cls)}
-        columns = len(parts["cross"])
-        upper = np.triu_indices(columns)
-        for name in SYMMETRIC:
-            whole = np.empty((columns, columns))
-            whole[upper] = whole.T[upper] = parts[name]
-            parts[name] = whole
-        return cls(**parts)
+    def due(self, weight: float) -> bool:
+        """Whether it is due at this refresh, which has so much weight; if so the count restarts."""
+        self.age += 1
+        if self.age < SOLVE_EVERY and weight < SOLVE_GROWTH * self.weight:
+            return False
+        self.weight, self.age = weight, 0
+        return True
 
 
 class LearnabilityModel:
@@ -161,7 +107,8 @@ class LearnabilityModel:
         coefficient: (columns,) float32; x times it is the predicted loss.
         excess: (columns,) float32; x times it is the predicted loss beyond what the length alone
             explains (beyond the reference model's, where there is one).
-        metric: (columns, metric_dim) float32; x times it, scaled to unit length, is z.
+        metric: (columns, metric_dim) float32; x times it, scaled to unit length, is z. Another
+            array whenever it has changed, which it does not at every refresh.
         noise: Standard deviation of the loss around its prediction.
         fitted: Whether enough losses were seen.
         metric_from_sketches: Whether gradients made the metric; otherwise principal components.
@@ -190,32 +137,46 @@ class LearnabilityModel:
         self.noise = 0.0
         self.fitted = False
         self.metric_from_sketches = False
-        # Derived from the moments of the last refresh; solved again after a resume.
-        self._spectrum: tuple[FloatArray, FloatArray, FloatArray, float] | None = None
+        self._penalty = float(PENALTIES[-1])
+        self._penalty_renewal, self._metric_renewal = Renewal(), Renewal()
+        # Derived from moments and penalty of the last refresh; made again after a resume.
+        self._factor: tuple[FloatArray, FloatArray] | None = None
 
     @property
-    def readout(self) -> Float32Array:
-        """(columns, 2 + metric_dim): predicted loss, excess, metric, for one pass over the rows."""
-        return np.concatenate([self.coefficient[:, None], self.excess[:, None], self.metric], 1)
+    def prediction(self) -> Float32Array:
+        """(2, columns): weights of the predicted loss and of its excess."""
+        return np.stack([self.coefficient, self.excess])
 
     def refresh(self, lanes: Sequence[Moments], forgetting: float) -> None:
         """Take in the lanes' new samples, in lane order, and solve again.
 
-        Without any new loss everything stays as it is.
+        Losses are solved for each time, penalty and metric when they are due. Without any new loss
+        everything stays as it is.
         """
-        total = Moments.from_dict(lanes[0].to_dict())
-        for lane in lanes[1:]:
-            total.add(lane)
-        if not float(total.count):
+        if not sum(float(lane.count) for lane in lanes):
             # Forgetting for nothing would end at sums of zero, which nothing can be solved from.
             return
+        total = lanes[0]
+        if len(lanes) > 1:
+            total = Moments.from_dict(lanes[0].to_dict())
+            for lane in lanes[1:]:
+                total.add(lane)
         self.moments.add(total, forgetting=forgetting)
-        if not self.fitted and float(self.moments.count) < self._warmup_losses:
+        m = self.moments
+        if not self.fitted and float(m.count) < self._warmup_losses:
             return
-        self._spectrum = None
+        self._factor = None
+        enough = float(m.sketch_count) >= SKETCHES_PER_DIMENSION * self._metric_dim
+        if enough != self.metric_from_sketches:
+            self._metric_renewal = Renewal()
         with single_threaded():
+            if self._penalty_renewal.due(float(m.count)):
+                self._penalty = self._choose_penalty()
             self._fit_loss()
-            self._fit_metric()
+            if self._metric_renewal.due(float(m.sketch_count if enough else m.count)):
+                fit = self._metric_of_sketches if enough else self._metric_of_embeddings
+                self.metric = fit().astype(np.float32)
+                self.metric_from_sketches = enough
         self.fitted = True
 
     def variance(self, x: Float32Array) -> FloatArray:
@@ -223,46 +184,62 @@ class LearnabilityModel:
         if not self.fitted:
             return np.ones(len(x))
         with single_threaded():
-            scale, values, vectors, penalty = self._solve_spectrum()
-            rotated = (x * scale) @ vectors
-        result: FloatArray = np.sum(rotated**2 / (values + penalty), axis=1)
-        return result
+            scale, inverse = self._factorise()
+            return power_after(x, (inverse * scale).T.astype(np.float32))
 
-    def _solve_spectrum(self) -> tuple[FloatArray, FloatArray, FloatArray, float]:
-        """Column scales, eigenvalues and eigenvectors of the scaled Gram matrix, ridge penalty.
+    def _scaled(self) -> tuple[FloatArray, FloatArray, FloatArray, float]:
+        """Column scales, the Gram matrix and the products with the loss in these scales, and the
+        sum of squared losses.
 
-        Columns that never varied get scale zero and so no weight. The penalty is chosen by
-        generalized cross-validation (Golub, Heath and Wahba, 1979), which needs only the moments.
+        Losses are taken around their mean, so that the penalty does not pull the level towards
+        zero. Columns that never varied get scale zero and so no weight.
         """
-        if self._spectrum is not None:
-            return self._spectrum
         m = self.moments
         count = float(m.count)
         scale = _inverse_rms(m.gram, count)
-        values, vectors = np.linalg.eigh(m.gram * scale[:, None] * scale)
-        values = np.maximum(values, 0.0)
         mean = m.cross[INTERCEPT] / count
-        # Losses around their mean, so that the penalty does not pull the level towards zero.
-        target = vectors.T @ ((m.cross - m.gram[INTERCEPT] * mean) * scale)
-        power = float(m.square) - count * mean**2
-        best, penalty = np.inf, float(PENALTIES[-1] * count)
+        target = (m.cross - m.gram[INTERCEPT] * mean) * scale
+        return scale, m.gram * scale[:, None] * scale, target, float(m.square) - count * mean**2
+
+    def _choose_penalty(self) -> float:
+        """Ridge penalty relative to the number of samples, by generalized cross-validation (Golub,
+        Heath and Wahba, 1979), which needs only the moments."""
+        count = float(self.moments.count)
+        _, gram, target, power = self._scaled()
+        values, vectors = np.linalg.eigh(gram)
+        values, turned = np.maximum(values, 0.0), vectors.T @ target
+        best, penalty = np.inf, float(PENALTIES[-1])
         for relative in PENALTIES:
             trial = relative * count
-            rest = power - np.sum(target**2 * (values + 2 * trial) / (values + trial) ** 2)
+            rest = power - np.sum(turned**2 * (values + 2 * trial) / (values + trial) ** 2)
             free = count - np.sum(values / (values + trial))
             if free > 1.0 and max(rest, 0.0) / free**2 < best:
-                best, penalty = max(rest, 0.0) / free**2, float(trial)
-        self.noise = float(np.sqrt(best * max(1.0, count))) if np.isfinite(best) else 0.0
-        self._spectrum = scale, values, vectors, penalty
-        return self._spectrum
+                best, penalty = max(rest, 0.0) / free**2, float(relative)
+        return penalty
+
+    def _factorise(self) -> tuple[FloatArray, FloatArray]:
+        """Column scales, and the inverse of the lower Cholesky factor of the scaled Gram matrix
+        with the penalty on its diagonal.
+
+        There is a factor: the least penalty is several times the rounding of the sums.
+        """
+        if self._factor is None:
+            scale, gram, _, _ = self._scaled()
+            gram[np.diag_indices_from(gram)] += self._penalty * float(self.moments.count)
+            self._factor = scale, inverse_of_triangle(np.linalg.cholesky(gram))
+        return self._factor
 
     def _fit_loss(self) -> None:
         m = self.moments
-        scale, values, vectors, penalty = self._solve_spectrum()
-        mean = m.cross[INTERCEPT] / float(m.count)
-        target = vectors.T @ ((m.cross - m.gram[INTERCEPT] * mean) * scale)
-        coefficient = scale * (vectors @ (target / (values + penalty)))
-        coefficient[INTERCEPT] += mean
+        count = float(m.count)
+        _, _, target, power = self._scaled()
+        scale, inverse = self._factorise()
+        penalty, solved = self._penalty * count, inverse.T @ (inverse @ target)
+        rest = power - float(solved @ target) - penalty * float(solved @ solved)
+        free = count - len(target) + penalty * float(np.sum(inverse**2))
+        self.noise = float(np.sqrt(max(rest, 0.0) * count) / free) if free > 1.0 else 0.0
+        coefficient = scale * solved
+        coefficient[INTERCEPT] += m.cross[INTERCEPT] / count
         excess = coefficient.copy()
         if self._reference_column is None:
             # What the length columns explain of the prediction: the ridge has shrunk their own
@@ -275,42 +252,53 @@ class LearnabilityModel:
         self.coefficient = coefficient.astype(np.float32)
         self.excess = excess.astype(np.float32)
 
-    def _fit_metric(self) -> None:
-        """Principal directions of the predicted sketches, or of the embeddings without sketches.
+    def _metric_of_sketches(self) -> FloatArray:
+        """(columns, metric_dim): principal directions of the predicted sketches.
 
-        With sketches, W is the ridge solution from centred rows to centred unit sketches and the
-        metric is W Q, Q the leading right singular vectors of (covariance)^(1/2) W: inner products
-        of x W Q then are those of predicted sketches, in as few dimensions as possible.
+        W is the ridge solution from centred rows to centred unit sketches, S the rows' covariance,
+        and the metric is W Q, Q the leading eigenvectors of W^T S W: inner products of x W Q then
+        are those of predicted sketches, in as few dimensions as possible.
         """
         m = self.moments
-        enough = float(m.sketch_count) >= SKETCHES_PER_DIMENSION * self._metric_dim
-        gram = m.sketch_gram if enough else m.gram
-        count = float(m.sketch_count if enough else m.count)
-        mean = gram[INTERCEPT] / count
-        covariance = gram / count - np.outer(mean, mean)
-        if enough:
-            scale = _inverse_rms(covariance, 1.0)
-            cross = m.sketch_cross / count
-            cross = (cross - np.outer(mean, cross[INTERCEPT])) * scale[:, None]
-            values, vectors = np.linalg.eigh(covariance * scale[:, None] * scale)
-            values = np.maximum(values, 0.0)
-            # As much shrinkage as if each dimension had been seen once.
-            shrunk = values + self._metric_dim / count
-            rotated = vectors.T @ cross
-            root = np.sqrt(values)[:, None] * rotated / shrunk[:, None]
-            power, left = np.linalg.eigh(root @ root.T)
-            left, power = left[:, -self._metric_dim :], power[-self._metric_dim :]
-            usable = power > 1e-12 * max(float(power[-1]), 1e-300)
-            right = (root.T @ left) / np.sqrt(np.where(usable, power, 1.0)) * usable
-            metric = scale[:, None] * (vectors @ ((rotated @ right) / shrunk[:, None]))
-        else:
-            tail = slice(len(covariance) - self._dim, None)
-            _, vectors = np.linalg.eigh(covariance[tail, tail])
-            metric = np.zeros((len(covariance), self._metric_dim))
-            metric[tail] = vectors[:, -self._metric_dim :]
+        count = float(m.sketch_count)
+        mean, covariance = _centred(m.sketch_gram, count)
+        scale = _inverse_rms(covariance, 1.0)
+        # What is left of a column that is all but constant is the rounding of the sums.
+        scale[np.diag(covariance) <= LEAST_VARIANCE * (mean**2 + np.diag(covariance))] = 0.0
+        cross = m.sketch_cross / count
+        cross = (cross - np.outer(mean, cross[INTERCEPT])) * scale[:, None]
+        covariance *= scale[:, None] * scale
+        shrunk = covariance.copy()
+        # As much shrinkage as if each dimension had been seen once.
+        shrunk[np.diag_indices_from(shrunk)] += self._metric_dim / count
+        inverse = inverse_of_triangle(np.linalg.cholesky(shrunk))
+        w = inverse.T @ (inverse @ cross)
+        wanted = self._metric_dim
+        spare = min(SPARE_DIRECTIONS, cross.shape[1] - wanted)
+        # The same at every refresh and on every rank.
+        start = generator(0, Purpose.METRIC).normal(size=(cross.shape[1], wanted + spare))
+        if self.metric_from_sketches:
+            # On from where the last solution ended: directions move little, and are the more exact.
+            start[:, :wanted] = w.T @ (covariance @ (self.metric * _inverse(scale)[:, None]))
+        basis = leading_directions(
+            lambda q: w.T @ (covariance @ (w @ q)), start, rounds=DIRECTION_ROUNDS
+        )
+        reduced = w @ basis
+        power, turn = np.linalg.eigh(reduced.T @ (covariance @ reduced))
+        usable = power > 1e-12 * max(float(power[-1]), 1e-300)
+        metric = scale[:, None] * (reduced @ (turn * usable))[:, -wanted:]
         metric[INTERCEPT] -= mean @ metric
-        self.metric = metric.astype(np.float32)
-        self.metric_from_sketches = enough
+        return metric
+
+    def _metric_of_embeddings(self) -> FloatArray:
+        """(columns, metric_dim): principal directions of the embeddings."""
+        mean, covariance = _centred(self.moments.gram, float(self.moments.count))
+        tail = slice(len(covariance) - self._dim, None)
+        _, vectors = np.linalg.eigh(covariance[tail, tail])
+        metric = np.zeros((len(covariance), self._metric_dim))
+        metric[tail] = vectors[:, -self._metric_dim :]
+        metric[INTERCEPT] -= mean @ metric
+        return metric
 
     def state_dict(self) -> State:
         """Sums and what was solved from them, so that a resumed run need not solve again."""
@@ -322,18 +310,24 @@ class LearnabilityModel:
             "noise": self.noise,
             "fitted": self.fitted,
             "metric_from_sketches": self.metric_from_sketches,
+            "penalty": self._penalty,
+            "penalty_renewal": asdict(self._penalty_renewal),
+            "metric_renewal": asdict(self._metric_renewal),
         }
 
     def load_state_dict(self, state: State) -> None:
         """Take over a saved state; the caller has checked the shapes' causes."""
         self.moments = Moments.from_dict(state["moments"])
-        self._spectrum = None
+        self._factor = None
         self.coefficient = np.asarray(state["coefficient"], np.float32)
         self.excess = np.asarray(state["excess"], np.float32)
         self.metric = np.asarray(state["metric"], np.float32).reshape(self.metric.shape)
         self.noise = float(state["noise"])
         self.fitted = bool(state["fitted"])
         self.metric_from_sketches = bool(state["metric_from_sketches"])
+        self._penalty = float(state["penalty"])
+        self._penalty_renewal = Renewal(**state["penalty_renewal"])
+        self._metric_renewal = Renewal(**state["metric_renewal"])
 
 
 class RankTable:
@@ -366,6 +360,18 @@ class RankTable:
         weighed = own * size[known] + overall * RANK_SHRINKAGE
         shrunk: FloatArray = weighed / (size[known] + RANK_SHRINKAGE)
         return shrunk
+
+
+def _centred(gram: FloatArray, count: float) -> tuple[FloatArray, FloatArray]:
+    """Column means and covariance, from sums of products whose first column is ones."""
+    mean = gram[INTERCEPT] / count
+    return mean, gram / count - np.outer(mean, mean)
+
+
+def _inverse(scale: FloatArray) -> FloatArray:
+    """One over each, zero staying zero."""
+    dead = scale == 0.0
+    return np.where(dead, 0.0, 1.0 / np.where(dead, 1.0, scale))
 
 
 def _inverse_rms(gram: FloatArray, count: float) -> FloatArray:

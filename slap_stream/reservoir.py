@@ -35,8 +35,8 @@ COLUMNS: dict[str, type] = {
     # Rank of the excess loss, and probability that the target belongs to another prompt.
     "rank": np.float64,
     "mismatch": np.float64,
-    # Distance of the embedding to the nearest one trained on lately, in typical distances; inf
-    # also where it is only known to be too far for a copy.
+    # Distance of the unit embedding to the nearest one trained on lately; inf also where it is
+    # only known to be too far for a copy.
     "distance": np.float64,
     # What is made of these: utility, and probability that the candidate is not dispensable.
     "utility": np.float64,

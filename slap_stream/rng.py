@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     CORPUS_PARTS = 11
     CORPUS_PLACES = 12
     SUBSET = 13
+    METRIC = 14
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

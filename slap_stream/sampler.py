@@ -18,7 +18,7 @@ from slap_stream.feedback import check_feedback, check_sketches, find_questions,
 from slap_stream.lane import Lane
 from slap_stream.lane_counts import count_lanes, shards_needed
 from slap_stream.lane_statistics import StatisticsLayout, sum_in_order
-from slap_stream.learnability import single_threaded
+from slap_stream.linear import single_threaded
 from slap_stream.order import ShardTable
 from slap_stream.plan import plan_run
 from slap_stream.policies import make_policy
@@ -28,7 +28,7 @@ from slap_stream.types import FloatArray, IntArray, LaneExchange, Position, Shar
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 class SlapSampler:

@@ -14,8 +14,8 @@ from slap_stream.learnability import (
     LOG_LENGTH,
     NUM_OWN_COLUMNS,
     LearnabilityModel,
-    Moments,
 )
+from slap_stream.moments import Moments
 from slap_stream.plan import Keep, LanePlan
 from slap_stream.strata import Strata
 from slap_stream.types import Float32Array, State

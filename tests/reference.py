@@ -29,6 +29,11 @@ def project(rows: Array, matrix: Array) -> Array:
     return out
 
 
+def weigh(rows: Array, weights: Array) -> Array:
+    """Inner products of each row with each weight vector, in float64."""
+    return np.array([[float(np.dot(row, weight)) for weight in weights] for row in rows])
+
+
 def unit_rows(rows: Array) -> Array:
     """Rows over their lengths; rows without a positive length become zero."""
     out = np.zeros(rows.shape)
@@ -209,6 +214,22 @@ def ridge(x: Array, y: Array, penalties: Array) -> tuple[Array, float]:
     coefficient = best[1].copy()
     coefficient[0] += y.mean()
     return coefficient, math.sqrt(best[0] * count)
+
+
+def metric(x: Array, sketches: Array, metric_dim: int) -> Array:
+    """(columns, metric_dim) map whose inner products follow those of the predicted sketches.
+
+    Rows and unit sketches are centred, columns scaled to unit variance, the ridge penalty is
+    metric_dim over the number of samples; column 0 is the intercept and counts for nothing.
+    """
+    unit = sketches / np.linalg.norm(sketches, axis=1, keepdims=True)
+    unit = unit - unit.mean(axis=0)
+    spread = x[:, 1:].std(axis=0)
+    rows = (x[:, 1:] - x[:, 1:].mean(axis=0)) / spread
+    penalty = metric_dim * np.eye(rows.shape[1])
+    weights = np.linalg.inv(rows.T @ rows + penalty) @ rows.T @ unit
+    _, _, right = np.linalg.svd(rows @ weights, full_matrices=False)
+    return np.vstack([np.zeros(metric_dim), (weights @ right[:metric_dim].T) / spread[:, None]])
 
 
 def along_arc(

@@ -14,9 +14,9 @@ PACKAGE = Path(__file__).parent.parent / "slap_stream"
 # A folder stands where the module does that it is a part of.
 FLOORS = {
     0: "config errors types",
-    1: "kernels rng chat shard_index sorting state_bytes",
-    2: "order strata plan quota repeats reservoir learnability appraisal evidence feedback intake "
-    "judge policies embeddings encoders encoding corpus converting",
+    1: "kernels linear rng chat shard_index sorting state_bytes",
+    2: "order strata plan quota repeats reservoir moments learnability appraisal evidence feedback "
+    "intake judge policies embeddings encoders encoding corpus converting",
     3: "composer lane lane_counts lane_feedback lane_statistics pending run_state sampler shared",
     4: "distributed loader loader_checks probe probing progress shards sharding workers",
     5: "integrations",

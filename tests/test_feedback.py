@@ -15,7 +15,7 @@ from slap_stream.feedback import (
     find_questions,
     match_oldest,
 )
-from slap_stream.learnability import Moments
+from slap_stream.moments import Moments
 from tests import reference
 from tests.laws import as_json
 from tests.strategies import Array

@@ -23,6 +23,7 @@ from slap_stream.kernels import (
     shared_and_nearest,
     sum_units_by_group,
     unit_rows,
+    weigh,
     widen_halves,
 )
 from tests import reference
@@ -46,6 +47,17 @@ QUICK = settings(max_examples=60)
 def test_project_equals_its_twin(product: tuple[Array, Array]) -> None:
     rows, matrix = product
     np.testing.assert_array_equal(project(rows, matrix), reference.project(rows, matrix))
+
+
+@QUICK
+@given(product=products())
+def test_weigh_equals_its_twin_and_no_row_depends_on_another(product: tuple[Array, Array]) -> None:
+    rows, weights = product[0], np.ascontiguousarray(product[1].T)
+    found = weigh(rows, weights)
+    expected = reference.weigh(rows.astype(np.float64), weights.astype(np.float64))
+    largest = np.abs(rows).astype(np.float64) @ np.abs(weights).astype(np.float64).T
+    assert np.all(np.abs(found - expected.reshape(found.shape)) <= 1e-5 * largest + 1e-30)
+    np.testing.assert_array_equal(weigh(rows[1:], weights), found[1:])
 
 
 @pytest.mark.parametrize("outer", [1, 7, 64])
@@ -235,6 +247,8 @@ def test_arguments_that_do_not_fit_are_refused_by_name() -> None:
     ones = np.ones((2, 3), np.float32)
     with pytest.raises(ValueError, match=r"rows and matrix must be .* got \(2, 3\) and \(2, 3\)"):
         project(ones, ones)
+    with pytest.raises(ValueError, match=r"rows and weights must be .* \(2, 3\) and \(3, 2\)"):
+        weigh(np.zeros((2, 3), np.float32), np.zeros((3, 2), np.float32))
     with pytest.raises(ValueError, match=r"rows must be \(n, dim\), got \(3,\)"):
         unit_rows(ones[0])
     with pytest.raises(ValueError, match=r"same \(num_strata,\) shape, got \(2,\) and \(3,\)"):
@@ -292,4 +306,4 @@ def test_the_kernels_stay_within_their_arrays(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "10 passed" in done.stdout
+    assert "11 passed" in done.stdout

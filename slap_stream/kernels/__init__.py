@@ -21,6 +21,7 @@ from slap_stream.kernels.rows import (
     project,
     sum_units_by_group,
     unit_rows,
+    weigh,
     widen_halves,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "shared_and_nearest",
     "sum_units_by_group",
     "unit_rows",
+    "weigh",
     "widen_halves",
 ]

@@ -75,6 +75,33 @@ def _project(rows: Any, matrix: Any, out: Any) -> None:
                     out[i, j] += weight * matrix[k, j]
 
 
+def weigh(rows: Float32Array, weights: Float32Array) -> Float32Array:
+    """Inner products of rows with a few weight vectors, each row on its own.
+
+    Args:
+        rows: (n, columns) float32.
+        weights: (m, columns) float32; `project` is quicker for many.
+
+    Returns:
+        (n, m) float32; row i is bit for bit the same whatever the other rows are.
+    """
+    if rows.ndim != 2 or weights.ndim != 2 or rows.shape[1] != weights.shape[1]:
+        raise ValueError(
+            f"rows and weights must be (n, columns) and (m, columns), got {rows.shape} and "
+            f"{weights.shape}."
+        )
+    out = np.empty((rows.shape[0], weights.shape[0]), np.float32)
+    _weigh(np.ascontiguousarray(rows, np.float32), np.ascontiguousarray(weights, np.float32), out)
+    return out
+
+
+@njit
+def _weigh(rows: Any, weights: Any, out: Any) -> None:
+    for i in range(rows.shape[0]):
+        for j in range(weights.shape[0]):
+            out[i, j] = _dot(rows[i], weights[j])
+
+
 def widen_halves(values: NDArray[np.float16]) -> Float32Array:
     """(n, dim) half floats as float32, exactly; a tenth of the time that NumPy takes."""
     out = np.empty(values.shape, np.float32)
