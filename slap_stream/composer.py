@@ -17,6 +17,10 @@ from slap_stream.reservoir import RecentlyTrained, Reservoirs, SketchQueue
 from slap_stream.rng import Purpose, generator, uniforms
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray
 
+# Of so many candidates drawn by chance, one is probed for its prediction being uncertain: to rank
+# the whole pool takes as long as composing a batch, and the best of four are nearly as uncertain.
+UNCERTAIN_OF = 4
+
 
 class Composer:
     """Chooses from a lane's pool; changes nothing but its own gauges.
@@ -153,7 +157,7 @@ class Composer:
 
     def choose_probes(self, count: int) -> IntArray:
         """Choose whom to probe: half uniformly in strata, so that means stay unbiased, half where
-        the prediction is least certain.
+        the prediction is least certain, of four times as many.
 
         Args:
             count: How many.
@@ -190,6 +194,8 @@ class Composer:
         picked = top_of_each_stratum(draws, view, quota)
         if uncertain:
             rest = np.setdiff1d(np.arange(len(slots)), picked)
+            # By chance, too: a tail of odd ones is not probed again and again.
+            rest = rest[np.argsort(-draws[rest], kind="stable")[: UNCERTAIN_OF * uncertain]]
             variance = self._model.variance(pool.x[slots[rest]])
             least_certain = np.argsort(-variance, kind="stable")[:uncertain]
             picked = np.concatenate([picked, rest[least_certain]])
@@ -254,9 +260,8 @@ class Composer:
         )
         quota = self._progress.by_stratum(view.stratum[positions])
         drawn = top_of_each_stratum(draws, view, quota)
-        both = np.concatenate([positions, drawn])
-        self.gauges["batch_learnability"] = policy.learnability(view, positions, both)
-        self.gauges["uniform_learnability"] = policy.learnability(view, drawn, both)
+        batch, uniform = policy.learnability(view, [positions, drawn])
+        self.gauges["batch_learnability"], self.gauges["uniform_learnability"] = batch, uniform
         self.compare = False
 
     def _claims(self, slots: IntArray) -> FloatArray:

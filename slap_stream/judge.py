@@ -7,7 +7,7 @@ import numpy as np
 
 from slap_stream.appraisal import Appraiser
 from slap_stream.evidence import NO_COPY, copy_likelihood, worth
-from slap_stream.kernels import nearest_of_group
+from slap_stream.kernels import heads_of, nearest_of_group
 from slap_stream.learnability import LearnabilityModel
 from slap_stream.policies import Policy
 from slap_stream.reservoir import RecentlyTrained, Reservoirs
@@ -71,17 +71,22 @@ class Judge:
         if self._appraises:
             self._appraiser.watch(ids, x, stratum)
 
-    def appraise(self, slots: IntArray) -> None:
-        """Judge (n,) candidates that have just come into the pool, by the model of the last refresh
-        and by what was trained on."""
+    def appraise(self, slots: IntArray, x: Float32Array) -> None:
+        """Judge candidates that have just come into the pool, by the model of the last refresh and
+        by what was trained on.
+
+        Args:
+            slots: (n,) where they are.
+            x: (n, columns) their design rows, which the pool holds too, but not in one piece.
+        """
         self._pool.floats("worth")[slots] = 1.0
         if not len(slots) or not (self._model_counts or self._policy.weighs_evidence):
             return
-        self._place(slots)
+        self._place(slots, x)
         self._look_for_copies(slots)
-        self._predict(slots)
+        self._predict(slots, x)
 
-    def _predict(self, slots: IntArray) -> None:
+    def _predict(self, slots: IntArray, x: Float32Array) -> None:
         """Say what loss (n,) pooled candidates have and how it ranks, and so what they are worth.
 
         A loss of their own goes before the model's prediction, while it is fresh."""
@@ -90,16 +95,16 @@ class Judge:
         if not self._measured_for_good:
             age = self.refreshes - pool.ints("own_since")[slots]
             own = np.where(age >= FRESH_REFRESHES, np.nan, own)
-        judged = self._appraiser.appraise(pool.x[slots], stratum, own)
+        judged = self._appraiser.appraise(x, stratum, own)
         pool.floats("loss")[slots] = judged.loss
         pool.floats("rank")[slots] = judged.rank
         pool.floats("mismatch")[slots] = judged.mismatch
         self._weigh(slots)
 
-    def _place(self, slots: IntArray) -> None:
+    def _place(self, slots: IntArray, x: Float32Array) -> None:
         """Find the (n,) pooled candidates' places in the metric space."""
         if self._model_counts:
-            self._pool.z[slots] = self._appraiser.project(self._pool.x[slots])
+            self._pool.z[slots] = self._appraiser.project(x)
 
     def _look_for_copies(self, slots: IntArray) -> None:
         """Compare (n,) pooled candidates with all that was trained on lately."""
@@ -112,6 +117,7 @@ class Judge:
                 pool.ints("stratum")[slots],
                 pool.ints("sample_id")[slots],
                 within=self.reach,
+                heads=pool.heads,
             )
 
     def _weigh(self, slots: IntArray) -> None:
@@ -142,15 +148,18 @@ class Judge:
         waiting, before = pool.ints("stratum")[slots], pool.floats("distance")[slots]
         order = np.argsort(stratum, kind="stable")
         counts = np.bincount(stratum, minlength=int(waiting.max(initial=0)) + 1)
+        known = unit[order]
         near = nearest_of_group(
             pool.unit,
             slots,
             pool.ints("sample_id")[slots],
             waiting,
-            unit[order],
+            known,
             ids[order],
             np.append(0, np.cumsum(counts)),
             within=self.reach,
+            heads=pool.heads,
+            known_heads=heads_of(known),
         )
         nearer = near < before
         pool.floats("distance")[slots[nearer]] = near[nearer]
@@ -173,12 +182,13 @@ class Judge:
         if known < self._copies_within:
             self.reach = REACH * self._copies_within
             self._look_for_copies(slots)
-        self._predict(slots)
+        self._predict(slots, self._pool.x[slots])
         return True
 
     def project_again(self) -> None:
         """Renew all metric vectors, which a checkpoint does not hold."""
         self._metric = self._model.metric
         if self._model_counts:
-            self._place(self._pool.slots())
+            slots = self._pool.slots()
+            self._place(slots, self._pool.x[slots])
             self._recent.project(self._appraiser.project)

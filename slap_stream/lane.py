@@ -241,7 +241,7 @@ class Lane:
             offered_at=np.arange(count) + int(self.progress.offered.sum()),
             gumbel=gumbels(self._plan.config.seed, self.progress.epoch, ids, offered.occurrence),
         )
-        self._judge.appraise(slots)
+        self._judge.appraise(slots, offered.x)
         self.progress.offered += self.progress.by_stratum(stratum)
 
     def _train(self, slots: IntArray, ids: IntArray, weights: FloatArray) -> None:

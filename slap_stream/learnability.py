@@ -38,7 +38,7 @@ SKETCHES_PER_DIMENSION = 2
 RANK_SHRINKAGE = 8.0
 # Ridge penalty and metric are solved anew when so many times the samples are behind them, and else
 # at every so many refreshes: an eigenproblem each, and they move slowly.
-SOLVE_GROWTH, SOLVE_EVERY = 1.25, 4
+SOLVE_GROWTH, SOLVE_EVERY = 1.25, 8
 # Share of a column's mean square below which its variance is no more than rounding.
 LEAST_VARIANCE = 1e-5
 # Directions beyond the metric's that make its own more exact, and multiplications that find them.
@@ -139,8 +139,9 @@ class LearnabilityModel:
         self.metric_from_sketches = False
         self._penalty = float(PENALTIES[-1])
         self._penalty_renewal, self._metric_renewal = Renewal(), Renewal()
-        # Derived from moments and penalty of the last refresh; made again after a resume.
-        self._factor: tuple[FloatArray, FloatArray] | None = None
+        # (columns, columns) upper triangular: rows times it have the predictive variance as squared
+        # length. Follows from moments and penalty; made again after a resume.
+        self._whitening: Float32Array | None = None
 
     @property
     def prediction(self) -> Float32Array:
@@ -165,7 +166,6 @@ class LearnabilityModel:
         m = self.moments
         if not self.fitted and float(m.count) < self._warmup_losses:
             return
-        self._factor = None
         enough = float(m.sketch_count) >= SKETCHES_PER_DIMENSION * self._metric_dim
         if enough != self.metric_from_sketches:
             self._metric_renewal = Renewal()
@@ -184,8 +184,10 @@ class LearnabilityModel:
         if not self.fitted:
             return np.ones(len(x))
         with single_threaded():
-            scale, inverse = self._factorise()
-            return power_after(x, (inverse * scale).T.astype(np.float32))
+            if self._whitening is None:
+                self._factorise(*self._scaled()[:2])
+            assert self._whitening is not None
+            return power_after(x, self._whitening)
 
     def _scaled(self) -> tuple[FloatArray, FloatArray, FloatArray, float]:
         """Column scales, the Gram matrix and the products with the loss in these scales, and the
@@ -217,23 +219,22 @@ class LearnabilityModel:
                 best, penalty = max(rest, 0.0) / free**2, float(relative)
         return penalty
 
-    def _factorise(self) -> tuple[FloatArray, FloatArray]:
-        """Column scales, and the inverse of the lower Cholesky factor of the scaled Gram matrix
-        with the penalty on its diagonal.
+    def _factorise(self, scale: FloatArray, gram: FloatArray) -> FloatArray:
+        """Inverse of the lower Cholesky factor of the scaled Gram matrix with the penalty on its
+        diagonal; kept with the scales, as what makes the predictive variance.
 
         There is a factor: the least penalty is several times the rounding of the sums.
         """
-        if self._factor is None:
-            scale, gram, _, _ = self._scaled()
-            gram[np.diag_indices_from(gram)] += self._penalty * float(self.moments.count)
-            self._factor = scale, inverse_of_triangle(np.linalg.cholesky(gram))
-        return self._factor
+        ridged = gram + self._penalty * float(self.moments.count) * np.eye(len(gram))
+        inverse = inverse_of_triangle(np.linalg.cholesky(ridged))
+        self._whitening = (inverse * scale).T.astype(np.float32)
+        return inverse
 
     def _fit_loss(self) -> None:
         m = self.moments
         count = float(m.count)
-        _, _, target, power = self._scaled()
-        scale, inverse = self._factorise()
+        scale, gram, target, power = self._scaled()
+        inverse = self._factorise(scale, gram)
         penalty, solved = self._penalty * count, inverse.T @ (inverse @ target)
         rest = power - float(solved @ target) - penalty * float(solved @ solved)
         free = count - len(target) + penalty * float(np.sum(inverse**2))
@@ -318,7 +319,7 @@ class LearnabilityModel:
     def load_state_dict(self, state: State) -> None:
         """Take over a saved state; the caller has checked the shapes' causes."""
         self.moments = Moments.from_dict(state["moments"])
-        self._factor = None
+        self._whitening = None
         self.coefficient = np.asarray(state["coefficient"], np.float32)
         self.excess = np.asarray(state["excess"], np.float32)
         self.metric = np.asarray(state["metric"], np.float32).reshape(self.metric.shape)

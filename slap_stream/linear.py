@@ -13,8 +13,8 @@ from slap_stream.types import Float32Array, FloatArray
 # Rows whose products are added up in float32, before they go to a float64 sum. Fixed, so that a
 # sum does not depend on how the rows came.
 ROWS_AT_A_TIME = 256
-# A triangle of this size or less is inverted in one go.
-_SMALL = 48
+# Rows of a triangle that are inverted at a time.
+_SMALL = 40
 # Column blocks that a product with a triangle is made in; what is zero is left out.
 _BLOCK = 104
 
@@ -49,20 +49,17 @@ def row_chunks(parts: Sequence[Float32Array]) -> Iterator[Float32Array]:
 
 
 def inverse_of_triangle(lower: FloatArray) -> FloatArray:
-    """Inverse of a lower triangular matrix, by halves; a fifth of the time of a general inverse.
+    """Inverse of a lower triangular matrix by blocks of rows, in a fifth of the usual time.
 
     Args:
         lower: (n, n), with a diagonal without zeros; what is above it is not read.
     """
-    n = len(lower)
-    if n <= _SMALL:
-        small: FloatArray = np.tril(np.linalg.inv(np.tril(lower)))
-        return small
-    half = n // 2
     out = np.zeros_like(lower)
-    out[:half, :half] = inverse_of_triangle(lower[:half, :half])
-    out[half:, half:] = inverse_of_triangle(lower[half:, half:])
-    out[half:, :half] = -out[half:, half:] @ (lower[half:, :half] @ out[:half, :half])
+    for first in range(0, len(lower), _SMALL):
+        last = min(first + _SMALL, len(lower))
+        own = np.tril(np.linalg.inv(np.tril(lower[first:last, first:last])))
+        out[first:last, first:last] = own
+        out[first:last, :first] = -own @ (lower[first:last, :first] @ out[:first, :first])
     return out
 
 

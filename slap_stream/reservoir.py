@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from slap_stream.kernels import nearest_of_group, unit_rows
+from slap_stream.kernels import Heads, heads_of, nearest_of_group, unit_rows
 from slap_stream.sorting import first_of_each, place_in_group, sort_candidates
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, State
 
@@ -57,6 +57,7 @@ class Reservoirs:
     Attributes:
         x: (capacity, columns) float32 design rows.
         unit: (capacity, dim) float32 unit embeddings.
+        heads: Their heads.
         z: (capacity, metric_dim) float32 unit vectors of the metric space.
         sketch: (capacity, sketch_dim) float32 measured gradient sketches, zero where none was.
         data: (capacity,) arrays by the names in `COLUMNS`; `sample_id` is -1 where a slot is free.
@@ -68,6 +69,7 @@ class Reservoirs:
         self.capacity = capacity
         self._dim = dim
         self.unit: Float32Array = np.zeros((capacity, dim), np.float32)
+        self.heads = heads_of(self.unit)
         self.x: Float32Array = np.zeros((capacity, columns), np.float32)
         self.z: Float32Array = np.zeros((capacity, metric_dim), np.float32)
         self.sketch: Float32Array = np.zeros((capacity, sketch_dim), np.float32)
@@ -113,7 +115,7 @@ class Reservoirs:
         slots = free[: len(x)]
         self.x[slots] = x
         self.sketch[slots] = 0.0
-        self.unit[slots] = unit_rows(x[:, -self._dim :])
+        self._put_unit(slots, x)
         self.floats("own_loss")[slots] = np.nan
         for name in COLUMNS:
             if name in columns:
@@ -121,6 +123,11 @@ class Reservoirs:
             elif name != "own_loss":
                 self.data[name][slots] = 0
         return slots
+
+    def _put_unit(self, slots: IntArray, x: Float32Array) -> None:
+        unit = unit_rows(x[:, -self._dim :])
+        self.unit[slots] = unit
+        self.heads.put(slots, heads_of(unit))
 
     def measure(
         self,
@@ -196,9 +203,9 @@ class Reservoirs:
         slots = np.asarray(state["slots"], np.int64)
         for name, dtype in COLUMNS.items():
             self.data[name][slots] = np.asarray(state[name], dtype)
-        self.x[slots] = rows_of(self.ints("sample_id")[slots])
+        self.x[slots] = x = rows_of(self.ints("sample_id")[slots])
         self.sketch[slots] = np.reshape(state["sketch"], (len(slots), self.sketch.shape[1]))
-        self.unit[slots] = unit_rows(self.x[slots][:, -self._dim :])
+        self._put_unit(slots, x)
 
 
 class RecentlyTrained:
@@ -221,6 +228,7 @@ class RecentlyTrained:
         self.x: Float32Array = np.zeros((num_strata, per_stratum, columns), np.float32)
         self.z: Float32Array = np.zeros((num_strata, per_stratum, metric_dim), np.float32)
         self.unit: Float32Array = np.zeros((num_strata, per_stratum, dim), np.float32)
+        self._heads = heads_of(self.unit.reshape(-1, dim))
         self.cursor: IntArray = np.zeros(num_strata, np.int64)
 
     def add(
@@ -240,6 +248,7 @@ class RecentlyTrained:
         at = name, (self.cursor[name] + place) % self._per_stratum
         self.sample_id[at], self.x[at] = sample_id[order], x[order]
         self.z[at], self.unit[at] = z[order], unit[order]
+        self._heads.put(at[0] * self._per_stratum + at[1], heads_of(unit[order]))
         written = np.minimum(count, self._per_stratum)
         self.cursor = (self.cursor + written) % self._per_stratum
 
@@ -261,7 +270,7 @@ class RecentlyTrained:
         Returns:
             (n,) distances; inf where no other sample was trained on.
         """
-        return self._nearest(self.z, z, np.arange(len(z)), stratum, sample_id, np.inf)
+        return self._nearest(self.z, z, np.arange(len(z)), stratum, sample_id)
 
     def nearest_embedding(
         self,
@@ -271,13 +280,15 @@ class RecentlyTrained:
         sample_id: IntArray,
         *,
         within: float = np.inf,
+        heads: Heads | None = None,
     ) -> FloatArray:
         """The same between unit embeddings: rows `at` (n,) of `unit` (rows, dim).
 
         The metric space says what teaches alike; only the embeddings tell copies apart from what
-        is merely of the same kind. Distances beyond `within` may be given as inf.
+        is merely of the same kind. Distances beyond `within` may be given as inf, which is quicker
+        with the heads of `unit`.
         """
-        return self._nearest(self.unit, unit, at, stratum, sample_id, within)
+        return self._nearest(self.unit, unit, at, stratum, sample_id, within, heads, self._heads)
 
     def nearest_of_all(self, unit: Float32Array, sample_id: IntArray) -> FloatArray:
         """(n,) distance of (n, dim) unit embeddings to the nearest other one, whatever its stratum;
@@ -292,7 +303,9 @@ class RecentlyTrained:
         at: IntArray,
         stratum: IntArray,
         sample_id: IntArray,
-        within: float,
+        within: float = np.inf,
+        heads: Heads | None = None,
+        known_heads: Heads | None = None,
     ) -> FloatArray:
         per = self._per_stratum
         return nearest_of_group(
@@ -304,6 +317,8 @@ class RecentlyTrained:
             self.sample_id.reshape(-1),
             np.arange(0, len(self.sample_id) * per + 1, per),
             within=within,
+            heads=heads,
+            known_heads=known_heads,
         )
 
     def state_dict(self) -> State:
@@ -316,7 +331,9 @@ class RecentlyTrained:
         self.cursor[:] = np.asarray(state["cursor"], np.int64)
         used = self.sample_id != EMPTY
         self.x[used] = rows_of(self.sample_id[used])
-        self.unit[used] = unit_rows(self.x[used][:, -self._dim :])
+        unit = unit_rows(self.x[used][:, -self._dim :])
+        self.unit[used] = unit
+        self._heads.put(np.flatnonzero(used), heads_of(unit))
 
 
 class SketchQueue:

@@ -48,7 +48,7 @@ class Lane:
         ids = np.arange(self.offered, self.offered + count)
         self.offered += count
         self.judge.watch(ids, x, ids % STRATA)
-        self.judge.appraise(self.pool.offer(x, sample_id=ids, stratum=ids % STRATA))
+        self.judge.appraise(self.pool.offer(x, sample_id=ids, stratum=ids % STRATA), x)
 
     def train(self, count: int) -> None:
         """Some of the pool are trained on."""

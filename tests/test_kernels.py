@@ -17,6 +17,7 @@ from slap_stream.kernels import (
     compose_greedily,
     farthest_points,
     fill_largest,
+    heads_of,
     mid_ranks,
     nearest_of_group,
     project,
@@ -147,7 +148,8 @@ def test_the_nearest_of_a_group_equals_its_twin(seed: int, dim: int, within: flo
     expected = reference.nearest_of_group(*arguments)
     exact = nearest_of_group(*arguments)
     np.testing.assert_allclose(exact**2, expected**2, atol=1e-5)
-    quick = nearest_of_group(*arguments, within=within)
+    heads = {"heads": heads_of(vectors), "known_heads": heads_of(known)}
+    quick = nearest_of_group(*arguments, within=within, **heads)
     close = exact < within
     np.testing.assert_array_equal(quick[close], exact[close])
     assert np.all(quick[~close] >= within - 1e-3)
@@ -158,7 +160,16 @@ def test_pairs_that_are_surely_too_far_are_given_up() -> None:
     arguments = unit[:20], np.arange(20), np.arange(20), np.zeros(20, np.int64)
     known = unit[20:], np.arange(20, 40), np.array([0, 20])
     assert np.isfinite(nearest_of_group(*arguments, *known)).all()
-    assert np.isinf(nearest_of_group(*arguments, *known, within=0.1)).all()
+    heads = {"heads": heads_of(unit[:20]), "known_heads": heads_of(unit[20:])}
+    assert np.isinf(nearest_of_group(*arguments, *known, within=0.1, **heads)).all()
+
+
+def test_heads_leave_what_a_unit_vector_has_besides_and_a_row_does_not_depend_on_others() -> None:
+    unit = unit_vectors(0, 9, 100)
+    head, rest = heads_of(unit)
+    np.testing.assert_array_equal(head, unit[:, :32])
+    np.testing.assert_allclose(rest, np.linalg.norm(unit[:, 32:], axis=1), atol=1e-6)
+    np.testing.assert_array_equal(heads_of(unit[3:5]).rest, rest[3:5])
 
 
 @QUICK
@@ -265,6 +276,9 @@ def test_arguments_that_do_not_fit_are_refused_by_name() -> None:
         ValueError, match=r"must be .* and \(m,\), got \(2, 3\), \(2, 3\) and \(1,\)"
     ):
         nearest_of_group(ones, some, some, some, ones, some, some)
+    heads = {"heads": heads_of(ones[:1]), "known_heads": heads_of(ones)}
+    with pytest.raises(ValueError, match=r"those of the 2 vectors and 2 known, got 1 and 2"):
+        nearest_of_group(ones, some, some, some, ones, np.zeros(2, np.int64), some, **heads)
     with pytest.raises(ValueError, match=r"quota must not exceed .* got more in \[1\]"):
         compose_greedily(
             np.zeros(2),

@@ -17,6 +17,8 @@ from slap_stream.kernels.choosing import (
     shared_and_nearest,
 )
 from slap_stream.kernels.rows import (
+    Heads,
+    heads_of,
     nearest_of_group,
     project,
     sum_units_by_group,
@@ -26,9 +28,11 @@ from slap_stream.kernels.rows import (
 )
 
 __all__ = [
+    "Heads",
     "compose_greedily",
     "farthest_points",
     "fill_largest",
+    "heads_of",
     "mid_ranks",
     "nearest_of_group",
     "project",

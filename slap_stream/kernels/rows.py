@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -195,6 +195,39 @@ def _sum_units_by_group(rows: Any, group: Any, out: Any) -> None:
             total[j] += np.float64(rows[i, j]) / length
 
 
+class Heads(NamedTuple):
+    """The first dimensions of unit vectors once more, in one piece, and how much they leave.
+
+    A third of the dimensions and the lengths of the rest bound a product from above: most pairs
+    need not be looked at further, and most of the vectors not be fetched from memory.
+
+    Attributes:
+        head: (n, head_dim) float32.
+        rest: (n,) length of the vector without its head.
+    """
+
+    head: Float32Array
+    rest: FloatArray
+
+    def put(self, at: Any, other: Heads) -> None:
+        """Write (m,) others over those at (m,) places."""
+        self.head[at], self.rest[at] = other.head, other.rest
+
+
+def heads_of(unit: Float32Array) -> Heads:
+    """Heads of (n, dim) float32 unit vectors, each from its vector alone."""
+    head = np.ascontiguousarray(unit[:, : unit.shape[1] // 48 * 16], np.float32)
+    rest = np.empty(len(head))
+    _rests(head, rest)
+    return Heads(head, rest)
+
+
+@njit
+def _rests(head: Any, out: Any) -> None:
+    for i in range(head.shape[0]):
+        out[i] = np.sqrt(max(0.0, 1.0 - float(_dot(head[i], head[i]))))
+
+
 def nearest_of_group(
     vectors: Float32Array,
     at: IntArray,
@@ -205,6 +238,8 @@ def nearest_of_group(
     start: IntArray,
     *,
     within: float = np.inf,
+    heads: Heads | None = None,
+    known_heads: Heads | None = None,
 ) -> FloatArray:
     """Distance of unit vectors to the nearest known one of their group and of another sample.
 
@@ -216,7 +251,9 @@ def nearest_of_group(
         known: (m, dim) float32 unit vectors, group by group.
         known_id: (m,) their samples; negative ones are left out.
         start: (num_groups + 1,) where each group's vectors begin in `known`.
-        within: Distances from here on need not be told apart, which is quicker.
+        within: Distances from here on need not be told apart, which is quicker with heads.
+        heads: Of the (rows,) vectors.
+        known_heads: Of the (m,) known ones.
 
     Returns:
         (n,) distances; inf where there is no other sample, and in place of some beyond `within`.
@@ -231,6 +268,13 @@ def nearest_of_group(
             "vectors, known and known_id must be (rows, dim), (m, dim) and (m,), got "
             f"{vectors.shape}, {known.shape} and {known_id.shape}."
         )
+    if heads is None or known_heads is None:
+        heads = known_heads = Heads(np.zeros((0, 0), np.float32), np.zeros(0))
+    elif len(heads.head) != len(vectors) or len(known_heads.head) != len(known):
+        raise ValueError(
+            f"heads and known_heads must be those of the {len(vectors)} vectors and {len(known)} "
+            f"known, got {len(heads.head)} and {len(known_heads.head)}."
+        )
     out = np.full(len(at), np.inf)
     _nearest_of_group(
         np.ascontiguousarray(vectors, np.float32),
@@ -240,6 +284,10 @@ def nearest_of_group(
         np.ascontiguousarray(known, np.float32),
         np.ascontiguousarray(known_id, np.int64),
         np.ascontiguousarray(start, np.int64),
+        heads.head,
+        heads.rest,
+        known_heads.head,
+        known_heads.rest,
         # What the product of two unit vectors is at that distance.
         max(-np.inf, 1.0 - 0.5 * within * within),
         out,
@@ -256,33 +304,24 @@ def _nearest_of_group(
     known: Any,
     known_id: Any,
     start: Any,
+    head: Any,
+    rest: Any,
+    known_head: Any,
+    known_rest: Any,
     least: float,
     out: Any,
 ) -> None:
-    # A third of the dimensions and the lengths of the rest bound a product from above; most pairs
-    # need not be looked at further, and most of the vectors not be fetched from memory.
-    head = known.shape[1] // 48 * 16 if least > -1.0 else 0
-    rest = np.zeros(known.shape[0], np.float64)
-    for j in range(known.shape[0] if head else 0):
-        rest[j] = _rest(known[j, :head])
+    bounded = known_head.shape[1] > 0
     for i in range(at.shape[0]):
-        first, last = start[group[i]], start[group[i] + 1]
-        vector = vectors[at[i]]
-        own_rest = _rest(vector[:head]) if head and first < last else 0.0
+        row = at[i]
         best = -np.inf
-        for j in range(first, last):
+        for j in range(start[group[i]], start[group[i] + 1]):
             if known_id[j] < 0 or known_id[j] == sample_id[i]:
                 continue
-            if head:
-                bound = float(_dot(vector[:head], known[j, :head])) + own_rest * rest[j]
+            if bounded:
+                bound = float(_dot(head[row], known_head[j])) + rest[row] * known_rest[j]
                 # With some room for rounding.
                 if bound < max(best, least) - 1e-4:
                     continue
-            best = max(best, float(_dot(vector, known[j])))
+            best = max(best, float(_dot(vectors[row], known[j])))
         out[i] = np.sqrt(max(0.0, 2.0 - 2.0 * best))
-
-
-@njit
-def _rest(head: Any) -> float:
-    """Length of what is left of a unit vector without its head."""
-    return float(np.sqrt(max(0.0, 1.0 - float(_dot(head, head)))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from slap_stream.config import SlapConfig
@@ -78,29 +80,30 @@ class Slap:
         )
         return shortlist[chosen]
 
-    def learnability(self, view: PoolView, batch: IntArray, scale: IntArray) -> float:
-        """U of a batch per member, in units of s.
+    def learnability(self, view: PoolView, batches: Sequence[IntArray]) -> list[float]:
+        """U of several batches per member, in units of s.
 
         Args:
             view: Candidates.
-            batch: (n,) positions of the batch in the view.
-            scale: (m,) positions over which the weights of the terms are set; the same for two
-                batches that are compared.
+            batches: (n,) positions of each batch in the view. The weights of the terms are set over
+                all of them, so that they can be compared.
         """
-        score, z = self.score(view), view.z(scale)
+        scale = np.concatenate(batches)
+        score, z = self.score(view)[scale], view.z(scale)
         near = view.recent.nearest(z, view.stratum[scale], view.sample_id[scale])
-        curvature, diversity = self._weights(
-            score[scale], z @ z.T, near / view.typical, view.typical
-        )
-        z = view.z(batch)
-        gram = z @ z.T
-        recent = view.recent.nearest(z, view.stratum[batch], view.sample_id[batch])
-        nearest = np.minimum(recent, _chord(shared_and_nearest(gram)[1]))
-        relative = np.minimum(nearest / view.typical, DISTANCE_CAP)
-        pairs = np.maximum(gram.astype(np.float64), 0.0)
-        shared = (pairs.sum() - np.trace(pairs)) / 2.0 / len(batch)
-        total = score[batch].sum() - curvature * shared + diversity * relative.sum()
-        return float(total) / len(batch)
+        gram: Float32Array = z @ z.T.copy()
+        curvature, diversity = self._weights(score, gram, near / view.typical, view.typical)
+        found, start = [], 0
+        for batch in batches:
+            here = slice(start, start + len(batch))
+            start += len(batch)
+            nearest = np.minimum(near[here], _chord(shared_and_nearest(gram[here, here])[1]))
+            relative = np.minimum(nearest / view.typical, DISTANCE_CAP)
+            pairs = np.maximum(gram[here, here].astype(np.float64), 0.0)
+            shared = (pairs.sum() - np.trace(pairs)) / 2.0 / len(batch)
+            total = score[here].sum() - curvature * shared + diversity * relative.sum()
+            found.append(float(total) / len(batch))
+        return found
 
     def _weights(
         self, s: FloatArray, gram: Float32Array, relative: FloatArray, typical: float
