@@ -101,8 +101,13 @@ class Awaiting:
         Returns:
             (n, columns) design rows of the samples, in the order given.
         """
+        questions = np.unique(question)
+        if len(questions) == 1:
+            only = self._asked[questions[0]]
+            only.open[position] = False
+            return only.x[position]
         rows = np.zeros((len(question), self._asked[0].x.shape[1]), np.float32)
-        for q in np.unique(question):
+        for q in questions:
             mine = question == q
             rows[mine] = self._asked[q].x[position[mine]]
             self._asked[q].open[position[mine]] = False
@@ -300,13 +305,20 @@ class Answers:
         self._sketched.append(sketched)
 
     def moments(self) -> Moments:
-        """Sums over all of them, in the order they came."""
+        """Sums over all of them, those without a sketch first, else in the order they came."""
         moments = Moments.zeros(columns=self._columns, sketch_dim=self._sketch_dim)
         if self._ids:
-            moments.add_losses(self._x, np.concatenate(self._losses))
-            rows = [x[some] for x, some in zip(self._x, self._sketched, strict=True) if some.any()]
-            if rows:
-                moments.add_sketches(rows, np.concatenate(self._sketches))
+            sketched, losses = np.concatenate(self._sketched), np.concatenate(self._losses)
+            plain, with_sketch = [], []
+            for x, some in zip(self._x, self._sketched, strict=True):
+                if some.any():
+                    with_sketch.append(x[some])
+                    x = x[~some]
+                plain.append(x)
+            moments.add_losses(plain, losses[~sketched])
+            if with_sketch:
+                sketches = np.concatenate(self._sketches)
+                moments.add_sketched(with_sketch, losses[sketched], sketches)
         return moments
 
     def state_dict(self) -> State:

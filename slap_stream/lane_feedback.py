@@ -9,6 +9,7 @@ import numpy as np
 
 from slap_stream.feedback import Answers, Awaiting
 from slap_stream.judge import Judge
+from slap_stream.kernels import weigh
 from slap_stream.learnability import LearnabilityModel
 from slap_stream.plan import LanePlan
 from slap_stream.policies import Policy
@@ -72,12 +73,13 @@ class LaneFeedback:
     def take_trained(self, ids: IntArray, x: Float32Array, losses: FloatArray) -> None:
         """Take in the losses of (n,) samples that were trained on, with rows x (n, columns)."""
         fine = self._finite(ids, losses)
-        ids, x, losses = ids[fine], x[fine], losses[fine]
+        if not fine.all():
+            ids, x, losses = ids[fine], x[fine], losses[fine]
         if not self._learns:
             return
         self.answers.add(ids, x, losses)
         if self._model.fitted and len(ids):
-            p = x.astype(np.float64) @ self._model.coefficient.astype(np.float64)
+            p = weigh(x, self._model.prediction[:1])[:, 0].astype(np.float64)
             sums = [len(p), p.sum(), losses.sum(), p @ p, losses @ losses, p @ losses]
             self.agreement += np.asarray(sums, np.float64)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
 
+from slap_stream.kernels import unit_rows
 from slap_stream.linear import row_chunks, single_threaded
 from slap_stream.types import Float32Array, FloatArray, IntArray, State
 
 # Moments that are symmetric matrices.
 SYMMETRIC = ("gram", "sketch_gram")
+Parts = Float32Array | Sequence[Float32Array]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,31 +56,42 @@ class Moments:
             sketch_count=np.zeros(()),
         )
 
-    def add_losses(self, x: Float32Array | Sequence[Float32Array], losses: FloatArray) -> None:
-        """Add samples with design rows x (n, columns), in one part or several, and finite losses
-        (n,)."""
-        start = 0
+    def add_losses(self, x: Parts, losses: FloatArray) -> None:
+        """Add samples that have a loss and no sketch.
+
+        Args:
+            x: (n, columns) design rows, in one part or several.
+            losses: (n,) finite losses.
+        """
+        self.gram += self._add(x, losses)
+
+    def add_sketched(self, x: Parts, losses: FloatArray, sketches: Float32Array) -> None:
+        """Add samples that have a sketch as well.
+
+        Args:
+            x: (n, columns) design rows, in one part or several.
+            losses: (n,) finite losses.
+            sketches: (n, sketch_dim) finite gradient sketches, none of them zero.
+        """
+        gram = self._add(x, losses)
+        self.gram += gram
+        self.sketch_gram += gram
+        self.sketch_count += float(len(sketches))
+        unit = unit_rows(sketches)
         with single_threaded():
-            for rows in row_chunks(_parts(x)):
-                self.gram += rows.T @ rows
+            for start, rows in _chunks(x):
+                self.sketch_cross += rows.T @ unit[start : start + len(rows)]
+
+    def _add(self, x: Parts, losses: FloatArray) -> FloatArray:
+        """Add losses to all sums but (columns, columns) that of products, which is returned."""
+        gram = np.zeros_like(self.gram)
+        with single_threaded():
+            for start, rows in _chunks(x):
+                gram += rows.T @ rows
                 self.cross += losses[start : start + len(rows)] @ rows.astype(np.float64)
-                start += len(rows)
         self.square += np.sum(losses**2)
         self.count += float(len(losses))
-
-    def add_sketches(
-        self, x: Float32Array | Sequence[Float32Array], sketches: Float32Array
-    ) -> None:
-        """Add finite, non-zero gradient sketches (n, sketch_dim) of samples with rows x."""
-        length = np.linalg.norm(sketches.astype(np.float64), axis=1, keepdims=True)
-        unit = (sketches / length).astype(np.float32)
-        start = 0
-        with single_threaded():
-            for rows in row_chunks(_parts(x)):
-                self.sketch_gram += rows.T @ rows
-                self.sketch_cross += rows.T @ unit[start : start + len(rows)]
-                start += len(rows)
-        self.sketch_count += float(len(unit))
+        return gram
 
     def add(self, other: Moments, *, forgetting: float = 1.0) -> None:
         """Add another's samples after scaling the own ones by `forgetting`."""
@@ -101,8 +114,12 @@ class Moments:
         return cls(**parts | {name: parts[name][place] for name in SYMMETRIC})
 
 
-def _parts(x: Float32Array | Sequence[Float32Array]) -> Sequence[Float32Array]:
-    return [x] if isinstance(x, np.ndarray) else x
+def _chunks(x: Parts) -> Iterator[tuple[int, Float32Array]]:
+    """Where each chunk of rows begins, and its rows."""
+    start = 0
+    for rows in row_chunks([x] if isinstance(x, np.ndarray) else x):
+        yield start, rows
+        start += len(rows)
 
 
 @lru_cache(maxsize=4)

@@ -138,10 +138,12 @@ def test_answers_add_up_without_sketches_that_have_no_direction(sketched: bool) 
     answers = answers_of(sketched=sketched)
     assert len(answers) == 6
     expected = Moments.zeros(columns=COLUMNS, sketch_dim=SKETCH_DIM)
-    expected.add_losses(rows_of(np.arange(1, 7)), np.array([0.5, 1.5, 2.5, 1.0, 1.0, 1.0]))
+    expected.add_losses(rows_of(np.arange(1, 6)), np.array([0.5, 1.5, 2.5, 1.0, 1.0]))
     if sketched:
         unit = np.array([[0.6, 0.0, 0.8, 0.0]], np.float32)
-        expected.add_sketches(rows_of(np.array([6])), unit)
+        expected.add_sketched(rows_of(np.array([6])), np.ones(1), unit)
+    else:
+        expected.add_losses(rows_of(np.array([6])), np.ones(1))
     for name, total in answers.moments().to_dict().items():
         np.testing.assert_allclose(total, expected.to_dict()[name], rtol=1e-6, atol=1e-7)
 

@@ -64,8 +64,8 @@ class Lane:
         moments = Moments.zeros(columns=COLUMNS, sketch_dim=16)
         x = self.rng.normal(size=(40, COLUMNS)).astype(np.float32)
         x[:, 0] = 1.0
-        moments.add_losses(x, self.rng.normal(size=40))
-        moments.add_sketches(x, self.rng.normal(size=(40, 16)).astype(np.float32))
+        sketches = self.rng.normal(size=(40, 16)).astype(np.float32)
+        moments.add_sketched(x, self.rng.normal(size=40), sketches)
         self.model.refresh([moments], forgetting=0.9)
         assert self.judge.refresh()
 

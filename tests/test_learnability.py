@@ -38,9 +38,10 @@ def design(seed: int, n: int, *, features: int = 0) -> Array:
 def moments_of(x: Array, losses: Array, sketches: Array | None = None) -> Moments:
     """Moments of samples that all have a loss."""
     moments = Moments.zeros(columns=x.shape[1], sketch_dim=SKETCH_DIM)
-    moments.add_losses(x, losses)
-    if sketches is not None:
-        moments.add_sketches(x, sketches)
+    if sketches is None:
+        moments.add_losses(x, losses)
+    else:
+        moments.add_sketched(x, losses, sketches)
     return moments
 
 

@@ -24,8 +24,7 @@ def samples(seed: int, n: int) -> tuple[Array, Array, Array]:
 def moments_of(x: Array, losses: Array, sketches: Array) -> Moments:
     """Moments of samples that all have a loss and a sketch."""
     moments = Moments.zeros(columns=COLUMNS, sketch_dim=SKETCH_DIM)
-    moments.add_losses(x, losses)
-    moments.add_sketches(x, sketches)
+    moments.add_sketched(x, losses, sketches)
     return moments
 
 

@@ -48,9 +48,17 @@ class Clock:
 def watch_sampler(clock: Clock, sampler: SlapSampler) -> None:
     """Time the parts of a sampler's lanes, and of its refreshes."""
     clock.watch(sampler, "_merge", "refresh: other")
-    clock.watch(sampler, "statistics", "refresh: sums over the answers")
+    clock.watch(sampler, "observe", "feedback: observe")
+    clock.watch(sampler, "update", "feedback: update")
     clock.watch(sampler._shared.model, "refresh", "refresh: regression and metric solved")
     for lane in sampler.lanes:
+        clock.watch(lane, "statistics", "refresh: sums over the answers")
+        clock.watch(lane.feedback, "take_trained", "feedback: observe")
+        clock.watch(lane.feedback, "take_probed", "feedback: update")
+        clock.watch(lane._composer, "choose_probes", "feedback: who is probed")
+        clock.watch(
+            lane._composer, "_compare_with_uniform", "refresh: a batch beside a uniform one"
+        )
         clock.watch(lane, "refresh", "refresh: pool judged anew")
         clock.watch(lane, "compose", "other")
         clock.watch(lane, "_offer", "offer: strata, sums for centroids, place in the pool")
