@@ -24,6 +24,7 @@ class Asked:
         x: (n, columns) design rows.
         open: (n,) whether the loss is still awaited.
         weight: (n,) weight of each loss in the batch's.
+        num_open: How many are still awaited.
     """
 
     step: int
@@ -31,6 +32,12 @@ class Asked:
     x: Float32Array
     open: BoolArray
     weight: FloatArray
+    num_open: int
+
+    def close(self, position: IntArray) -> None:
+        """Note that (n,) different open ones have been answered."""
+        self.open[position] = False
+        self.num_open -= len(position)
 
 
 class Awaiting:
@@ -67,6 +74,7 @@ class Awaiting:
                 x=x,
                 open=np.ones(count, bool),
                 weight=np.ones(count) if weight is None else weight,
+                num_open=count,
             )
         )
 
@@ -78,7 +86,7 @@ class Awaiting:
         """Every open question: ids, steps, index of the question, position in it; each (n,)."""
         ids, steps, questions, positions = [], [], [], []
         for index, asked in enumerate(self._asked):
-            if not asked.open.any():
+            if not asked.num_open:
                 continue
             at = np.flatnonzero(asked.open)
             ids.append(asked.sample_id[at])
@@ -104,13 +112,15 @@ class Awaiting:
         questions = np.unique(question)
         if len(questions) == 1:
             only = self._asked[questions[0]]
-            only.open[position] = False
-            return only.x[position]
+            only.close(position)
+            # As a rule a whole batch comes back in its order: nothing to copy.
+            whole = np.array_equal(position, np.arange(len(only.x)))
+            return only.x if whole else only.x[position]
         rows = np.zeros((len(question), self._asked[0].x.shape[1]), np.float32)
         for q in questions:
             mine = question == q
             rows[mine] = self._asked[q].x[position[mine]]
-            self._asked[q].open[position[mine]] = False
+            self._asked[q].close(position[mine])
         return rows
 
     def weights(self, question: IntArray, position: IntArray) -> FloatArray:
@@ -143,13 +153,15 @@ class Awaiting:
         x = rows_of(ids)
         start = 0
         for step, stop in zip(np.asarray(state["steps"], np.int64), cuts, strict=True):
+            open_ = np.array(state["open"], bool)[start:stop]
             self._asked.append(
                 Asked(
                     step=int(step),
                     sample_id=ids[start:stop],
                     x=x[start:stop],
-                    open=np.array(state["open"], bool)[start:stop],
+                    open=open_,
                     weight=np.array(state["weight"], np.float64)[start:stop],
+                    num_open=int(np.count_nonzero(open_)),
                 )
             )
             start = int(stop)

@@ -240,15 +240,21 @@ class RecentlyTrained:
         unit: Float32Array,
     ) -> None:
         """Remember (n,) samples in the order trained on: rows, metric vectors, unit embeddings."""
-        order = np.argsort(stratum, kind="stable")
-        name, count = stratum[order], np.bincount(stratum, minlength=len(self.cursor))
+        order, count = (
+            np.argsort(stratum, kind="stable"),
+            np.bincount(stratum, minlength=len(self.cursor)),
+        )
+        place = np.empty_like(stratum)
+        place[order] = place_in_group(stratum[order])
         # Of more samples than there are places only the last are written.
-        place = place_in_group(name) - np.maximum(0, count - self._per_stratum)[name]
-        order, name, place = order[place >= 0], name[place >= 0], place[place >= 0]
-        at = name, (self.cursor[name] + place) % self._per_stratum
-        self.sample_id[at], self.x[at] = sample_id[order], x[order]
-        self.z[at], self.unit[at] = z[order], unit[order]
-        self._heads.put(at[0] * self._per_stratum + at[1], heads_of(unit[order]))
+        place -= np.maximum(0, count - self._per_stratum)[stratum]
+        kept = place >= 0
+        if not kept.all():
+            stratum, place, sample_id = stratum[kept], place[kept], sample_id[kept]
+            x, z, unit = x[kept], z[kept], unit[kept]
+        at = stratum, (self.cursor[stratum] + place) % self._per_stratum
+        self.sample_id[at], self.x[at], self.z[at], self.unit[at] = sample_id, x, z, unit
+        self._heads.put(at[0] * self._per_stratum + at[1], heads_of(unit))
         written = np.minimum(count, self._per_stratum)
         self.cursor = (self.cursor + written) % self._per_stratum
 

@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from slap_stream.kernels import project, sum_units_by_group
+from slap_stream.kernels import sum_units_by_group, weigh
 from slap_stream.rng import Purpose, generator
 from slap_stream.types import Float32Array, FloatArray, IntArray
 
@@ -92,7 +92,7 @@ class Strata:
 
     def clusters(self, embedding: Float32Array) -> IntArray:
         """(n,) nearest centroids by cosine; ties go to the lower index."""
-        nearest: IntArray = np.argmax(project(embedding, self.centroids.T), axis=1)
+        nearest: IntArray = np.argmax(weigh(embedding, self.centroids), axis=1)
         return nearest
 
     def move(self, sums: FloatArray, counts: FloatArray, forgetting: float) -> None:

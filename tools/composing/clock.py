@@ -70,19 +70,4 @@ def watch_sampler(clock: Clock, sampler: SlapSampler) -> None:
         clock.watch(lane._composer, "choose", "choose: quotas")
         clock.watch(lane._policy, "select", "choose: shortlist and greedy composition")
         clock.watch(lane._composer, "leaving", "drop: who leaves untrained")
-
-        # Judging belongs to the offer, unless a refresh asks for it.
-        appraise = lane._judge.appraise
-        lane._judge.appraise = clock.time("offer: appraise", appraise)  # type: ignore[method-assign]
-        refresh = lane._judge.refresh
-
-        def refresh_all(
-            refresh: Any = refresh, judge: Any = lane._judge, plain: Any = appraise
-        ) -> Any:
-            timed, judge.appraise = judge.appraise, plain
-            try:
-                return refresh()
-            finally:
-                judge.appraise = timed
-
-        lane._judge.refresh = refresh_all  # type: ignore[method-assign]
+        clock.watch(lane._judge, "appraise", "offer: appraise")
