@@ -339,7 +339,7 @@ def test_runs_are_made_once_and_reported(
     printed = capsys.readouterr().out
     assert "| oracle warmup_losses=16 | 0.68 | " in printed
     assert "| worst source | chrF of tatoeba | shuffled |" in printed
-    assert json.loads(printed.splitlines()[-1])["balanced+copies+shuffled"]
+    assert json.loads(printed.splitlines()[-1])["balanced+copies+shuffled, preset tiny"]
     assert (tmp_path / "selection.png").read_bytes().startswith(b"\x89PNG")
 
 
