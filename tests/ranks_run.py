@@ -232,7 +232,7 @@ def replicas(run: Run) -> dict[str, Any]:
         found[f"{name} lanes"] = len(loader.state_dict()["sampler"]["lanes"])
         if name == "numbers":
             # As if one of two twins had been fed other losses.
-            loader.composer._digest += run.rank == 3
+            loader.composer._refreshes._digest += run.rank == 3
             found["parted"] = error_of(loader.refresh)
         loader.close()
     return found

@@ -17,7 +17,8 @@ FLOORS = {
     1: "kernels rng chat shard_index sorting state_bytes",
     2: "order strata plan quota repeats reservoir learnability appraisal evidence feedback intake "
     "judge policies embeddings encoders encoding corpus converting",
-    3: "composer lane lane_counts lane_feedback lane_statistics pending run_state sampler shared",
+    3: "composer lane lane_counts lane_feedback lane_questions lane_statistics pending refreshes "
+    "run_state sampler shared",
     4: "distributed loader loader_checks probe probing progress shards sharding workers",
     5: "integrations",
 }

@@ -104,7 +104,9 @@ def test_what_is_sent_does_not_grow_with_the_data() -> None:
             [50] * shards, embeddings(50 * shards), batch_size=8, config=config_of(num_lanes=2)
         )
         next(iter(sampler))
-        sizes.append([sampler._layout.pack(state).nbytes for state in sampler.statistics()])
+        sizes.append(
+            [sampler._refreshes._layout.pack(state).nbytes for state in sampler.statistics()]
+        )
     assert sizes[0] == sizes[1]
 
 
