@@ -43,6 +43,8 @@ class Awaiting:
     def __init__(self, depth: int) -> None:
         self.depth = depth
         self._asked: deque[Asked] = deque(maxlen=depth)
+        # Questions at the left of which nothing is open any more; as a rule all but a few.
+        self._closed = 0
 
     def ask(
         self,
@@ -60,6 +62,8 @@ class Awaiting:
             weight: (n,) weights of the losses; None: ones.
         """
         count = len(sample_id)
+        if len(self._asked) == self.depth:
+            self._closed = max(0, self._closed - 1)
         self._asked.append(
             Asked(
                 step=step,
@@ -69,17 +73,32 @@ class Awaiting:
                 weight=np.ones(count) if weight is None else weight,
             )
         )
+        self._skip_closed()
 
     def last(self) -> tuple[IntArray, Float32Array] | None:
         """(n,) ids and (n, columns) rows asked for last; None before the first question."""
         return (self._asked[-1].sample_id, self._asked[-1].x) if self._asked else None
 
+    def oldest(self) -> Asked | None:
+        """The first question of which something is open."""
+        return self._asked[self._closed] if self._closed < len(self._asked) else None
+
+    def close_oldest(self) -> Asked:
+        """The first question of which something is open; all of it is answered now."""
+        asked = self._asked[self._closed]
+        asked.open[:] = False
+        self._skip_closed()
+        return asked
+
+    def _skip_closed(self) -> None:
+        while self._closed < len(self._asked) and not self._asked[self._closed].open.any():
+            self._closed += 1
+
     def entries(self) -> tuple[IntArray, IntArray, IntArray, IntArray]:
         """Every open question: ids, steps, index of the question, position in it; each (n,)."""
         ids, steps, questions, positions = [], [], [], []
-        for index, asked in enumerate(self._asked):
-            if not asked.open.any():
-                continue
+        for index in range(self._closed, len(self._asked)):
+            asked = self._asked[index]
             at = np.flatnonzero(asked.open)
             ids.append(asked.sample_id[at])
             steps.append(np.full(len(at), asked.step, np.int64))
@@ -106,6 +125,7 @@ class Awaiting:
             mine = question == q
             rows[mine] = self._asked[q].x[position[mine]]
             self._asked[q].open[position[mine]] = False
+        self._skip_closed()
         return rows
 
     def weights(self, question: IntArray, position: IntArray) -> FloatArray:
@@ -148,6 +168,8 @@ class Awaiting:
                 )
             )
             start = int(stop)
+        self._closed = 0
+        self._skip_closed()
 
 
 def match_oldest(wanted: IntArray, ids: IntArray, steps: IntArray) -> tuple[IntArray, BoolArray]:

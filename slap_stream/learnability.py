@@ -10,8 +10,8 @@ Everything here is a sum over samples (`Moments`), so lanes and ranks can be add
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -32,13 +32,25 @@ SKETCHES_PER_DIMENSION = 2
 # Samples of other strata that a stratum's rank is shrunk towards.
 RANK_SHRINKAGE = 8.0
 
-_blas = ThreadpoolController()
+_blas = ThreadpoolController().select(user_api="blas").lib_controllers
 
 
-def single_threaded() -> AbstractContextManager[object]:
-    """Context in which BLAS uses one thread: its sums then do not depend on the machine's cores."""
-    context: AbstractContextManager[object] = _blas.limit(limits=1, user_api="blas")
-    return context
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Context in which BLAS uses one thread: its sums then do not depend on the machine's cores.
+
+    Entered at every batch: threadpoolctl's own context costs several times as much, above all when
+    its code is not in the caches.
+    """
+    before = [library.get_num_threads() for library in _blas]
+    several = [(library, count) for library, count in zip(_blas, before, strict=True) if count != 1]
+    for library, _ in several:
+        library.set_num_threads(1)
+    try:
+        yield
+    finally:
+        for library, count in several:
+            library.set_num_threads(count)
 
 
 def design_rows(rows: Rows) -> Float32Array:

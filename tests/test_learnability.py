@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
+from slap_stream import learnability
 from slap_stream.learnability import (
     INTERCEPT,
     LOG_LENGTH,
@@ -16,6 +20,7 @@ from slap_stream.learnability import (
     Moments,
     RankTable,
     design_rows,
+    single_threaded,
 )
 from slap_stream.types import Rows
 from tests import reference
@@ -332,3 +337,16 @@ def test_thick_strata_rank_by_themselves_and_thin_ones_by_all() -> None:
     table = RankTable(values, np.repeat([0, 1, 2], [1000, 1000, 1]))
     ranks = table.rank(np.array([500.0, 5500.0, 500.0]), np.array([0, 1, 2]))
     assert ranks == pytest.approx([0.5, 0.5, 0.25], abs=0.1)
+
+
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_blas_uses_one_thread_inside_and_afterwards_what_it_had(error: type | None) -> None:
+    def threads() -> set[int]:
+        return {library.get_num_threads() for library in learnability._blas}
+
+    with threadpool_limits(2, "blas"):
+        with contextlib.suppress(KeyError), single_threaded():
+            assert threads() == {1}
+            if error is not None:
+                raise error
+        assert threads() == {2}
