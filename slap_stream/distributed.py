@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from slap_stream.errors import ConfigError, ExchangeError
+from slap_stream.errors import ConfigError, ExchangeError, WorkerError
 from slap_stream.lane_statistics import sum_in_order
 from slap_stream.types import FloatArray, IntArray, Position
 
@@ -232,8 +232,8 @@ class Ranks:
         try:
             return exchange()
         except RuntimeError as error:  # what gloo raises for a deadline and for a lost peer alike
-            if "DataLoader worker" in str(error):
-                raise  # torch raises it wherever the main thread is when a worker dies
+            if isinstance(error, WorkerError) or "DataLoader worker" in str(error):
+                raise  # it is raised wherever the main thread is when a worker dies
             raise ExchangeError(
                 f"rank {self.rank} of {self.world_size} must reach all others, got none of the "
                 f"answers due after {monotonic() - began:.0f} s (deadline "

@@ -34,7 +34,7 @@ from slap_stream.shards import (
 )
 from slap_stream.state_bytes import from_bytes, to_bytes
 from slap_stream.types import FloatArray, IntArray, Position, State
-from slap_stream.workers import describe_dead
+from slap_stream.workers import describe_dead, watch
 
 STATE_VERSION = 3
 SAMPLE_ID = "sample_id"
@@ -158,21 +158,28 @@ class SlapDataLoader(DataLoader[Any]):
 
         Raises:
             RuntimeError: If a state is loaded while this iterator is in use.
-            WorkerError: If a worker has died, at most some 5 seconds ago.
+            WorkerError: If a worker has died, at most some 5 seconds ago. If it dies while the
+                training step runs, the step itself ends with it.
         """
         loads = self._loads
         self._pending.begin()
+        # Persistent workers of which one has died: the next iteration makes new ones.
+        if any(worker.exitcode for worker in getattr(self._iterator, "_workers", ())):
+            self._iterator = None
         batches = super().__iter__()
+        if self.num_workers:
+            watch(batches)
         self._line.restart()
         while self._pending.ask():
             self._hold_shards()
             try:
                 batch = next(batches)
+            except WorkerError:
+                raise
             except (RuntimeError, OSError, EOFError) as error:
                 message = describe_dead(getattr(batches, "_workers", ()), error)
                 if message is None:
                     raise
-                self._iterator = None  # persistent workers: the next iteration makes new ones
                 raise WorkerError(message) from error
             ids = self._pending.deliver()
             self._line.count(len(ids), self.progress, self.metrics)

@@ -217,6 +217,32 @@ def test_a_worker_that_dies_is_named_and_replaced(corpus: Path, unbroken: list[l
     assert ids + run(loader, 10) == unbroken[: len(ids) + 10]
 
 
+def train_while(killed: int) -> None:
+    """Stands for a training step in which a worker is killed: nothing of ours is called."""
+    os.kill(killed, signal.SIGKILL)
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_a_worker_that_dies_during_a_step_is_named_there(
+    corpus: Path, unbroken: list[list[int]]
+) -> None:
+    loader = make(corpus, num_workers=2, persistent_workers=True)
+    batches = iter(loader)
+    ids = [feed(loader, next(batches))]
+    victim = loader._iterator._workers[0].pid
+    with pytest.raises(WorkerError, match=rf"worker 0 \(pid {victim}\) that was killed by SIGKILL"):
+        train_while(victim)
+    assert ids + run(loader, 5) == unbroken[:6]
+    # Another loader's workers are none of ours.
+    other = iter(torch.utils.data.DataLoader(range(10), num_workers=1))
+    next(other)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .* is killed by") as caught:
+        train_while(other._workers[0].pid)
+    assert not isinstance(caught.value, WorkerError)
+
+
 def test_an_error_of_the_callers_own_code_in_a_worker_stays_what_it_is(corpus: Path) -> None:
     loader = make(corpus, num_workers=1, collate_fn=fail)
     with pytest.raises(RuntimeError, match="no such thing") as caught:
