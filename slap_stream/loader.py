@@ -36,7 +36,7 @@ from slap_stream.state_bytes import from_bytes, to_bytes
 from slap_stream.types import FloatArray, IntArray, Position, State
 from slap_stream.workers import describe_dead, watch
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 SAMPLE_ID = "sample_id"
 
 
@@ -334,12 +334,15 @@ class SlapDataLoader(DataLoader[Any]):
         sampler, pending = self.composer.state_dict(), self._pending.state_dict()
         mine = to_bytes({"lanes": sampler["lanes"], "pending": pending})
         everyones = [from_bytes(data) for data in self._ranks.gather(mine, self._position())]
-        sampler["lanes"] = [lane for state in everyones for lane in state["lanes"]]
+        # Tuples: torch.distributed.checkpoint takes dicts and lists of dicts apart, and loads only
+        # those parts that the state before loading has too, so of as many lanes; a tuple is one.
+        sampler["lanes"] = tuple(lane for state in everyones for lane in state["lanes"])
+        probe = self._probe_state if self._probe is None else self._probe.state_dict()
         return {
             "version": STATE_VERSION,
             "index_digests": list(self._digests),
             "sampler": sampler,
-            "probe": self._probe_state if self._probe is None else self._probe.state_dict(),
+            "probe": () if probe is None else (probe,),
             **join_pending([state["pending"] for state in everyones]),
         }
 
@@ -378,10 +381,11 @@ class SlapDataLoader(DataLoader[Any]):
         self.composer.load_state_dict(state["sampler"])
         self._pending.load_state_dict(state)
         self._loads += 1
-        if state["probe"] is None or self._probe is None:
-            self._probe_state = state["probe"]
+        probe = next(iter(state["probe"]), None)
+        if probe is None or self._probe is None:
+            self._probe_state = probe
         else:
-            self._probe.load_state_dict(state["probe"])
+            self._probe.load_state_dict(probe)
 
     def close(self) -> None:
         """End the threads that fetch shards, and the ranks' connections: the loader's end."""

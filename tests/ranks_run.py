@@ -313,8 +313,8 @@ def training(run: Run) -> dict[str, Any]:
         found[f"{name} losses"] = losses
         if name == "fsdp":
             again = run.loader()
-            LearnabilityProbe(model, again, batch_size=3)
             dcp.load({"loader": again}, checkpoint_id=folder)
+            LearnabilityProbe(model, again, batch_size=3)
             found["again"] = [batch["sample_id"].tolist() for batch in islice(again, 4)]
             weight = model.lm_head.weight
             found["sharded"] = isinstance(weight, DTensor) and weight.to_local().shape[0]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from streaming import Stream, StreamingDataset
 
 from slap_stream import SlapDataLoader
@@ -190,6 +191,21 @@ def test_a_state_that_was_cut_changes_nothing(corpus: Path, missing: str) -> Non
     assert as_json(loader.state_dict()) == before
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torchs_distributed_checkpoints_hold_runs_of_any_number_of_lanes(
+    corpus: Path, tmp_path: Path, unbroken: list[list[int]]
+) -> None:
+    loader = make(corpus)
+    ids = run(loader, 6)
+    dcp.save({"loader": loader}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    # Of one lane before it loads, as nobody says otherwise.
+    again = make(corpus, config=config_of(lookahead=4))
+    dcp.load({"loader": again}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    found, saved = (as_json(which.state_dict())["sampler"] for which in (again, loader))
+    assert found["lanes"] == saved["lanes"], "counters too, of which a new loader has none"
+    assert ids + run(again, 5) == unbroken[:11]
+
+
 def test_breaking_off_goes_on_with_the_epoch(corpus: Path, unbroken: list[list[int]]) -> None:
     loader = make(corpus, num_workers=2, persistent_workers=True)
     ids: list[list[int]] = []
@@ -347,7 +363,7 @@ def test_a_state_of_another_dataset_is_refused(corpus: Path, tmp_path: Path) -> 
     other = make(write_corpus(tmp_path / "other", first=1))
     with pytest.raises(StateError, match="index_digests must be those of this dataset"):
         other.load_state_dict(state)
-    with pytest.raises(StateError, match="version must be 3, got 7"):
+    with pytest.raises(StateError, match="version must be 4, got 7"):
         other.load_state_dict({**state, "version": 7})
 
 
