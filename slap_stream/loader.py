@@ -30,6 +30,7 @@ from slap_stream.shards import (
     ShardView,
     index_digests,
     launched_ranks,
+    processes_per_node,
     shard_table,
 )
 from slap_stream.state_bytes import from_bytes, to_bytes
@@ -118,7 +119,10 @@ class SlapDataLoader(DataLoader[Any]):
             timeout_seconds=exchange_timeout,
             expected=launched_ranks(dataset),
         )
-        self._fetcher = ShardFetcher(dataset, on_bad_shard=config.on_bad_shard)
+        ranks_on_node = self._ranks.on_node(processes_per_node(dataset))
+        self._fetcher = ShardFetcher(
+            dataset, on_bad_shard=config.on_bad_shard, ranks_on_node=ranks_on_node
+        )
         self.composer = SlapSampler(
             shards.sizes,
             store,
@@ -130,8 +134,8 @@ class SlapDataLoader(DataLoader[Any]):
             gate=self._fetcher,
             exchange=self._ranks,
         )
-        check_cache_limit(dataset, self.composer.shards_at_hand)
-        self._check_ranks_agree()
+        # Of the rank that needs most: then all are refused or none.
+        check_cache_limit(dataset, self._meet_ranks(), ranks_on_node)
         self._pending = PendingBatches(self.composer)
         self._probe: LearnabilityProbe | None = None
         self._probe_state: State | None = None
@@ -346,11 +350,14 @@ class SlapDataLoader(DataLoader[Any]):
             **join_pending([state["pending"] for state in everyones]),
         }
 
-    def _check_ranks_agree(self) -> None:
-        mine = self.config.to_dict() | self.composer.describe()
-        mine["index_digests"] = self._digests
+    def _meet_ranks(self) -> int:
+        """Check that all ranks were given the same run; most shards that one needs at a time."""
+        run = self.config.to_dict() | self.composer.describe()
+        mine = run | {"index_digests": self._digests}, self.composer.shards_at_hand
         everyones = self._ranks.gather(json.dumps(mine).encode(), self._position())
-        check_ranks_agree([json.loads(text) for text in everyones])
+        runs, needs = zip(*map(json.loads, everyones), strict=True)
+        check_ranks_agree(runs)
+        return int(max(needs))
 
     def _position(self) -> Position:
         return Position(epoch=self.composer.epoch, step=self.composer.step, digest=0)
