@@ -13,17 +13,18 @@ from torch.utils.data import DataLoader, default_collate
 from slap_stream.config import SlapConfig
 from slap_stream.distributed import TIMEOUT_SECONDS, join_ranks
 from slap_stream.embeddings import open_embeddings
-from slap_stream.errors import StateError, WorkerError
+from slap_stream.errors import WorkerError
 from slap_stream.loader_checks import (
     check_alignment,
     check_batch_size,
     check_cache_limit,
     prefetch_within,
 )
-from slap_stream.pending import PENDING, PendingBatches, join_pending
+from slap_stream.loader_state import check_loader_state, whole_state
+from slap_stream.pending import PendingBatches
 from slap_stream.probe import LearnabilityProbe
 from slap_stream.progress import ProgressLine
-from slap_stream.run_state import check_ranks_agree, require_keys
+from slap_stream.run_state import check_ranks_agree
 from slap_stream.sampler import SlapSampler
 from slap_stream.shards import (
     ShardFetcher,
@@ -33,11 +34,9 @@ from slap_stream.shards import (
     processes_per_node,
     shard_table,
 )
-from slap_stream.state_bytes import from_bytes, to_bytes
 from slap_stream.types import FloatArray, IntArray, Position, State
 from slap_stream.workers import describe_dead, watch
 
-STATE_VERSION = 4
 SAMPLE_ID = "sample_id"
 
 
@@ -335,20 +334,14 @@ class SlapDataLoader(DataLoader[Any]):
         Raises:
             ExchangeError: If a rank does not answer in time or is at another step.
         """
-        sampler, pending = self.composer.state_dict(), self._pending.state_dict()
-        mine = to_bytes({"lanes": sampler["lanes"], "pending": pending})
-        everyones = [from_bytes(data) for data in self._ranks.gather(mine, self._position())]
-        # Tuples: torch.distributed.checkpoint takes dicts and lists of dicts apart, and loads only
-        # those parts that the state before loading has too, so of as many lanes; a tuple is one.
-        sampler["lanes"] = tuple(lane for state in everyones for lane in state["lanes"])
-        probe = self._probe_state if self._probe is None else self._probe.state_dict()
-        return {
-            "version": STATE_VERSION,
-            "index_digests": list(self._digests),
-            "sampler": sampler,
-            "probe": () if probe is None else (probe,),
-            **join_pending([state["pending"] for state in everyones]),
-        }
+        return whole_state(
+            self._ranks,
+            self._position(),
+            index_digests=self._digests,
+            sampler=self.composer.state_dict(),
+            pending=self._pending.state_dict(),
+            probe=self._probe_state if self._probe is None else self._probe.state_dict(),
+        )
 
     def _meet_ranks(self) -> int:
         """Check that all ranks were given the same run; most shards that one needs at a time."""
@@ -374,17 +367,7 @@ class SlapDataLoader(DataLoader[Any]):
             StateError: If the state is of another version, config or dataset; nothing has changed
                 then.
         """
-        require_keys(state, ("version", "index_digests", "sampler", "probe", *PENDING))
-        if state.get("version") != STATE_VERSION:
-            raise StateError(
-                f"version must be {STATE_VERSION}, got {state.get('version')!r}; the state was "
-                "written by another version of slap_stream."
-            )
-        if list(state["index_digests"]) != self._digests:
-            raise StateError(
-                "index_digests must be those of this dataset, got others; the state belongs to "
-                "another dataset, or this one was converted again."
-            )
+        check_loader_state(state, self._digests)
         self.composer.load_state_dict(state["sampler"])
         self._pending.load_state_dict(state)
         self._loads += 1

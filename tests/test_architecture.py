@@ -19,7 +19,8 @@ FLOORS = {
     "judge policies embeddings encoders encoding corpus converting",
     3: "composer lane lane_counts lane_feedback lane_questions lane_statistics pending refreshes "
     "run_state sampler shared",
-    4: "distributed loader loader_checks probe probing progress shards sharding workers",
+    4: "distributed loader loader_checks loader_state probe probing progress shards sharding "
+    "workers",
     5: "integrations",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}
