@@ -54,6 +54,8 @@ class _NamesWorkers:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         try:
             self._handler(number, frame)
+        except WorkerError:
+            raise  # named already, by one of us that the handler calls
         except RuntimeError as error:
             for iterator in _watched:
                 workers = iterator._workers
