@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from slap_stream.errors import ConfigError, ExchangeError
+from slap_stream.errors import ConfigError, ExchangeError, WorkerError
 from slap_stream.lane_statistics import sum_in_order
 from slap_stream.types import FloatArray, IntArray, Position
 
@@ -47,7 +47,7 @@ class Gloo:
     _made: ClassVar[Counter[tuple[int, ...]]] = Counter()
 
     def __init__(self, members: Sequence[int], timeout_seconds: float) -> None:
-        members = tuple(members)
+        self.members = members = tuple(members)
         self.size = len(members)
         self.timeout_seconds = timeout_seconds
         # The same on all members, which make their loaders alike.
@@ -105,6 +105,7 @@ class Ranks:
         self._seconds = 0.0
         # Process of the group that speaks for each rank: the first that has it.
         self._speakers: IntArray = np.arange(world_size)
+        self._rank_of_process = {0: rank}
         if group is not None:
             found = self._headers(group, _JOIN, Position(epoch=0, step=0, digest=0))
             complete = np.array_equal(np.unique(found[:, _RANK]), np.arange(world_size))
@@ -118,6 +119,22 @@ class Ranks:
             self._speakers = np.array(
                 [np.flatnonzero(found[:, _RANK] == other)[0] for other in range(world_size)]
             )
+            self._rank_of_process = dict(zip(group.members, found[:, _RANK].tolist(), strict=True))
+
+    def on_node(self, processes_per_node: int) -> int:
+        """Ranks that are hosted on this process's node, each once.
+
+        Args:
+            processes_per_node: Processes of the job on each node; their numbers follow each other.
+        """
+        node = 0 if self._group is None else dist.get_rank() // processes_per_node
+        return len(
+            {
+                rank
+                for process, rank in self._rank_of_process.items()
+                if process // processes_per_node == node
+            }
+        )
 
     def sum_lanes(self, rows: FloatArray, least: int, position: Position) -> tuple[FloatArray, int]:
         """Add over all lanes, in lane order; every process calls it at the same step.
@@ -232,8 +249,8 @@ class Ranks:
         try:
             return exchange()
         except RuntimeError as error:  # what gloo raises for a deadline and for a lost peer alike
-            if "DataLoader worker" in str(error):
-                raise  # torch raises it wherever the main thread is when a worker dies
+            if isinstance(error, WorkerError) or "DataLoader worker" in str(error):
+                raise  # it is raised wherever the main thread is when a worker dies
             raise ExchangeError(
                 f"rank {self.rank} of {self.world_size} must reach all others, got none of the "
                 f"answers due after {monotonic() - began:.0f} s (deadline "

@@ -24,7 +24,6 @@ class Asked:
         x: (n, columns) design rows.
         open: (n,) whether the loss is still awaited.
         weight: (n,) weight of each loss in the batch's.
-        num_open: How many are still awaited.
     """
 
     step: int
@@ -32,12 +31,6 @@ class Asked:
     x: Float32Array
     open: BoolArray
     weight: FloatArray
-    num_open: int
-
-    def close(self, position: IntArray) -> None:
-        """Note that (n,) different open ones have been answered."""
-        self.open[position] = False
-        self.num_open -= len(position)
 
 
 class Awaiting:
@@ -50,6 +43,8 @@ class Awaiting:
     def __init__(self, depth: int) -> None:
         self.depth = depth
         self._asked: deque[Asked] = deque(maxlen=depth)
+        # Questions at the left of which nothing is open any more; as a rule all but a few.
+        self._closed = 0
 
     def ask(
         self,
@@ -67,6 +62,8 @@ class Awaiting:
             weight: (n,) weights of the losses; None: ones.
         """
         count = len(sample_id)
+        if len(self._asked) == self.depth:
+            self._closed = max(0, self._closed - 1)
         self._asked.append(
             Asked(
                 step=step,
@@ -74,20 +71,34 @@ class Awaiting:
                 x=x,
                 open=np.ones(count, bool),
                 weight=np.ones(count) if weight is None else weight,
-                num_open=count,
             )
         )
+        self._skip_closed()
 
     def last(self) -> tuple[IntArray, Float32Array] | None:
         """(n,) ids and (n, columns) rows asked for last; None before the first question."""
         return (self._asked[-1].sample_id, self._asked[-1].x) if self._asked else None
 
+    def oldest(self) -> Asked | None:
+        """The first question of which something is open."""
+        return self._asked[self._closed] if self._closed < len(self._asked) else None
+
+    def close_oldest(self) -> Asked:
+        """The first question of which something is open; all of it is answered now."""
+        asked = self._asked[self._closed]
+        asked.open[:] = False
+        self._skip_closed()
+        return asked
+
+    def _skip_closed(self) -> None:
+        while self._closed < len(self._asked) and not self._asked[self._closed].open.any():
+            self._closed += 1
+
     def entries(self) -> tuple[IntArray, IntArray, IntArray, IntArray]:
         """Every open question: ids, steps, index of the question, position in it; each (n,)."""
         ids, steps, questions, positions = [], [], [], []
-        for index, asked in enumerate(self._asked):
-            if not asked.num_open:
-                continue
+        for index in range(self._closed, len(self._asked)):
+            asked = self._asked[index]
             at = np.flatnonzero(asked.open)
             ids.append(asked.sample_id[at])
             steps.append(np.full(len(at), asked.step, np.int64))
@@ -109,18 +120,12 @@ class Awaiting:
         Returns:
             (n, columns) design rows of the samples, in the order given.
         """
-        questions = np.unique(question)
-        if len(questions) == 1:
-            only = self._asked[questions[0]]
-            only.close(position)
-            # As a rule a whole batch comes back in its order: nothing to copy.
-            whole = np.array_equal(position, np.arange(len(only.x)))
-            return only.x if whole else only.x[position]
         rows = np.zeros((len(question), self._asked[0].x.shape[1]), np.float32)
-        for q in questions:
+        for q in np.unique(question):
             mine = question == q
             rows[mine] = self._asked[q].x[position[mine]]
-            self._asked[q].close(position[mine])
+            self._asked[q].open[position[mine]] = False
+        self._skip_closed()
         return rows
 
     def weights(self, question: IntArray, position: IntArray) -> FloatArray:
@@ -153,18 +158,18 @@ class Awaiting:
         x = rows_of(ids)
         start = 0
         for step, stop in zip(np.asarray(state["steps"], np.int64), cuts, strict=True):
-            open_ = np.array(state["open"], bool)[start:stop]
             self._asked.append(
                 Asked(
                     step=int(step),
                     sample_id=ids[start:stop],
                     x=x[start:stop],
-                    open=open_,
+                    open=np.array(state["open"], bool)[start:stop],
                     weight=np.array(state["weight"], np.float64)[start:stop],
-                    num_open=int(np.count_nonzero(open_)),
                 )
             )
             start = int(stop)
+        self._closed = 0
+        self._skip_closed()
 
 
 def match_oldest(wanted: IntArray, ids: IntArray, steps: IntArray) -> tuple[IntArray, BoolArray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -18,13 +18,25 @@ _SMALL = 40
 # Column blocks that a product with a triangle is made in; what is zero is left out.
 _BLOCK = 104
 
-_blas = ThreadpoolController()
+_blas = ThreadpoolController().select(user_api="blas").lib_controllers
 
 
-def single_threaded() -> AbstractContextManager[object]:
-    """Context in which BLAS uses one thread: its sums then do not depend on the machine's cores."""
-    context: AbstractContextManager[object] = _blas.limit(limits=1, user_api="blas")
-    return context
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Context in which BLAS uses one thread: its sums then do not depend on the machine's cores.
+
+    Entered at every batch: threadpoolctl's own context costs several times as much, above all when
+    its code is not in the caches.
+    """
+    before = [library.get_num_threads() for library in _blas]
+    several = [(library, count) for library, count in zip(_blas, before, strict=True) if count != 1]
+    for library, _ in several:
+        library.set_num_threads(1)
+    try:
+        yield
+    finally:
+        for library, count in several:
+            library.set_num_threads(count)
 
 
 def row_chunks(parts: Sequence[Float32Array]) -> Iterator[Float32Array]:

@@ -13,30 +13,30 @@ from torch.utils.data import DataLoader, default_collate
 from slap_stream.config import SlapConfig
 from slap_stream.distributed import TIMEOUT_SECONDS, join_ranks
 from slap_stream.embeddings import open_embeddings
-from slap_stream.errors import StateError, WorkerError
+from slap_stream.errors import WorkerError
 from slap_stream.loader_checks import (
     check_alignment,
     check_batch_size,
     check_cache_limit,
     prefetch_within,
 )
-from slap_stream.pending import PENDING, PendingBatches, join_pending
+from slap_stream.loader_state import check_loader_state, whole_state
+from slap_stream.pending import PendingBatches
 from slap_stream.probe import LearnabilityProbe
 from slap_stream.progress import ProgressLine
-from slap_stream.run_state import check_ranks_agree, require_keys
+from slap_stream.run_state import check_ranks_agree
 from slap_stream.sampler import SlapSampler
 from slap_stream.shards import (
     ShardFetcher,
     ShardView,
     index_digests,
     launched_ranks,
+    processes_per_node,
     shard_table,
 )
-from slap_stream.state_bytes import from_bytes, to_bytes
 from slap_stream.types import FloatArray, IntArray, Position, State
-from slap_stream.workers import describe_dead
+from slap_stream.workers import describe_dead, watch
 
-STATE_VERSION = 3
 SAMPLE_ID = "sample_id"
 
 
@@ -118,7 +118,10 @@ class SlapDataLoader(DataLoader[Any]):
             timeout_seconds=exchange_timeout,
             expected=launched_ranks(dataset),
         )
-        self._fetcher = ShardFetcher(dataset, on_bad_shard=config.on_bad_shard)
+        ranks_on_node = self._ranks.on_node(processes_per_node(dataset))
+        self._fetcher = ShardFetcher(
+            dataset, on_bad_shard=config.on_bad_shard, ranks_on_node=ranks_on_node
+        )
         self.composer = SlapSampler(
             shards.sizes,
             store,
@@ -130,8 +133,8 @@ class SlapDataLoader(DataLoader[Any]):
             gate=self._fetcher,
             exchange=self._ranks,
         )
-        check_cache_limit(dataset, self.composer.shards_at_hand)
-        self._check_ranks_agree()
+        # Of the rank that needs most: then all are refused or none.
+        check_cache_limit(dataset, self._meet_ranks(), ranks_on_node)
         self._pending = PendingBatches(self.composer)
         self._probe: LearnabilityProbe | None = None
         self._probe_state: State | None = None
@@ -158,21 +161,28 @@ class SlapDataLoader(DataLoader[Any]):
 
         Raises:
             RuntimeError: If a state is loaded while this iterator is in use.
-            WorkerError: If a worker has died, at most some 5 seconds ago.
+            WorkerError: If a worker has died, at most some 5 seconds ago. If it dies while the
+                training step runs, the step itself ends with it.
         """
         loads = self._loads
         self._pending.begin()
+        # Persistent workers of which one has died: the next iteration makes new ones.
+        if any(worker.exitcode for worker in getattr(self._iterator, "_workers", ())):
+            self._iterator = None
         batches = super().__iter__()
+        if self.num_workers:
+            watch(batches)
         self._line.restart()
         while self._pending.ask():
             self._hold_shards()
             try:
                 batch = next(batches)
+            except WorkerError:
+                raise
             except (RuntimeError, OSError, EOFError) as error:
                 message = describe_dead(getattr(batches, "_workers", ()), error)
                 if message is None:
                     raise
-                self._iterator = None  # persistent workers: the next iteration makes new ones
                 raise WorkerError(message) from error
             ids = self._pending.deliver()
             self._line.count(len(ids), self.progress, self.metrics)
@@ -324,23 +334,23 @@ class SlapDataLoader(DataLoader[Any]):
         Raises:
             ExchangeError: If a rank does not answer in time or is at another step.
         """
-        sampler, pending = self.composer.state_dict(), self._pending.state_dict()
-        mine = to_bytes({"lanes": sampler["lanes"], "pending": pending})
-        everyones = [from_bytes(data) for data in self._ranks.gather(mine, self._position())]
-        sampler["lanes"] = [lane for state in everyones for lane in state["lanes"]]
-        return {
-            "version": STATE_VERSION,
-            "index_digests": list(self._digests),
-            "sampler": sampler,
-            "probe": self._probe_state if self._probe is None else self._probe.state_dict(),
-            **join_pending([state["pending"] for state in everyones]),
-        }
+        return whole_state(
+            self._ranks,
+            self._position(),
+            index_digests=self._digests,
+            sampler=self.composer.state_dict(),
+            pending=self._pending.state_dict(),
+            probe=self._probe_state if self._probe is None else self._probe.state_dict(),
+        )
 
-    def _check_ranks_agree(self) -> None:
-        mine = self.config.to_dict() | self.composer.describe()
-        mine["index_digests"] = self._digests
+    def _meet_ranks(self) -> int:
+        """Check that all ranks were given the same run; most shards that one needs at a time."""
+        run = self.config.to_dict() | self.composer.describe()
+        mine = run | {"index_digests": self._digests}, self.composer.shards_at_hand
         everyones = self._ranks.gather(json.dumps(mine).encode(), self._position())
-        check_ranks_agree([json.loads(text) for text in everyones])
+        runs, needs = zip(*map(json.loads, everyones), strict=True)
+        check_ranks_agree(runs)
+        return int(max(needs))
 
     def _position(self) -> Position:
         return Position(epoch=self.composer.epoch, step=self.composer.step, digest=0)
@@ -357,24 +367,15 @@ class SlapDataLoader(DataLoader[Any]):
             StateError: If the state is of another version, config or dataset; nothing has changed
                 then.
         """
-        require_keys(state, ("version", "index_digests", "sampler", "probe", *PENDING))
-        if state.get("version") != STATE_VERSION:
-            raise StateError(
-                f"version must be {STATE_VERSION}, got {state.get('version')!r}; the state was "
-                "written by another version of slap_stream."
-            )
-        if list(state["index_digests"]) != self._digests:
-            raise StateError(
-                "index_digests must be those of this dataset, got others; the state belongs to "
-                "another dataset, or this one was converted again."
-            )
+        check_loader_state(state, self._digests)
         self.composer.load_state_dict(state["sampler"])
         self._pending.load_state_dict(state)
         self._loads += 1
-        if state["probe"] is None or self._probe is None:
-            self._probe_state = state["probe"]
+        probe = next(iter(state["probe"]), None)
+        if probe is None or self._probe is None:
+            self._probe_state = probe
         else:
-            self._probe.load_state_dict(state["probe"])
+            self._probe.load_state_dict(probe)
 
     def close(self) -> None:
         """End the threads that fetch shards, and the ranks' connections: the loader's end."""

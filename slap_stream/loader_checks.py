@@ -79,17 +79,18 @@ def check_alignment(
             )
 
 
-def check_cache_limit(dataset: Any, shards_at_hand: int) -> None:
-    """Refuse a `cache_limit` that cannot hold what the lanes work on at a time.
+def check_cache_limit(dataset: Any, shards_at_hand: int, ranks_on_node: int) -> None:
+    """Refuse a `cache_limit` that cannot hold what the lanes of a node work on at a time.
 
     Raises:
         ConfigError: If it is smaller; says what it takes.
     """
     if dataset.cache_limit:
-        needed = min_cache_bytes(dataset, shards_at_hand)
+        needed = min_cache_bytes(dataset, shards_at_hand, ranks_on_node)
         if dataset.cache_limit < needed:
             raise ConfigError(
                 f"cache_limit must be at least {needed} bytes, got {dataset.cache_limit!r}: the "
-                f"lanes work on {shards_at_hand} shards at a time; raise it, or lower num_lanes "
-                "or shards_per_block."
+                f"lanes of each rank, of which this node has {ranks_on_node}, work on "
+                f"{shards_at_hand} shards at a time; raise it, or lower num_lanes or "
+                "shards_per_block."
             )

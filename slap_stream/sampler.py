@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from slap_stream import lane_questions
 from slap_stream.config import SlapConfig
 from slap_stream.encoding.stores import as_row_store
 from slap_stream.errors import ConfigError, FeedbackError
 from slap_stream.evidence import MISMATCH_COLUMN, REFERENCE_COLUMN
-from slap_stream.feedback import check_feedback, check_sketches, find_questions, weights_of
+from slap_stream.feedback import check_sketches
 from slap_stream.lane import Lane
 from slap_stream.lane_counts import count_lanes, shards_needed
-from slap_stream.lane_statistics import StatisticsLayout, sum_in_order
 from slap_stream.linear import single_threaded
 from slap_stream.order import ShardTable
 from slap_stream.plan import plan_run
 from slap_stream.policies import make_policy
+from slap_stream.refreshes import Refreshes
 from slap_stream.run_state import check_state, describe_run
 from slap_stream.shared import Shared
-from slap_stream.types import FloatArray, IntArray, LaneExchange, Position, ShardGate, State
+from slap_stream.types import FloatArray, IntArray, LaneExchange, ShardGate, State
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class SlapSampler:
     Iterating yields one epoch of lists of `batch_size` sample ids; breaking off and iterating
     again goes on with the epoch. Feed losses back with `observe` and `update`.
 
-    State: the shared model and centroids, and this rank's lanes.
+    State: the shared model and centroids, this rank's lanes, and what was agreed on at refreshes.
 
     Args:
         shard_sizes: (num_shards,) samples in each shard; sample ids count through them.
@@ -97,11 +97,6 @@ class SlapSampler:
         self.epoch = 0
         # Until somebody else merges; then a second clock would refresh twice.
         self.refreshes_itself = True
-        self._cut_short = 0
-        # Batches of this epoch, where withdrawals have left less than was planned.
-        self._last_step: int | None = None
-        # Of the batches composed since the last refresh; tells replicas that have parted.
-        self._digest = 0
         self.set_target(None)
 
     def _build(self, num_lanes: int) -> None:
@@ -121,7 +116,13 @@ class SlapSampler:
             self._lane(index, self._gate)
             for index in range(self.rank * each, (self.rank + 1) * each)
         ]
-        self._layout = StatisticsLayout(self.lanes[0].statistics())
+        self._refreshes = Refreshes(
+            self._plan,
+            self._shared,
+            self.lanes,
+            world_size=self.world_size,
+            exchange=self._exchange,
+        )
 
     def _lane(self, index: int, gate: ShardGate | None) -> Lane:
         has_reference = REFERENCE_COLUMN in self._store.feature_names
@@ -172,7 +173,7 @@ class SlapSampler:
     def start_next_epoch(self) -> None:
         """Begin the next epoch; what was learnt stays."""
         self.epoch += 1
-        self._last_step = None
+        self._refreshes.start_epoch()
         for lane in self.lanes:
             lane.start_epoch(self.epoch)
 
@@ -199,8 +200,7 @@ class SlapSampler:
                 batch = lane.compose()
                 batches.append(lane.repeat_batch() if batch is None else batch)
         joined = np.concatenate(batches)
-        self._digest = zlib.crc32(joined.tobytes(), self._digest)
-        self._end_where_agreed()
+        self._refreshes.after_batch(joined)
         return joined
 
     def observe(self, ids: ArrayLike, losses: ArrayLike) -> None:
@@ -213,13 +213,7 @@ class SlapSampler:
         Raises:
             FeedbackError: If shapes differ, or an id was not yielded lately or already observed.
         """
-        ids, values = check_feedback(ids, losses)
-        awaiting = [lane.feedback.awaiting_trained for lane in self.lanes]
-        owner, question, position = find_questions(ids, awaiting, "observe: ids of yielded batches")
-        for index in np.unique(owner):
-            lane, mine = self.lanes[index], owner == index
-            x = lane.feedback.awaiting_trained.answer(question[mine], position[mine])
-            lane.feedback.take_trained(ids[mine], x, values[mine])
+        lane_questions.take_trained(self.lanes, ids, losses)
 
     def loss_weights(self, ids: ArrayLike) -> FloatArray:
         """Weights of the losses of samples that are trained on now; call it before `observe`.
@@ -233,7 +227,7 @@ class SlapSampler:
         Raises:
             FeedbackError: If an id was not yielded lately or was already observed.
         """
-        return weights_of(ids, [lane.feedback.awaiting_trained for lane in self.lanes])
+        return lane_questions.loss_weights(self.lanes, ids)
 
     def update(
         self,
@@ -253,17 +247,9 @@ class SlapSampler:
         Raises:
             FeedbackError: If shapes differ or an id was not given by `probe_candidates`.
         """
-        ids, values = check_feedback(ids, losses)
-        shape = len(ids), self.config.sketch_dim
-        rows = None if sketches is None else check_sketches(sketches, shape)
-        norms = None if nuclear_norms is None else check_feedback(ids, nuclear_norms)[1]
-        awaiting = [lane.feedback.awaiting_probed for lane in self.lanes]
-        owner, question, position = find_questions(ids, awaiting, "update: ids to be probed")
-        for index in np.unique(owner):
-            lane, mine = self.lanes[index], owner == index
-            x = lane.feedback.awaiting_probed.answer(question[mine], position[mine])
-            parts = (None if part is None else part[mine] for part in (rows, norms))
-            lane.feedback.take_probed(ids[mine], x, values[mine], *parts)
+        lane_questions.take_probed(
+            self.lanes, ids, losses, sketches, nuclear_norms, sketch_dim=self.config.sketch_dim
+        )
 
     def set_target(self, sketch: ArrayLike | None) -> None:
         """Say what the model is to become good at, for policies that aim at a target (`greats`).
@@ -299,19 +285,13 @@ class SlapSampler:
         Raises:
             FeedbackError: If `count` is not a multiple of this rank's lanes.
         """
-        if count < 0 or count % len(self.lanes):
-            raise FeedbackError(
-                f"count must be a multiple of this rank's {len(self.lanes)} lanes, got {count!r}."
-            )
         with single_threaded():
-            each = count // len(self.lanes)
-            ids = [lane.probe_candidates(each) for lane in self.lanes if each]
-        return np.concatenate(ids) if ids else np.zeros(0, np.int64)
+            return lane_questions.choose_probes(self.lanes, count)
 
     def statistics(self) -> list[State]:
         """Sums of this rank's lanes since the last refresh, and the batches that each can still
         fill; plain arrays, only reads."""
-        return [{**lane.statistics(), "last_step": self._last_step_of(lane)} for lane in self.lanes]
+        return self._refreshes.statistics()
 
     def merge(self, statistics_in_lane_order: Sequence[State]) -> None:
         """Refresh from the statistics of all lanes of all ranks.
@@ -321,16 +301,8 @@ class SlapSampler:
         Raises:
             FeedbackError: If the lanes are not all there, once each and in order.
         """
-        lanes = [int(state["lane"]) for state in statistics_in_lane_order]
-        if lanes != list(range(self.num_lanes)):
-            raise FeedbackError(
-                f"statistics_in_lane_order must hold lanes 0 to {self.num_lanes - 1} once each, "
-                f"in order, got {lanes[:8]}; gather them over all ranks."
-            )
+        self._refreshes.merge(statistics_in_lane_order)
         self.refreshes_itself = False
-        rows = np.stack([self._layout.pack(state) for state in statistics_in_lane_order])
-        last_step = min(int(state["last_step"]) for state in statistics_in_lane_order)
-        self._merge(sum_in_order(rows), last_step)
 
     def refresh(self, also: FloatArray | None = None) -> FloatArray:
         """Refresh from the lanes of all ranks, over the exchange; every rank at the same step.
@@ -345,43 +317,14 @@ class SlapSampler:
             ConfigError: If there are other ranks and no exchange.
             ExchangeError: If the ranks cannot be reached or are not at the same step.
         """
-        rows = np.stack([self._layout.pack(lane.statistics()) for lane in self.lanes])
-        if also is not None:
-            rows = np.concatenate([rows, also], axis=1)
-        last_step = min(self._last_step_of(lane) for lane in self.lanes)
-        if self._exchange is not None:
-            position = Position(epoch=self.epoch, step=self.step, digest=self._digest)
-            total, last_step = self._exchange.sum_lanes(rows, last_step, position)
-        elif self.world_size == 1:
-            total = sum_in_order(rows)
-        else:
-            raise ConfigError(
-                f"a sampler of {self.world_size} ranks must be refreshed by merge, got no call of "
-                "it; gather statistics() of all ranks, every probe_every batches."
-            )
-        self._merge(total[: self._layout.size], last_step)
-        return total[self._layout.size :]
-
-    def _last_step_of(self, lane: Lane) -> int:
-        """Batches of this epoch that the lane can fill, as far as is known now."""
-        stock = len(lane.pool) + lane.intake.fillable
-        return self.step + stock // self._plan.batch_size
-
-    def _merge(self, total: FloatArray, last_step: int) -> None:
-        with single_threaded():
-            self._shared.refresh(self._layout.unpack(total))
-            for lane in self.lanes:
-                lane.refresh()
-        self._digest = 0
-        self._last_step = last_step
-        self._end_where_agreed()
+        return self._refreshes.refresh(also)
 
     def metrics(self) -> dict[str, float]:
         """Counts over this rank's lanes in this epoch, and how well losses are predicted."""
         return {
             "epoch": float(self.epoch),
             "step": float(self.step),
-            "epochs_cut_short": float(self._cut_short),
+            "epochs_cut_short": float(self._refreshes.epochs_cut_short),
             **self._shared.metrics(),
             **count_lanes(self.lanes),
         }
@@ -394,8 +337,7 @@ class SlapSampler:
             "run": self.describe(),
             "epoch": self.epoch,
             "refreshes_itself": self.refreshes_itself,
-            "cut_short": self._cut_short,
-            "last_step": self._last_step,
+            **self._refreshes.state_dict(),
             "target": self._target,
             **self._shared.state_dict(),
             "lanes": [lane.state_dict() for lane in self.lanes],
@@ -422,9 +364,7 @@ class SlapSampler:
             self._build(num_lanes)
         self.epoch = int(state["epoch"])
         self.refreshes_itself = bool(state["refreshes_itself"])
-        self._cut_short = int(state["cut_short"])
-        last_step = state["last_step"]
-        self._last_step = None if last_step is None else int(last_step)
+        self._refreshes.load_state_dict(state)
         self.set_target(state["target"])
         self._shared.load_state_dict(state)
         saved = {int(lane["lane"]): lane for lane in state["lanes"]}
@@ -449,21 +389,3 @@ class SlapSampler:
         # From lane 0's first block on every rank: all lanes share the centroids.
         first = self.lanes[0] if self.lanes[0].index == 0 else self._lane(0, None)
         self._shared.seed(first.intake.first_embeddings())
-
-    def _end_where_agreed(self) -> None:
-        """End the epoch after the last batch that all lanes can fill.
-
-        Withdrawals differ from lane to lane, and ranks hear of each other at refreshes only: there
-        they agree on the last step. As a rule that is the planned one, or later.
-        """
-        if self.exhausted or self._last_step is None or self.step < self._last_step:
-            return
-        self._cut_short += 1
-        logger.warning(
-            "epoch %d ends after %d batches, %.0f %% of it: too many candidates were withdrawn.",
-            self.epoch,
-            self.step,
-            100 * self.progress,
-        )
-        for lane in self.lanes:
-            lane.progress.part = self._plan.parts

@@ -44,6 +44,7 @@ from slap_stream.sharding.plan import (
     launched_ranks,
     min_cache_bytes,
     plan_shards,
+    processes_per_node,
 )
 from slap_stream.sharding.read import OpenShards
 from slap_stream.types import IntArray
@@ -62,6 +63,7 @@ __all__ = [
     "min_cache_bytes",
     "one_at_a_time",
     "open_writer",
+    "processes_per_node",
     "shard_sizes",
     "shard_table",
 ]

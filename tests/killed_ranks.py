@@ -3,8 +3,9 @@
     python -m tests.killed_ranks --times 20            # by hand; the suite runs it with 3
 
 Kills in turn a DataLoader worker, a rank and the whole job, at random times. What is left of a job
-is ended as torchrun would end it, and the next one goes on from the last checkpoint. Prints how
-often each was killed and whether the ids are those of the unbroken run, as JSON.
+is ended as torchrun would end it, and the next one goes on from the last checkpoint: in turn on one
+node of two processes and on two simulated nodes of one. Prints how often each was killed and
+whether the ids are those of the unbroken run, as JSON.
 """
 
 from __future__ import annotations
@@ -52,11 +53,13 @@ def loader_of(corpus: Path, world_size: int, *, num_workers: int) -> Any:
 
 def run_rank(rank: int, corpus: Path, folder: Path, attempt: int, total: int) -> None:
     """One rank of a job, from the last checkpoint on."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
-    os.environ["LOCAL_WORLD_SIZE"] = str(RANKS)
-    # A killed job leaves its shared memory behind, and other suites may run on this machine.
-    first = 1_000 * (os.getppid() % 900) + 10 * attempt
-    prefix._each_prefix_int = lambda: iter(range(first, first + 10))
+    each = RANKS // (1 + attempt % 2)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    os.environ |= {"LOCAL_RANK": str(rank % each), "LOCAL_WORLD_SIZE": str(each)}
+    # A killed job leaves its shared memory behind, and other suites may run on this machine; nodes
+    # have none in common.
+    first = 1_000 * (os.getppid() % 900) + 10 * attempt + 5 * (rank // each)
+    prefix._each_prefix_int = lambda: iter(range(first, first + 5))
     store = f"file://{folder}/store{attempt}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
     loader = loader_of(corpus, RANKS, num_workers=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -37,12 +38,13 @@ from slap_stream import LearnabilityProbe, SlapDataLoader, distributed, per_samp
 from slap_stream.errors import ConfigError, ExchangeError, StateError
 from slap_stream.integrations.transformers import SlapTrainer
 from tests.laws import config_of
+from tests.test_cache_limit import Counting
 from tests.tiny_models import VOCABULARY, llama
 
 SENDING = ("all_", "broadcast", "gather", "reduce", "scatter", "send", "isend")
 PROCESSES, NODES = 4, 2
 BATCH = 16
-LOSSES = np.random.default_rng(3).gamma(4.0, 0.5, 1000)
+LOSSES = np.random.default_rng(3).gamma(4.0, 0.5, 4000)
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -67,10 +69,16 @@ class Run:
             "whole": make(remote=str(corpus), local=str(home / "whole"), batch_size=None),
             "broken": make(local=str(broken), batch_size=None),
             "twins": make(local=str(corpus), batch_size=None, replication=2),
+            # As little as streaming itself puts up with.
+            "limited": make(
+                streams=[Counting(remote=str(corpus) + "-large", local=str(home / "limited"))],
+                batch_size=None,
+                cache_limit=20_000,
+            ),
         }
         # Node leaders only touch what they share with their own node.
         self.groups = {1: dist.new_group([0]), 2: dist.new_group([0, 1]), 4: None}
-        vectors = np.random.default_rng(0).normal(size=(1000, 8)).astype(np.float16)
+        vectors = np.random.default_rng(0).normal(size=(4000, 8)).astype(np.float16)
         self.vectors = vectors
 
     def loader(
@@ -232,10 +240,26 @@ def replicas(run: Run) -> dict[str, Any]:
         found[f"{name} lanes"] = len(loader.state_dict()["sampler"]["lanes"])
         if name == "numbers":
             # As if one of two twins had been fed other losses.
-            loader.composer._digest += run.rank == 3
+            loader.composer._refreshes._digest += run.rank == 3
             found["parted"] = error_of(loader.refresh)
         loader.close()
     return found
+
+
+def limited(run: Run) -> dict[str, Any]:
+    """An epoch with the least `cache_limit` of a node that is not refused."""
+    config = config_of(num_lanes=4, lookahead=2, shards_per_block=1, pool_batches=2)
+    message = error_of(lambda: run.loader(data="limited", config=config))
+    dataset = run.datasets["limited"]
+    dataset.cache_limit = int(re.findall(r"\d+", message)[0])
+    ids = batches(run.loader(data="limited", config=config))
+    local = dataset.streams[0].local
+    return {
+        "error": message,
+        "limit": dataset.cache_limit,
+        "batches": len(ids),
+        "downloads": Path(f"{local}.log").read_text().splitlines(),
+    }
 
 
 def error_of(call: Callable[[], Any]) -> str:
@@ -313,8 +337,8 @@ def training(run: Run) -> dict[str, Any]:
         found[f"{name} losses"] = losses
         if name == "fsdp":
             again = run.loader()
-            LearnabilityProbe(model, again, batch_size=3)
             dcp.load({"loader": again}, checkpoint_id=folder)
+            LearnabilityProbe(model, again, batch_size=3)
             found["again"] = [batch["sample_id"].tolist() for batch in islice(again, 4)]
             weight = model.lm_head.weight
             found["sharded"] = isinstance(weight, DTensor) and weight.to_local().shape[0]
@@ -370,7 +394,7 @@ def trainer(run: Run) -> dict[str, Any]:
     return found
 
 
-SCENARIOS = [laws, cost, cut_short, replicas, errors, training, trainer]
+SCENARIOS = [laws, cost, cut_short, replicas, limited, errors, training, trainer]
 
 
 def main(rank: int, corpus: Path, broken: Path, out: Path) -> None:

@@ -17,8 +17,10 @@ FLOORS = {
     1: "kernels linear rng chat shard_index sorting state_bytes",
     2: "order strata plan quota repeats reservoir moments learnability appraisal evidence feedback "
     "intake judge policies embeddings encoders encoding corpus converting",
-    3: "composer lane lane_counts lane_feedback lane_statistics pending run_state sampler shared",
-    4: "distributed loader loader_checks probe probing progress shards sharding workers",
+    3: "composer lane lane_counts lane_feedback lane_questions lane_statistics pending refreshes "
+    "run_state sampler shared",
+    4: "distributed loader loader_checks loader_state probe probing progress shards sharding "
+    "workers",
     5: "integrations",
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names.split()}

@@ -15,6 +15,7 @@ from slap_stream.feedback import (
     find_questions,
     match_oldest,
 )
+from slap_stream.lane_questions import close_questions
 from slap_stream.moments import Moments
 from tests import reference
 from tests.laws import as_json
@@ -74,6 +75,42 @@ def test_answers_go_to_the_oldest_question_over_all_lanes() -> None:
     lanes[1].answer(question[:1], position[:1])
     with pytest.raises(FeedbackError, match=r"got 2 .* first \[7, 5\]; the last 4 batches"):
         find_questions(np.array([7, 7, 9, 5]), lanes, "ids")
+
+
+def two_lanes(questions: list[tuple[int, list[int]]]) -> list[Awaiting]:
+    """Lanes that have asked in turn, each at steps that rise by one to three."""
+    lanes = [Awaiting(depth=4), Awaiting(depth=4)]
+    for number, (late, ids) in enumerate(questions):
+        ask(lanes[number % 2], number // 2 * 2 + late, *ids)
+    return lanes
+
+
+@settings(max_examples=150)
+@given(
+    questions=st.lists(
+        st.tuples(st.integers(0, 1), st.lists(st.integers(0, 5), max_size=3)), max_size=6
+    ),
+    answered=st.integers(0, 5),
+)
+def test_a_whole_batch_in_order_needs_no_search_and_ends_like_one(
+    questions: list[tuple[int, list[int]]], answered: int
+) -> None:
+    quick, searched = two_lanes(questions), two_lanes(questions)
+    for _ in range(answered):
+        oldest = [lane.oldest() for lane in quick]
+        ids = np.concatenate(
+            [np.zeros(0, np.int64), *(asked.sample_id[asked.open] for asked in oldest if asked)]
+        )
+        found = close_questions(ids, quick, "ids")
+        owner, question, position = find_questions(ids, searched, "ids")
+        for place, mine, x in found:
+            theirs = owner == place
+            np.testing.assert_array_equal(ids[mine], ids[theirs])
+            rows = searched[place].answer(question[theirs], position[theirs])
+            np.testing.assert_array_equal(x, rows)
+        for left, right in zip(quick, searched, strict=True):
+            assert as_json(left.state_dict()) == as_json(right.state_dict())
+        assert all((lane.oldest() is None) == (not len(lane.entries()[0])) for lane in quick)
 
 
 @pytest.mark.parametrize(

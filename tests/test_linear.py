@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
+from slap_stream import linear
 from slap_stream.linear import (
     ROWS_AT_A_TIME,
     inverse_of_triangle,
     leading_directions,
     power_after,
     row_chunks,
+    single_threaded,
 )
 from tests.strategies import seeds
 
@@ -57,3 +62,16 @@ def test_leading_directions_hold_what_a_map_stretches_most() -> None:
     # The eight largest lie in what twelve directions span.
     captured = np.linalg.norm(found.T @ vectors[:, :8], axis=0)
     assert captured.min() > 0.999
+
+
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_blas_uses_one_thread_inside_and_afterwards_what_it_had(error: type | None) -> None:
+    def threads() -> set[int]:
+        return {library.get_num_threads() for library in linear._blas}
+
+    with threadpool_limits(2, "blas"):
+        with contextlib.suppress(KeyError), single_threaded():
+            assert threads() == {1}
+            if error is not None:
+                raise error
+        assert threads() == {2}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from streaming import Stream, StreamingDataset
 
 from slap_stream import SlapDataLoader
@@ -190,6 +191,21 @@ def test_a_state_that_was_cut_changes_nothing(corpus: Path, missing: str) -> Non
     assert as_json(loader.state_dict()) == before
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torchs_distributed_checkpoints_hold_runs_of_any_number_of_lanes(
+    corpus: Path, tmp_path: Path, unbroken: list[list[int]]
+) -> None:
+    loader = make(corpus)
+    ids = run(loader, 6)
+    dcp.save({"loader": loader}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    # Of one lane before it loads, as nobody says otherwise.
+    again = make(corpus, config=config_of(lookahead=4))
+    dcp.load({"loader": again}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    found, saved = (as_json(which.state_dict())["sampler"] for which in (again, loader))
+    assert found["lanes"] == saved["lanes"], "counters too, of which a new loader has none"
+    assert ids + run(again, 5) == unbroken[:11]
+
+
 def test_breaking_off_goes_on_with_the_epoch(corpus: Path, unbroken: list[list[int]]) -> None:
     loader = make(corpus, num_workers=2, persistent_workers=True)
     ids: list[list[int]] = []
@@ -215,6 +231,32 @@ def test_a_worker_that_dies_is_named_and_replaced(corpus: Path, unbroken: list[l
         ids.extend(feed(loader, batch) for batch in batches)
     assert time.monotonic() - began < 10
     assert ids + run(loader, 10) == unbroken[: len(ids) + 10]
+
+
+def train_while(killed: int) -> None:
+    """Stands for a training step in which a worker is killed: nothing of ours is called."""
+    os.kill(killed, signal.SIGKILL)
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_a_worker_that_dies_during_a_step_is_named_there(
+    corpus: Path, unbroken: list[list[int]]
+) -> None:
+    loader = make(corpus, num_workers=2, persistent_workers=True)
+    batches = iter(loader)
+    ids = [feed(loader, next(batches))]
+    victim = loader._iterator._workers[0].pid
+    with pytest.raises(WorkerError, match=rf"worker 0 \(pid {victim}\) that was killed by SIGKILL"):
+        train_while(victim)
+    assert ids + run(loader, 5) == unbroken[:6]
+    # Another loader's workers are none of ours.
+    other = iter(torch.utils.data.DataLoader(range(10), num_workers=1))
+    next(other)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .* is killed by") as caught:
+        train_while(other._workers[0].pid)
+    assert not isinstance(caught.value, WorkerError)
 
 
 def test_an_error_of_the_callers_own_code_in_a_worker_stays_what_it_is(corpus: Path) -> None:
@@ -321,7 +363,7 @@ def test_a_state_of_another_dataset_is_refused(corpus: Path, tmp_path: Path) -> 
     other = make(write_corpus(tmp_path / "other", first=1))
     with pytest.raises(StateError, match="index_digests must be those of this dataset"):
         other.load_state_dict(state)
-    with pytest.raises(StateError, match="version must be 3, got 7"):
+    with pytest.raises(StateError, match="version must be 4, got 7"):
         other.load_state_dict({**state, "version": 7})
 
 

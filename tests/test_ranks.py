@@ -34,6 +34,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("ranks")
     corpus, broken = write_corpus(folder / "corpus"), write_corpus(folder / "broken")
     break_shard(broken, "shard.00002.mds")
+    write_corpus(folder / "corpus-large", count=1600)
     run_module("tests.ranks_run", corpus, broken, folder)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(4)]
 
@@ -104,7 +105,9 @@ def test_what_is_sent_does_not_grow_with_the_data() -> None:
             [50] * shards, embeddings(50 * shards), batch_size=8, config=config_of(num_lanes=2)
         )
         next(iter(sampler))
-        sizes.append([sampler._layout.pack(state).nbytes for state in sampler.statistics()])
+        sizes.append(
+            [sampler._refreshes._layout.pack(state).nbytes for state in sampler.statistics()]
+        )
     assert sizes[0] == sizes[1]
 
 
@@ -126,6 +129,15 @@ def test_processes_of_one_rank_get_the_same_batches(results: Results, how: str) 
     pairs = [left + right for left, right in zip(parts[0], parts[2], strict=True)]
     assert pairs == joined(results, "laws", "table 1", 1)[: len(pairs)]
     assert results[0]["replicas"][f"{how} lanes"] == 4, "each lane once"
+
+
+def test_ranks_of_a_node_share_its_cache_limit(results: Results) -> None:
+    for result in results:
+        limited = result["limited"]
+        downloads = limited["downloads"]
+        assert "each rank, of which this node has 2, work on" in limited["error"]
+        # As on one rank: two lanes of the node may have a shard in common.
+        assert len(downloads) <= len(set(downloads)) + 1
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
-"""What many ranks cost: numbers exchanged, state of the lanes, and the sampler's CPU time.
+"""What many ranks cost: the sampler's CPU time, numbers exchanged, and state of the lanes.
 
     python tools/bench_ranks.py --ranks 4 --lanes 4
 
-On random embeddings, with processes of this machine connected by gloo. Prints JSON as last line.
+On random embeddings, twice. First one rank of all lanes beside all ranks, in one process, taking
+each step in turns: the ratio of their CPU times is that of what they execute, whatever else the
+machine does. Then in processes connected by gloo, with what is sent and waited for. Prints JSON as
+last line.
 """
 
 from __future__ import annotations
@@ -13,19 +16,23 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from slap_stream import SlapConfig, SlapSampler
 from slap_stream.distributed import Ranks, join_ranks
-from slap_stream.lane_statistics import StatisticsLayout
+from slap_stream.lane_statistics import StatisticsLayout, sum_in_order
 from slap_stream.state_bytes import to_bytes
+from slap_stream.types import FloatArray, LaneExchange, Position
 
 SAMPLES, SHARD = 40_000, 500
+# Batches that compile and warm up, and are not timed.
+WARMUP = 32
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -36,81 +43,171 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     line.add_argument("--dim", type=int, default=384, help="embedding dimensions")
     line.add_argument("--features", type=int, default=7, help="feature columns")
     line.add_argument("--lane-batch", type=int, default=32, help="samples of a lane in a batch")
-    line.add_argument("--steps", type=int, default=96)
+    line.add_argument("--steps", type=int, default=320, help="timed batches; epochs follow on")
     arguments = line.parse_args(argv)
-    every = SlapConfig().probe_every
     if arguments.ranks < 1 or arguments.lanes % arguments.ranks or arguments.lanes < 1:
         line.error(
             f"ranks must divide lanes, got {arguments.ranks} ranks of {arguments.lanes} lanes"
         )
-    most = int(0.7 * SAMPLES) // (arguments.lane_batch * arguments.lanes)
-    if not every < arguments.steps <= most:
+    most = int(0.7 * SAMPLES) // arguments.lanes
+    if not 1 <= arguments.lane_batch <= most:
         line.error(
-            f"steps must be above {every}, which are not timed, and at most the {most} of an "
-            f"epoch, got {arguments.steps}"
+            f"lane-batch must be in [1, {most}], so that {arguments.lanes} lanes have a batch, got "
+            f"{arguments.lane_batch}"
         )
+    every = SlapConfig().probe_every
+    if arguments.steps < 4 * every:
+        line.error(f"steps must be at least {4 * every}, four refreshes, got {arguments.steps}")
     return arguments
 
 
-def new_sampler(arguments: argparse.Namespace, ranks: Ranks | None = None) -> SlapSampler:
-    """A sampler over random rows, one rank's or all lanes'."""
+class Handed:
+    """An exchange between ranks of one process: adds up a rank's slice, and is handed the others'.
+
+    Attributes:
+        rows: (lanes, size) numbers of all lanes.
+        total: (size,) their sums.
+        least: Smallest of the whole numbers.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank, self._world_size = rank, world_size
+        self.rows: FloatArray = np.zeros((1, 0))
+        self.total: FloatArray = np.zeros(0)
+        self.least = 0
+
+    def sum_lanes(self, rows: FloatArray, least: int, position: Position) -> tuple[FloatArray, int]:
+        """As `Ranks.sum_lanes`."""
+        part = -(-self.rows.shape[1] // self._world_size)
+        sum_in_order(self.rows[:, self._rank * part : (self._rank + 1) * part])
+        return self.total, self.least
+
+
+def sampler_maker(arguments: argparse.Namespace) -> Callable[..., SlapSampler]:
+    """Makes samplers over the same random rows: of one rank, of several with an exchange."""
     rng = np.random.default_rng(0)
-    world_size = 1 if ranks is None else ranks.world_size
-    return SlapSampler(
-        np.full(SAMPLES // SHARD, SHARD),
-        rng.normal(size=(SAMPLES, arguments.dim)).astype(np.float16),
-        batch_size=arguments.lane_batch * arguments.lanes // world_size,
-        features=rng.normal(size=(SAMPLES, arguments.features)).astype(np.float16),
-        config=SlapConfig(num_lanes=arguments.lanes),
-        rank=0 if ranks is None else ranks.rank,
-        world_size=world_size,
-        exchange=ranks,
-    )
+    rows = rng.normal(size=(SAMPLES, arguments.dim)).astype(np.float16)
+    features = rng.normal(size=(SAMPLES, arguments.features)).astype(np.float16)
+
+    def make(rank: int = 0, world_size: int = 1, exchange: LaneExchange | None = None) -> Any:
+        sampler = SlapSampler(
+            np.full(SAMPLES // SHARD, SHARD),
+            rows,
+            batch_size=arguments.lane_batch * arguments.lanes // world_size,
+            features=features,
+            config=SlapConfig(num_lanes=arguments.lanes),
+            rank=rank,
+            world_size=world_size,
+            exchange=exchange,
+        )
+        sampler.refreshes_itself = False
+        return sampler
+
+    return make
 
 
-def run(sampler: SlapSampler, steps: int) -> dict[str, float]:
-    """CPU milliseconds a step, without refreshes and with them, and the first lane's state."""
-    losses = np.random.default_rng(1).gamma(4.0, 0.5, SAMPLES)
-    sampler.refreshes_itself = False
-    every = sampler.config.probe_every
-    composing = refreshing = 0.0
-    for step in range(1, steps + 1):
-        began = time.process_time()
-        batch = sampler.compose()
-        assert batch is not None, "nothing is withdrawn"
-        sampler.observe(batch, losses[batch])
-        middle = time.process_time()
-        if step % every == 0:
-            sampler.refresh()
-        # The first batches also compile.
-        if step > every:
-            composing += middle - began
-            refreshing += time.process_time() - middle
-    counted = steps - every
+def timed_step(sampler: SlapSampler, losses: FloatArray) -> float:
+    """CPU milliseconds of composing and observing a batch."""
+    if sampler.exhausted:
+        sampler.start_next_epoch()
+    began = time.process_time()
+    batch = sampler.compose()
+    middle = time.process_time()
+    assert batch is not None, "nothing is withdrawn"
+    fed_back = losses[batch]
+    again = time.process_time()
+    sampler.observe(batch, fed_back)
+    return 1e3 * (middle - began + time.process_time() - again)
+
+
+def timed_refresh(sampler: SlapSampler) -> float:
+    """CPU milliseconds of a refresh."""
+    began = time.process_time()
+    sampler.refresh()
+    return 1e3 * (time.process_time() - began)
+
+
+def in_turns(arguments: argparse.Namespace, make: Callable[..., SlapSampler]) -> dict[str, Any]:
+    """CPU milliseconds a step of one rank and of all ranks together, and their ratio, without
+    refreshes and with them."""
+    ranks, losses = arguments.ranks, np.random.default_rng(1).gamma(4.0, 0.5, SAMPLES)
+    exchanges = [Handed(rank, ranks) for rank in range(ranks)]
+    teams = [[make()], [make(rank, ranks, exchanges[rank]) for rank in range(ranks)]]
+    layout = StatisticsLayout(teams[0][0].statistics()[0])
+    every = teams[0][0].config.probe_every
+    # (..., 2): one rank, all ranks.
+    composing, refreshing = np.zeros((arguments.steps, 2)), []
+    for step in range(-WARMUP, arguments.steps):
+        # Who goes second finds more of the code in the caches.
+        for team in (step % 2, 1 - step % 2):
+            spent = sum(timed_step(sampler, losses) for sampler in teams[team])
+            if step >= 0:
+                composing[step, team] = spent
+        if step % every == every - 1:
+            states = [state for sampler in teams[1] for state in sampler.statistics()]
+            rows = np.stack([layout.pack(state) for state in states])
+            for exchange in exchanges:
+                exchange.rows, exchange.total = rows, sum_in_order(rows)
+                exchange.least = min(state["last_step"] for state in states)
+            spent_by = [sum(map(timed_refresh, team)) for team in teams]
+            if step >= 0:
+                refreshing.append(spent_by)
+    refreshes = np.array(refreshing) / every
+    whole = composing[: len(refreshes) * every].reshape(-1, every, 2).mean(axis=1) + refreshes
     return {
-        "compose_cpu_ms": 1e3 * composing / counted,
-        "refresh_cpu_ms_per_step": 1e3 * refreshing / counted,
+        "one_rank": {
+            "compose_cpu_ms": float(np.median(composing[:, 0])),
+            "refresh_cpu_ms_per_step": float(np.median(refreshes[:, 0])),
+        },
+        "all_ranks": {
+            "compose_cpu_ms": float(np.median(composing[:, 1])),
+            "refresh_cpu_ms_per_step": float(np.median(refreshes[:, 1])),
+        },
+        "ratio_composing": median_with_interval(composing[:, 1] / composing[:, 0]),
+        "ratio_refreshing": median_with_interval(refreshes[:, 1] / refreshes[:, 0]),
+        "ratio_together": median_with_interval(whole[:, 1] / whole[:, 0]),
     }
 
 
-def run_rank(rank: int, folder: Path, arguments: argparse.Namespace) -> None:
+def median_with_interval(values: NDArray[np.float64]) -> list[float]:
+    """Median, and the ends of its 95 % interval, which single values that are far off leave alone.
+
+    The ends are order statistics, by the normal approximation of the binomial distribution.
+    """
+    ordered, count = np.sort(values), len(values)
+    low = max(0, int(count / 2 - 0.98 * count**0.5))
+    return [float(np.median(ordered)), float(ordered[low]), float(ordered[count - 1 - low])]
+
+
+def run_rank(
+    rank: int, folder: Path, arguments: argparse.Namespace, make: Callable[..., SlapSampler]
+) -> None:
     """One process of several; its result goes to a file."""
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=arguments.ranks)
-    ranks = join_ranks()
-    found = run(new_sampler(arguments, ranks), arguments.steps) | ranks.metrics()
-    (folder / str(rank)).write_text(json.dumps(found))
+    ranks: Ranks = join_ranks()
+    sampler = make(rank, arguments.ranks, ranks)
+    losses = np.random.default_rng(1).gamma(4.0, 0.5, SAMPLES)
+    composing, refreshing = [], []
+    for step in range(-WARMUP, arguments.steps):
+        spent = timed_step(sampler, losses)
+        if step >= 0:
+            composing.append(spent)
+        if step % sampler.config.probe_every == sampler.config.probe_every - 1:
+            spent = timed_refresh(sampler)
+            if step >= 0:
+                refreshing.append(spent / sampler.config.probe_every)
+    found = {
+        "compose_cpu_ms": float(np.median(composing)),
+        "refresh_cpu_ms_per_step": float(np.median(refreshing)),
+    }
+    (folder / str(rank)).write_text(json.dumps(found | ranks.metrics()))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print."""
-    arguments = parse(argv)
-    alone = new_sampler(arguments)
-    result: dict[str, Any] = {"one_rank": run(alone, arguments.steps)}
-    state = alone.state_dict()
-    result["bytes_per_lane_and_refresh"] = 8 * StatisticsLayout(alone.statistics()[0]).size
-    result["state_bytes"] = len(to_bytes(state))
-    result["state_bytes_per_lane"] = len(to_bytes(state["lanes"][0]))
+def in_processes(
+    arguments: argparse.Namespace, make: Callable[..., SlapSampler]
+) -> dict[str, float] | None:
+    """Means over the processes of what each has measured; None if one has failed."""
     with tempfile.TemporaryDirectory() as folder:
         children = []
         for rank in range(arguments.ranks):
@@ -118,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not child:
                 code = 1
                 try:
-                    run_rank(rank, Path(folder), arguments)
+                    run_rank(rank, Path(folder), arguments, make)
                     code = 0
                 except Exception:
                     # Nothing may run past here in a fork; the parent sees the code.
@@ -128,9 +225,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             children.append(child)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         if any(codes):
-            return 1
+            return None
         found = [json.loads(Path(folder, str(rank)).read_text()) for rank in range(len(codes))]
-    result["each_rank"] = {name: float(np.mean([f[name] for f in found])) for name in found[0]}
+    return {name: float(np.mean([f[name] for f in found])) for name in found[0]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    arguments = parse(argv)
+    make = sampler_maker(arguments)
+    result: dict[str, Any] = in_turns(arguments, make)
+    each = in_processes(arguments, make)
+    if each is None:
+        return 1
+    alone = make()
+    for _ in range(WARMUP):
+        timed_step(alone, np.ones(SAMPLES))
+    state = alone.state_dict()
+    result["each_process"] = each
+    result["bytes_per_lane_and_refresh"] = 8 * StatisticsLayout(alone.statistics()[0]).size
+    result["state_bytes"] = len(to_bytes(state))
+    result["state_bytes_per_lane"] = len(to_bytes(state["lanes"][0]))
     print(json.dumps(result | vars(arguments)))
     return 0
 

@@ -72,12 +72,18 @@ class ShardCache:
         times[released] = time_ns()
         times[shard_ids] = PINNED
 
-    def room_bytes(self) -> int | None:
-        """Bytes of shards that `cache_limit` has room for; None without a limit."""
+    def room_bytes(self, ranks_on_node: int) -> int | None:
+        """Bytes of shards that `cache_limit` has room for; None without a limit.
+
+        The limit is a node's. So many ranks share it equally, unless there is room for everything:
+        else what all have pinned would not fit, and they would throw away each other's shards.
+        """
         if not self._dataset.cache_limit:
             return None
         indexes = sum(stream.get_index_size() for stream in self._dataset.streams)
-        return int(self._dataset.cache_limit - indexes)
+        room = int(self._dataset.cache_limit - indexes)
+        everything = sum(map(self.max_bytes, range(len(self._dataset.shards))))
+        return room if room >= everything else room // ranks_on_node
 
     def max_bytes(self, shard_id: int) -> int:
         """Bytes that a shard may take while it is unpacked."""

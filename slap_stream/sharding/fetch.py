@@ -50,6 +50,7 @@ class ShardFetcher:
         deadline_seconds: Time after which a shard that has not arrived raises, also with `skip`: a
             remote that does not answer says nothing about the shard.
         num_threads: Shards fetched at the same time.
+        ranks_on_node: Ranks that share the node's `cache_limit`.
 
     Raises:
         ConfigError: If an argument is out of range.
@@ -62,6 +63,7 @@ class ShardFetcher:
         on_bad_shard: OnBadShard = "raise",
         deadline_seconds: float = 600.0,
         num_threads: int = 4,
+        ranks_on_node: int = 1,
     ) -> None:
         if on_bad_shard not in ("raise", "skip"):
             raise ConfigError(f"on_bad_shard must be one of raise, skip, got {on_bad_shard!r}.")
@@ -75,7 +77,7 @@ class ShardFetcher:
         self._jobs: dict[int, _Job] = {}
         self._verified: set[int] = set()
         self._held: set[int] = set()
-        self._room_bytes = self._cache.room_bytes()
+        self._room_bytes = self._cache.room_bytes(ranks_on_node)
         self._bad: set[int] = set()
         self._fetched = 0
         self._bytes_fetched = 0

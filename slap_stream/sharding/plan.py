@@ -99,16 +99,23 @@ def launched_ranks(dataset: Any) -> int:
     return int(dataset._unique_rank_world.num_ranks)
 
 
-def min_cache_bytes(dataset: Any, num_shards: int) -> int:
-    """Bytes of `cache_limit` with which any `num_shards` shards fit on local disk at a time.
+def processes_per_node(dataset: Any) -> int:
+    """Processes of the job on each node, as the launcher told the dataset (`LOCAL_WORLD_SIZE`)."""
+    return int(dataset._unique_rank_world.ranks_per_node)
+
+
+def min_cache_bytes(dataset: Any, num_shards: int, ranks_on_node: int = 1) -> int:
+    """Bytes of `cache_limit` with which any `num_shards` shards of each rank of a node fit on its
+    disk at a time.
 
     Args:
         dataset: The `StreamingDataset`.
-        num_shards: Shards that must be at hand together: those of two blocks.
+        num_shards: Shards that a rank must have at hand together: those of two blocks.
+        ranks_on_node: Ranks of the node, which share its limit.
     """
     largest = sorted((shard.get_max_size() for shard in dataset.shards), reverse=True)
     indexes = sum(stream.get_index_size() for stream in dataset.streams)
-    return int(indexes + sum(largest[:num_shards]))
+    return int(indexes + min(sum(largest), ranks_on_node * sum(largest[:num_shards])))
 
 
 def _refuse(dataset: Any) -> None:

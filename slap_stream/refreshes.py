@@ -1,0 +1,156 @@
+"""What the lanes of all ranks agree on at refreshes: what was learnt, and where the epoch ends."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from slap_stream.errors import ConfigError, FeedbackError
+from slap_stream.lane import Lane
+from slap_stream.lane_statistics import StatisticsLayout, sum_in_order
+from slap_stream.linear import single_threaded
+from slap_stream.plan import LanePlan
+from slap_stream.shared import Shared
+from slap_stream.types import FloatArray, IntArray, LaneExchange, Position, State
+
+logger = logging.getLogger(__name__)
+
+
+class Refreshes:
+    """Adds up what this rank's lanes and all others have counted, and has the lanes go on from it.
+
+    Withdrawals differ from lane to lane, and ranks hear of each other here only: so it is here that
+    they agree on an epoch's last step. As a rule that is the planned one, or later.
+
+    State: the last step that was agreed on, and how many epochs were cut short.
+
+    Args:
+        plan: How the run is cut.
+        shared: What the lanes share.
+        lanes: This rank's lanes.
+        world_size: Ranks.
+        exchange: Who adds up over all ranks; None: `merge` is given everybody's statistics.
+    """
+
+    def __init__(
+        self,
+        plan: LanePlan,
+        shared: Shared,
+        lanes: Sequence[Lane],
+        *,
+        world_size: int,
+        exchange: LaneExchange | None,
+    ) -> None:
+        self._plan, self._shared, self._lanes = plan, shared, lanes
+        self._world_size, self._exchange = world_size, exchange
+        self._layout = StatisticsLayout(lanes[0].statistics())
+        # Of the batches composed since the last refresh; tells replicas that have parted.
+        self._digest = 0
+        # Batches of this epoch, where withdrawals have left less than was planned.
+        self._last_step: int | None = None
+        self.epochs_cut_short = 0
+
+    def statistics(self) -> list[State]:
+        """Sums of this rank's lanes since the last refresh, and the batches that each can still
+        fill; plain arrays, only reads."""
+        return [
+            {**lane.statistics(), "last_step": self._last_step_of(lane)} for lane in self._lanes
+        ]
+
+    def merge(self, statistics_in_lane_order: Sequence[State]) -> None:
+        """Refresh from the statistics of all lanes of all ranks.
+
+        Raises:
+            FeedbackError: If the lanes are not all there, once each and in order.
+        """
+        lanes = [int(state["lane"]) for state in statistics_in_lane_order]
+        if lanes != list(range(self._plan.num_lanes)):
+            raise FeedbackError(
+                f"statistics_in_lane_order must hold lanes 0 to {self._plan.num_lanes - 1} once "
+                f"each, in order, got {lanes[:8]}; gather them over all ranks."
+            )
+        rows = np.stack([self._layout.pack(state) for state in statistics_in_lane_order])
+        last_step = min(int(state["last_step"]) for state in statistics_in_lane_order)
+        self._take_in(sum_in_order(rows), last_step)
+
+    def refresh(self, also: FloatArray | None = None) -> FloatArray:
+        """Refresh from the lanes of all ranks, over the exchange; every rank at the same step.
+
+        Args:
+            also: (local lanes, n) more numbers that are to be added up over all lanes.
+
+        Returns:
+            (n,) their sums, in lane order.
+
+        Raises:
+            ConfigError: If there are other ranks and no exchange.
+            ExchangeError: If the ranks cannot be reached or are not at the same step.
+        """
+        rows = np.stack([self._layout.pack(lane.statistics()) for lane in self._lanes])
+        if also is not None:
+            rows = np.concatenate([rows, also], axis=1)
+        last_step = min(map(self._last_step_of, self._lanes))
+        if self._exchange is not None:
+            progress = self._lanes[0].progress
+            position = Position(epoch=progress.epoch, step=progress.step, digest=self._digest)
+            total, last_step = self._exchange.sum_lanes(rows, last_step, position)
+        elif self._world_size == 1:
+            total = sum_in_order(rows)
+        else:
+            raise ConfigError(
+                f"a sampler of {self._world_size} ranks must be refreshed by merge, got no call of "
+                "it; gather statistics() of all ranks, every probe_every batches."
+            )
+        self._take_in(total[: self._layout.size], last_step)
+        return total[self._layout.size :]
+
+    def _last_step_of(self, lane: Lane) -> int:
+        """Batches of this epoch that the lane can fill, as far as is known now."""
+        stock = len(lane.pool) + lane.intake.fillable
+        return lane.progress.step + stock // self._plan.batch_size
+
+    def _take_in(self, total: FloatArray, last_step: int) -> None:
+        with single_threaded():
+            self._shared.refresh(self._layout.unpack(total))
+            for lane in self._lanes:
+                lane.refresh()
+        self._digest = 0
+        self._last_step = last_step
+        self._end_where_agreed()
+
+    def start_epoch(self) -> None:
+        """Another epoch begins, of which nothing is agreed on yet."""
+        self._last_step = None
+
+    def after_batch(self, ids: IntArray) -> None:
+        """This rank has composed a batch, of (batch_size,) ids; it may be the epoch's last."""
+        self._digest = zlib.crc32(ids.tobytes(), self._digest)
+        self._end_where_agreed()
+
+    def _end_where_agreed(self) -> None:
+        """End the epoch after the last batch that all lanes can fill."""
+        progress, parts = self._lanes[0].progress, self._plan.parts
+        if progress.part >= parts or self._last_step is None or progress.step < self._last_step:
+            return
+        self.epochs_cut_short += 1
+        logger.warning(
+            "epoch %d ends after %d batches, %.0f %% of it: too many candidates were withdrawn.",
+            progress.epoch,
+            progress.step,
+            100 * progress.part / parts,
+        )
+        for lane in self._lanes:
+            lane.progress.part = parts
+
+    def state_dict(self) -> State:
+        """What was agreed on; only reads."""
+        return {"cut_short": self.epochs_cut_short, "last_step": self._last_step}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a saved state; the caller has checked that it fits."""
+        self.epochs_cut_short = int(state["cut_short"])
+        last_step = state["last_step"]
+        self._last_step = None if last_step is None else int(last_step)
