@@ -118,12 +118,12 @@ def test_arms_that_are_not_installed_are_skipped_by_name(
 
 
 def test_a_run_that_fails_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def measure(run: arms.Run) -> dict[str, Any]:
-        raise RuntimeError("stock must run to its end, got a broken disk")
+        raise ChildProcessError("stock must run to its end, ended with 1: a broken disk")
 
     monkeypatch.setattr(bench_loader, "measure", measure)
-    options = ["--data", str(tmp_path), "--samples", "300", "--corpora", "short"]
+    options = ["--data", str(data), "--samples", str(SAMPLES), "--corpora", "short"]
     assert bench_loader.main([*options, "--arms", "stock"]) == 1
-    assert "got a broken disk" in capsys.readouterr().err
+    assert "ended with 1: a broken disk" in capsys.readouterr().err

@@ -24,22 +24,26 @@ from slap_stream import SlapConfig, SlapSampler
 from slap_stream.distributed import Ranks, join_ranks
 from slap_stream.lane_statistics import StatisticsLayout
 from slap_stream.state_bytes import to_bytes
+from slap_stream.tools.command_line import CommandLine, ended, whole
 
+PROGRAM = "bench_ranks.py"
 SAMPLES, SHARD = 40_000, 500
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    line = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    line.add_argument("--ranks", type=int, default=4)
-    line.add_argument("--lanes", type=int, default=8)
-    line.add_argument("--dim", type=int, default=384, help="embedding dimensions")
-    line.add_argument("--features", type=int, default=7, help="feature columns")
-    line.add_argument("--lane-batch", type=int, default=32, help="samples of a lane in a batch")
-    line.add_argument("--steps", type=int, default=96)
+    line = CommandLine(prog=PROGRAM, description=__doc__.splitlines()[0] if __doc__ else None)
+    line.add_argument("--ranks", type=whole(1), default=4)
+    line.add_argument("--lanes", type=whole(1), default=8)
+    line.add_argument("--dim", type=whole(1), default=384, help="embedding dimensions")
+    line.add_argument("--features", type=whole(0), default=7, help="feature columns")
+    line.add_argument(
+        "--lane-batch", type=whole(1), default=32, help="samples of a lane in a batch"
+    )
+    line.add_argument("--steps", type=whole(1), default=96)
     arguments = line.parse_args(argv)
     every = SlapConfig().probe_every
-    if arguments.ranks < 1 or arguments.lanes % arguments.ranks or arguments.lanes < 1:
+    if arguments.lanes % arguments.ranks:
         line.error(
             f"ranks must divide lanes, got {arguments.ranks} ranks of {arguments.lanes} lanes"
         )
@@ -103,8 +107,13 @@ def run_rank(rank: int, folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print."""
+    """Entry point."""
     arguments = parse(argv)
+    return ended(PROGRAM, lambda: measure(arguments))
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Measure and print; the exit status."""
     alone = new_sampler(arguments)
     result: dict[str, Any] = {"one_rank": run(alone, arguments.steps)}
     state = alone.state_dict()
