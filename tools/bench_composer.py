@@ -18,7 +18,7 @@ from typing import Any
 
 from slap_stream import SlapConfig
 from slap_stream.errors import ConfigError
-from slap_stream.tools.command_line import CommandLine, ended, in_own_process, real, whole
+from slap_stream.tools.command_line import CommandLine, ended, in_own_process, share, whole
 
 # NumPy's libraries read these when they are loaded; sums are single-threaded on purpose.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -38,7 +38,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     line.add_argument("--streaming-sizes", type=whole(1), nargs="*", default=STREAMING_SIZES)
     line.add_argument("--batch-size", type=whole(1), default=256)
     line.add_argument("--dim", type=whole(1), default=384, help="of the embeddings")
-    line.add_argument("--keep", type=real(0.0), default=0.7)
+    line.add_argument("--keep", type=share, default=0.7)
     line.add_argument("--pool-batches", type=whole(2), default=16)
     line.add_argument("--metric-dim", type=whole(1), default=64)
     line.add_argument("--policy", default="slap")

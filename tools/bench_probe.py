@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from slap_stream import LearnabilityProbe, SlapConfig, SlapDataLoader, per_sample_loss
 from slap_stream.probing.sketch import TensorSketch
 from slap_stream.tools import convert, embed
-from slap_stream.tools.command_line import CommandLine, ended, whole
+from slap_stream.tools.command_line import CommandLine, device, ended, whole
 
 PROGRAM = "bench_probe.py"
 # The first steps start threads, fill caches and wait for the first fit.
@@ -41,7 +40,9 @@ SKETCH_DIM = 512
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     line = CommandLine(prog=PROGRAM, description=__doc__.splitlines()[0] if __doc__ else None)
-    line.add_argument("--device", default="cpu", help="cpu or cuda; cuda trains in bfloat16")
+    line.add_argument(
+        "--device", type=device, default="cpu", help="cpu or cuda; cuda trains in bfloat16"
+    )
     line.add_argument("--hidden", type=whole(2), default=384)
     line.add_argument("--layers", type=whole(1), default=5)
     line.add_argument("--vocabulary", type=whole(64), default=8_192)
@@ -51,18 +52,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     line.add_argument("--threads", type=whole(1), default=torch.get_num_threads())
     arguments = line.parse_args(argv)
-    hidden, device = arguments.hidden, arguments.device
+    hidden = arguments.hidden
     if hidden % 64 and (hidden > 64 or hidden % 2):
         line.error(
             f"argument --hidden: must be a multiple of 64, or even and below, got {hidden}; heads "
             "have 64 dimensions at most"
-        )
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        line.error(f"argument --device: must be cpu or cuda, got {device!r}")
-    if device != "cpu" and int(device[5:] or 0) >= torch.cuda.device_count():
-        line.error(
-            f"argument --device: must be a device that is here, got {device!r} of "
-            f"{torch.cuda.device_count()} GPUs; leave it out to measure on the CPU"
         )
     return arguments
 

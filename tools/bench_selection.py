@@ -22,7 +22,15 @@ from pathlib import Path
 
 from slap_stream import SlapConfig
 from slap_stream.errors import ConfigError, CorpusError
-from slap_stream.tools.command_line import CommandLine, directory, ended, real, to_write, whole
+from slap_stream.tools.command_line import (
+    CommandLine,
+    directory,
+    ended,
+    real,
+    share,
+    to_write,
+    whole,
+)
 from slap_stream.tools.selection.results import Row, append_row, key_of, read_rows
 from slap_stream.tools.selection.schedule import PRESETS, Arm, Preset, RunKey, arms, config_of
 from slap_stream.tools.selection.tasks import Condition
@@ -39,9 +47,7 @@ def parser() -> CommandLine:
     line.add_argument("--preset", choices=sorted(PRESETS), default="small")
     line.add_argument("--conditions", nargs="+", help="such as t0_50k or balanced+copies+shuffled")
     line.add_argument("--arms", nargs="+", help=f"of {', '.join(arms())}")
-    line.add_argument(
-        "--keep", type=real(0.0, above=True), default=0.7, help="share of candidates trained on"
-    )
+    line.add_argument("--keep", type=share, default=0.7, help="share of candidates trained on")
     line.add_argument("--seeds", type=whole(1), help="how many seeds")
     line.add_argument(
         "--first-seed", type=whole(0), default=0, help="tune on other seeds than these"

@@ -52,6 +52,14 @@ def real(least: float, *, above: bool = False) -> Callable[[str], float]:
     return number
 
 
+def share(text: str) -> float:
+    """The type of an argument that is a part of a whole."""
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text!r}")
+    return value
+
+
 def _number(text: str) -> float:
     """NaN for what is no finite number: it is neither above nor below anything."""
     try:
@@ -59,6 +67,22 @@ def _number(text: str) -> float:
     except ValueError:
         return math.nan
     return value if math.isfinite(value) else math.nan
+
+
+def device(text: str) -> str:
+    """The type of an argument that names one of torch's devices, which is here."""
+    import torch
+
+    try:
+        found = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"must be one of torch's, got {text!r}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"must be here, got {text!r} on a machine with {torch.cuda.device_count()} GPUs that "
+            "torch can use; leave it out, or say cpu"
+        )
+    return text
 
 
 def directory(text: str) -> Path:
