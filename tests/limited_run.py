@@ -1,14 +1,16 @@
-"""One stage of a run, in a process that may hold only so much more memory than after its imports.
+"""Converts, embeds and trains, each in a process that may hold only so much more than its imports.
 
-python tests/limited_run.py convert|embed|train FOLDER LIMIT_BYTES
+python tests/limited_run.py FOLDER LIMIT_BYTES
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -23,7 +25,7 @@ from torch import nn
 from slap_stream import LearnabilityProbe, SlapConfig, SlapDataLoader, per_sample_loss
 from tools import convert, embed
 
-LENGTH, BATCH = 24, 64
+LENGTH, BATCH = 24, 32
 
 
 def limit_memory(more_bytes: int) -> None:
@@ -74,15 +76,34 @@ def train(folder: Path) -> dict[str, float]:
     return loader.metrics() | {"first_loss": first, "last_loss": last}
 
 
-if __name__ == "__main__":
-    stage, folder, limit = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    limit_memory(limit)
+def limited(stage: Callable[[], int | None], limit: int) -> None:
+    """Run a stage in a copy of this process, in which nothing but the imports has been done."""
+    child = os.fork()
+    if not child:
+        limit_memory(limit)
+        sys.exit(stage())
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        sys.exit(f"{stage.__name__} ended with {status}")
+
+
+def main(folder: Path, limit: int) -> None:
+    """All stages, one after the other."""
     one = ["--num-workers", "1", "--quiet"]
-    if stage == "convert":
+
+    def converting() -> int:
         shards = ["--shard-bytes", str(1 << 20)]
-        sys.exit(
-            convert.main([str(folder / "corpus.jsonl"), str(folder / "corpus"), *one, *shards])
-        )
-    if stage == "embed":
-        sys.exit(embed.main([str(folder / "corpus"), "--dim", "32", *one]))
-    print(json.dumps(train(folder)))
+        return convert.main([str(folder / "corpus.jsonl"), str(folder / "corpus"), *one, *shards])
+
+    def embedding() -> int:
+        return embed.main([str(folder / "corpus"), "--dim", "32", *one])
+
+    def training() -> None:
+        print(json.dumps(train(folder)))
+
+    for stage in (converting, embedding, training):
+        limited(stage, limit)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
