@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import scipy.linalg
 import sklearn.cluster
 import sklearn.ensemble  # noqa: F401  (loaded when pairs are learnt from: an import like the others)
 import torch
@@ -25,7 +26,7 @@ from torch import nn
 from slap_stream import LearnabilityProbe, SlapConfig, SlapDataLoader, per_sample_loss
 from tools import convert, embed
 
-LENGTH, BATCH = 24, 32
+LENGTH, BATCH = 24, 64
 
 
 def limit_memory(more_bytes: int) -> None:
@@ -101,6 +102,9 @@ def main(folder: Path, limit: int) -> None:
     def training() -> None:
         print(json.dumps(train(folder)))
 
+    # OpenBLAS takes its buffer when it is first called, and tries for ever where it gets none.
+    square = np.eye(300) + 1.0
+    scipy.linalg.solve(square, square @ square)
     for stage in (converting, embedding, training):
         limited(stage, limit)
 
