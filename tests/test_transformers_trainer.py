@@ -18,7 +18,7 @@ from slap_stream import EmbeddingStore, SlapConfig, per_sample_loss
 from slap_stream.chat import ChatCollator
 from slap_stream.embeddings import ArrayStore
 from slap_stream.errors import ConfigError, StateError
-from slap_stream.integrations.transformers import STATE_FILE, SlapTrainer
+from slap_stream.integrations.transformers import STATE_FILE, SlapTrainer, planned_steps
 from tests.laws import config_of
 from tests.test_training import BATCH, byte_tokenizer, folder  # noqa: F401  (a fixture)
 
@@ -185,6 +185,16 @@ def test_with_auto_the_schedule_follows_the_data(folder: Path, tmp_path: Path) -
     assert np.all(np.diff(rates) < 0)
     assert rates[-1] < 0.05 * rates[0]
     assert trainer.state.epoch == 2.0
+
+
+def test_where_all_is_kept_each_step_has_the_rate_that_was_planned_for_it() -> None:
+    for epochs in (1, 2, 3, 7):
+        for length in range(2, 130):
+            done = [(e + k / length) / epochs for e in range(epochs) for k in range(length)]
+            planned = [planned_steps(share, epochs * length) for share in done]
+            assert planned == list(range(epochs * length))
+    # Of four steps that were planned for, two came.
+    assert [planned_steps(share, 4) for share in (0.0, 0.4, 1.0)] == [0, 2, 4]
 
 
 def test_epochs_steps_and_the_learning_rate_are_those_of_the_batches_kept(
