@@ -104,10 +104,11 @@ def _dataset(run: Run, cache: str, **options: Any) -> Any:
             time.sleep(run.latency_seconds)
             return str(super()._download_file(from_basename, to_basename))
 
-    where: dict[str, Any] = {"local": run.corpus}
-    if run.remote:
-        where = {"streams": [SlowStream(remote=run.corpus, local=cache)]}
     for attempt in range(OPEN_ATTEMPTS):
+        # Anew each time: a dataset writes into its streams.
+        where: dict[str, Any] = {"local": run.corpus}
+        if run.remote:
+            where = {"streams": [SlowStream(remote=run.corpus, local=cache)]}
         try:
             return StreamingDataset(**where, batch_size=BATCH_SIZE, **options)
         except FileExistsError:
