@@ -10,7 +10,6 @@ comes out is reported as it is, also when uniform batches win. Needs `pip instal
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -35,9 +34,10 @@ from slap_stream import (
     per_sample_loss,
 )
 from slap_stream.chat import ChatCollator, encode
-from slap_stream.errors import SlapStreamError
+from slap_stream.errors import CorpusError
 from slap_stream.shards import corpus_size, iter_corpus
 from slap_stream.tools import convert, embed
+from slap_stream.tools.command_line import CommandLine, ended, real, share, to_write, whole
 
 BATCH_SIZE = 16
 EPOCHS = 4
@@ -184,32 +184,25 @@ def heldout_batches(
     return [collate(samples[start : start + 64]) for start in range(0, len(samples), 64)]
 
 
-def main() -> None:
+def main() -> int:
     """Read the command line and run; nothing of the user's is ever overwritten."""
-    line = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    line = CommandLine(description=__doc__.splitlines()[0] if __doc__ else None)
     line.add_argument("--corpus", type=Path, help="JSONL of your own; default: docstrings")
-    line.add_argument("--keep", type=float, default=0.7, help="share of candidates trained on")
-    line.add_argument("--seed", type=int, default=0)
-    line.add_argument("--scale", type=float, default=1.0, help="1: under 4 minutes on 2 cores")
-    line.add_argument("--out", type=Path, default=Path("runs/quickstart"))
+    line.add_argument("--keep", type=share, default=0.7, help="share of candidates trained on")
+    line.add_argument("--seed", type=whole(0), default=0)
+    line.add_argument("--scale", type=real(0.01), default=1.0, help="1: under 4 minutes on 2 cores")
+    line.add_argument("--out", type=to_write, default=Path("runs/quickstart"))
     arguments = line.parse_args()
     out = arguments.out
     if out.exists() and not (out / MARKER).exists():
-        line.error(f"--out must be new or of an earlier quickstart, got {out}; it is overwritten.")
+        line.error(f"--out must be new or of an earlier quickstart, got {out}; it is overwritten")
     if arguments.corpus is not None and out.resolve() in arguments.corpus.resolve().parents:
-        line.error(f"--corpus must not lie in --out, got {arguments.corpus}; --out is overwritten.")
-    if not (0 < arguments.keep <= 1 and arguments.scale > 0 and arguments.seed >= 0):
-        line.error("--keep must be in (0, 1], --scale positive and --seed not negative.")
-    try:
-        run(arguments)
-    except (SlapStreamError, OSError, ValueError) as error:
-        sys.exit(f"01_quickstart.py: {error}")
-    except KeyboardInterrupt:
-        print("\n01_quickstart.py: interrupted.", file=sys.stderr)
-        sys.exit(130)
+        line.error(f"--corpus must not lie in --out, got {arguments.corpus}; --out is overwritten")
+    run(arguments)
+    return 0
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Any) -> None:
     """Corpus -> tokenizer -> shards -> embeddings -> two runs -> figure."""
     out: Path = arguments.out
     # For a model this small more threads bring little, and on a busy machine they wait for another.
@@ -226,6 +219,8 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         stage(f"Reading {arguments.corpus}")
         name, records = arguments.corpus.name, read_records(arguments.corpus)
+    if not records:
+        raise CorpusError(f"--corpus must hold records to train on, got none in {name}.")
     lengths = [size(record["messages"]) for record in records]
     max_tokens = int(np.clip(np.quantile(lengths, 0.8), 32, 256))
     records = [record for record in records if answer_start(record) < max_tokens]
@@ -287,4 +282,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(Path(__file__).name, main))

@@ -10,8 +10,8 @@ training goes on from its last checkpoint, the batches composed ahead included.
 
 from __future__ import annotations
 
-import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slap_stream import LearnabilityProbe, SlapConfig, SlapDataLoader, per_sample_loss
 from slap_stream.chat import ChatCollator
+from slap_stream.shards import corpus_columns
+from slap_stream.tools.command_line import CommandLine, ended, real, share, to_write, whole
 
 
 def collate_text(
@@ -34,28 +36,45 @@ def collate_text(
     )
 
 
-def main() -> None:
+def check_columns(line: CommandLine, shards: Path, text_column: str | None) -> None:
+    """Say now what would otherwise fail when the first batch is collated."""
+    columns = corpus_columns(shards)
+    texts = [name for name, encoding in columns.items() if encoding == "str"]
+    if text_column is None and not {"messages", "input_ids"} & columns.keys():
+        line.error(f"argument --text-column: must be given, as one of {texts}")
+    if text_column is not None and text_column not in texts:
+        line.error(f"argument --text-column: must be one of {texts}, got {text_column!r}")
+
+
+def main() -> int:
     """One epoch over the shards, with a checkpoint now and then."""
-    line = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    line = CommandLine(description=__doc__.splitlines()[0] if __doc__ else None)
     line.add_argument("shards", type=Path, help="directory with index.json and embeddings.zarr")
     line.add_argument("--remote", help="where the shards are fetched from, if they are not here")
     line.add_argument("--model", required=True, help="directory of the model and its tokenizer")
     line.add_argument("--text-column", help="column with plain text; default: messages or tokens")
-    line.add_argument("--max-length", type=int, default=1024, help="tokens kept of a sample")
-    line.add_argument("--batch-size", type=int, default=32)
-    line.add_argument("--keep", type=float, default=0.7, help="share of candidates trained on")
-    line.add_argument("--learning-rate", type=float, default=2e-5)
-    line.add_argument("--num-workers", type=int, default=2, help="processes that read and collate")
-    line.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-    line.add_argument("--out", type=Path, default=Path("trained"), help="model and checkpoint")
+    line.add_argument("--max-length", type=whole(2), default=1024, help="tokens kept of a sample")
+    line.add_argument("--batch-size", type=whole(1), default=32)
+    line.add_argument("--keep", type=share, default=0.7, help="share of candidates trained on")
+    line.add_argument("--learning-rate", type=real(0.0, above=True), default=2e-5)
+    line.add_argument(
+        "--num-workers", type=whole(0), default=2, help="processes that read and collate"
+    )
+    line.add_argument("--save-every", type=whole(1), default=200, help="steps between checkpoints")
+    line.add_argument("--out", type=to_write, default=Path("trained"), help="model and checkpoint")
     arguments = line.parse_args()
+    if arguments.remote is None and not (arguments.shards / "index.json").is_file():
+        line.error(f"shards must be a directory with an index.json, got {arguments.shards}")
     # A line every half minute that says how fast samples come and what was pruned.
     logging.basicConfig(format="%(message)s")
     logging.getLogger("slap_stream").setLevel(logging.INFO)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model).to(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model).to(device)
+    except (OSError, ValueError) as error:
+        line.error(f"argument --model: must be loadable, got {arguments.model!r}; {error}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate)
     collate: Any = ChatCollator(tokenizer, max_length=arguments.max_length)
     if arguments.text_column is not None:
@@ -64,6 +83,7 @@ def main() -> None:
     dataset = StreamingDataset(
         remote=arguments.remote, local=str(arguments.shards), batch_size=arguments.batch_size
     )
+    check_columns(line, arguments.shards, arguments.text_column)
     loader = SlapDataLoader(
         dataset,
         batch_size=arguments.batch_size,
@@ -106,6 +126,7 @@ def main() -> None:
     tokenizer.save_pretrained(arguments.out)
     metrics = loader.metrics()
     print(f"trained on {metrics['trained']:,.0f} of {metrics['offered']:,.0f} samples")
+    return 0
 
 
 def save(path: Path, model: Any, optimizer: Any, loader: SlapDataLoader, step: int) -> None:
@@ -125,4 +146,4 @@ def save(path: Path, model: Any, optimizer: Any, loader: SlapDataLoader, step: i
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(Path(__file__).name, main, interrupted="interrupted; the same command goes on"))

@@ -9,8 +9,8 @@ new trainer. Needs `pip install ".[examples]"`.
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,12 @@ from slap_stream.chat import ChatCollator
 from slap_stream.integrations.transformers import SlapTrainer
 from slap_stream.shards import corpus_size, iter_corpus
 from slap_stream.tools import convert, embed
+from slap_stream.tools.command_line import CommandLine, ended, share, to_write, whole
 
 BATCH_SIZE = 16
 MAX_TOKENS = 128
+# Share of the steps after which the machine is taken away.
+CUT = 0.7
 
 
 class TakenAway(TrainerCallback):
@@ -110,24 +113,30 @@ def new_trainer(
     )
 
 
-def main() -> None:
+def main() -> int:
     """Train, be interrupted, resume, evaluate."""
-    line = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    line.add_argument("--records", type=int, default=3000, help="docstrings to read")
-    line.add_argument("--keep", type=float, default=0.7, help="share of candidates trained on")
-    line.add_argument("--save-every", type=int, default=25, help="steps between checkpoints")
-    line.add_argument("--out", type=Path, default=Path("runs/hf_trainer"))
+    line = CommandLine(description=__doc__.splitlines()[0] if __doc__ else None)
+    line.add_argument("--records", type=whole(200), default=3000, help="docstrings to read")
+    line.add_argument("--keep", type=share, default=0.7, help="share of candidates trained on")
+    line.add_argument("--save-every", type=whole(1), default=25, help="steps between checkpoints")
+    line.add_argument("--out", type=to_write, default=Path("runs/hf_trainer"))
     arguments = line.parse_args()
     out: Path = arguments.out
     if out.exists():
-        line.error(f"--out must be new, got {out}; remove it, or name another one.")
+        line.error(f"argument --out: must be new, got {out}; remove it, or name another one")
+    steps = 2 * int(arguments.keep * (arguments.records * 3 // 4) / BATCH_SIZE)
+    if arguments.save_every > CUT * steps:
+        line.error(
+            f"argument --save-every: must be at most {int(CUT * steps)}, so that there is a "
+            f"checkpoint to go on from, got {arguments.save_every}; or give more --records"
+        )
     out.mkdir(parents=True)
     # For a model this small more threads bring little, and on a busy machine they wait for another.
     torch.set_num_threads(1)
 
     tokenizer = make_corpus(out, arguments.records, seed=0)
-    settings = {"keep": arguments.keep, "save_every": arguments.save_every}
-    first = new_trainer(out, tokenizer, TakenAway(0.7), **settings)
+    settings: dict[str, Any] = {"keep": arguments.keep, "save_every": arguments.save_every}
+    first = new_trainer(out, tokenizer, TakenAway(CUT), **settings)
     first.train()
     print(f"taken away after step {first.state.global_step} of {first.state.max_steps}")
 
@@ -140,7 +149,8 @@ def main() -> None:
         f"{metrics['trained']:,.0f} of {metrics['offered']:,.0f} samples, held-out loss "
         f"{again.evaluate()['eval_loss']:.3f}"
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(Path(__file__).name, main))

@@ -12,9 +12,9 @@ processes or on others, and the training goes on from the last one with the same
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from slap_stream import LearnabilityProbe, SlapConfig, SlapDataLoader, per_sample_loss
 from slap_stream.chat import ChatCollator
 from slap_stream.tools import convert, embed
+from slap_stream.tools.command_line import CommandLine, ended, share, to_write, whole
 
 # Fixed for a run, like the number of lanes; each process takes its part of the batch.
 GLOBAL_BATCH, LANES = 16, 4
@@ -87,15 +88,17 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def main() -> None:
+def main() -> int:
     """One epoch, saved now and then."""
-    line = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    line = CommandLine(description=__doc__.splitlines()[0] if __doc__ else None)
     line.add_argument("--fsdp", action="store_true", help="shard the model; default: DDP")
-    line.add_argument("--records", type=int, default=2000, help="docstrings to read")
-    line.add_argument("--keep", type=float, default=0.7, help="share of candidates trained on")
-    line.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
-    line.add_argument("--stop-after", type=int, help="steps after which to stop, as if interrupted")
-    line.add_argument("--out", type=Path, default=Path("runs/torchrun"))
+    line.add_argument("--records", type=whole(100), default=2000, help="docstrings to read")
+    line.add_argument("--keep", type=share, default=0.7, help="share of candidates trained on")
+    line.add_argument("--save-every", type=whole(1), default=20, help="steps between checkpoints")
+    line.add_argument(
+        "--stop-after", type=whole(1), help="steps after which to stop, as if interrupted"
+    )
+    line.add_argument("--out", type=to_write, default=Path("runs/torchrun"))
     arguments = line.parse_args()
     out: Path = arguments.out
 
@@ -112,6 +115,8 @@ def main() -> None:
         torch.set_num_threads(1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    if LANES % world_size:
+        line.error(f"processes must divide {LANES}, the lanes of this example, got {world_size}")
 
     if rank == 0 and not (out / "corpus" / "embeddings.zarr").exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -174,7 +179,8 @@ def main() -> None:
         print(f"trained on {steps * GLOBAL_BATCH:,.0f} of {dataset.num_samples:,} samples")
     loader.close()
     dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(Path(__file__).name, main, interrupted="interrupted; the same command goes on"))

@@ -28,6 +28,7 @@ from slap_stream.chat import DEFAULT_CHAT_TEMPLATE
 from slap_stream.converting.inputs import cut, find_inputs
 from slap_stream.converting.readers import read
 from slap_stream.converting.records import COLUMNS, RecordDropped, normalise
+from slap_stream.errors import CorpusError
 
 Record = dict[str, Any]
 MAX_FILE_BYTES = 200_000
@@ -139,7 +140,7 @@ def split(
     or in what was held out before, nor if its answer does and is more than a few words long.
 
     Raises:
-        ValueError: If too few records are left to be held out.
+        CorpusError: If too few records are left to be held out.
     """
     order = list(range(len(records)))
     random.Random(seed).shuffle(order)
@@ -158,7 +159,7 @@ def split(
         if len(heldout) == num_heldout:
             return train, heldout
     if len(heldout) < 50:
-        raise ValueError(
+        raise CorpusError(
             f"the corpus must leave at least 50 records to hold out, got {len(heldout)} of "
             f"{len(records)} that are no near-copies of training records; use a larger corpus."
         )

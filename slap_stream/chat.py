@@ -217,8 +217,8 @@ class ChatCollator:
         if not any(record.supervised[1:]):
             raise CorpusError(
                 f"supervised must mark at least one token after the first, got none in {name} "
-                f"(max_length {self.max_length}); slap-convert --tokenizer ... --max-length ... "
-                "drops such records."
+                f"(max_length {self.max_length}); raise max_length, or leave such records out "
+                "with slap-convert --tokenizer ... --max-length ..."
             )
         return record
 

@@ -108,21 +108,27 @@ def hold_proportionality(sampler: SlapSampler) -> None:
 
 
 def hold_resume_law(
-    make: Callable[[], SlapSampler], table: LossTable, *, at: int, epochs: int = 1
+    make: Callable[[], SlapSampler], table: LossTable, *, every: int, epochs: int = 1
 ) -> None:
-    """Saving and loading after batch `at` changes nothing that follows."""
-    unbroken = drive([make()], table, epochs=epochs)
-    first = make()
-    head = drive([first], table, epochs=epochs, stop_after=at)
-    before = as_json(first.state_dict())
-    again = make()
-    again.load_state_dict(before)
-    assert as_json(again.state_dict()) == before
-    tail = drive([again], table, epochs=epochs)
+    """Loading what was saved after any `every` batches makes the rest of the run as it was.
+
+    Saving changes nothing either: the states are those of the run that is compared with.
+    """
+    sampler = make()
     # `drive` counts its batches from zero, so refreshes fall on other steps unless aligned.
-    assert at % first.config.probe_every == 0
-    for left, right in zip(unbroken, head + tail, strict=True):
-        np.testing.assert_array_equal(left, right)
+    assert every % sampler.config.probe_every == 0
+    parts, states = [], []
+    while part := drive([sampler], table, epochs=epochs, stop_after=every):
+        parts.append(part)
+        states.append(as_json(sampler.state_dict()))
+    assert len(states) > 2
+    for number, state in enumerate(states[:-1], 1):
+        again = make()
+        again.load_state_dict(state)
+        assert as_json(again.state_dict()) == state
+        rest = [batch for part in parts[number:] for batch in part]
+        for left, right in zip(rest, drive([again], table, epochs=epochs), strict=True):
+            np.testing.assert_array_equal(left, right)
 
 
 def config_of(**settings: Any) -> SlapConfig:

@@ -1,19 +1,22 @@
-"""One stage of a run, in a process that may hold only so much more memory than after its imports.
+"""Converts, embeds and trains, each in a process that may hold only so much more than its imports.
 
-python tests/limited_run.py convert|embed|train FOLDER LIMIT_BYTES
+python tests/limited_run.py FOLDER LIMIT_BYTES
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import scipy.linalg
 import sklearn.cluster
 import sklearn.ensemble  # noqa: F401  (loaded when pairs are learnt from: an import like the others)
 import torch
@@ -74,15 +77,37 @@ def train(folder: Path) -> dict[str, float]:
     return loader.metrics() | {"first_loss": first, "last_loss": last}
 
 
-if __name__ == "__main__":
-    stage, folder, limit = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    limit_memory(limit)
+def limited(stage: Callable[[], int | None], limit: int) -> None:
+    """Run a stage in a copy of this process, in which nothing but the imports has been done."""
+    child = os.fork()
+    if not child:
+        limit_memory(limit)
+        sys.exit(stage())
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        sys.exit(f"{stage.__name__} ended with {status}")
+
+
+def main(folder: Path, limit: int) -> None:
+    """All stages, one after the other."""
     one = ["--num-workers", "1", "--quiet"]
-    if stage == "convert":
+
+    def converting() -> int:
         shards = ["--shard-bytes", str(1 << 20)]
-        sys.exit(
-            convert.main([str(folder / "corpus.jsonl"), str(folder / "corpus"), *one, *shards])
-        )
-    if stage == "embed":
-        sys.exit(embed.main([str(folder / "corpus"), "--dim", "32", *one]))
-    print(json.dumps(train(folder)))
+        return convert.main([str(folder / "corpus.jsonl"), str(folder / "corpus"), *one, *shards])
+
+    def embedding() -> int:
+        return embed.main([str(folder / "corpus"), "--dim", "32", *one])
+
+    def training() -> None:
+        print(json.dumps(train(folder)))
+
+    # OpenBLAS takes its buffer when it is first called, and tries for ever where it gets none.
+    square = np.eye(300) + 1.0
+    scipy.linalg.solve(square, square @ square)
+    for stage in (converting, embedding, training):
+        limited(stage, limit)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from streaming import StreamingDataset
 
 from slap_stream.tools import bench_loader
 from slap_stream.tools.loading import arms, corpora, report
@@ -43,6 +44,27 @@ def test_an_arm_delivers_what_it_should(data: Path, arm: str, kind: str, remote:
     assert found["samples"] == all_of_it - 256
     assert found["samples_per_second"] > 0
     assert (found["select_seconds_per_sample"] > 0) == (arm in ("slap", "uniform"))
+
+
+def test_a_dataset_that_collides_with_anothers_name_is_made_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, tries = StreamingDataset.__init__, []
+
+    def collides(self: Any, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        tries.append(options)
+        if len(tries) == 1:
+            raise FileExistsError("/000000_locals")
+
+    monkeypatch.setattr(StreamingDataset, "__init__", collides)
+    monkeypatch.setattr(arms.time, "sleep", lambda seconds: None)
+    corpus = str(corpora.write_corpus(data, "short", SAMPLES))
+    run = arms.Run(
+        arm="stock", corpus=corpus, kind="short", remote=True, num_workers=0, seconds=1.0
+    )
+    assert arms._dataset(run, str(tmp_path)).num_samples == SAMPLES
+    assert len(tries) == 2
 
 
 def test_a_corpus_is_as_described_and_written_once(data: Path) -> None:
@@ -118,12 +140,12 @@ def test_arms_that_are_not_installed_are_skipped_by_name(
 
 
 def test_a_run_that_fails_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def measure(run: arms.Run) -> dict[str, Any]:
-        raise RuntimeError("stock must run to its end, got a broken disk")
+        raise ChildProcessError("stock must run to its end, ended with 1: a broken disk")
 
     monkeypatch.setattr(bench_loader, "measure", measure)
-    options = ["--data", str(tmp_path), "--samples", "300", "--corpora", "short"]
+    options = ["--data", str(data), "--samples", str(SAMPLES), "--corpora", "short"]
     assert bench_loader.main([*options, "--arms", "stock"]) == 1
-    assert "got a broken disk" in capsys.readouterr().err
+    assert "ended with 1: a broken disk" in capsys.readouterr().err

@@ -357,32 +357,6 @@ def test_peers_get_what_their_sources_have(
     assert (tmp_path / "made-tiny" / "reference-gsm8k").exists() == (arm == "rho_loss")
 
 
-def test_a_wrong_argument_is_one_line(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = ["--data", str(data), "--out", str(tmp_path)]
-    assert bench_selection.main([*given, "--arms", "best"]) == 1
-    assert "arms must be of full, " in capsys.readouterr().err
-    assert bench_selection.main([*given, "--conditions", "best"]) == 1
-    assert "condition must be one of balanced" in capsys.readouterr().err
-    assert bench_selection.main([*given, "--set", "foo=1"]) == 1
-    assert "set must be NAME=VALUE of keep, keep_min, " in capsys.readouterr().err
-    assert bench_selection.main([*given, "--set", "probe_fraction=abc"]) == 1
-    assert "probe_fraction must be a finite number, got 'abc'" in capsys.readouterr().err
-    assert bench_selection.main([*given, "--keep", "2"]) == 1
-    assert "keep must be in (0, 1]" in capsys.readouterr().err
-    assert bench_selection.main([*given, "--learning-rate", "0"]) == 1
-    assert "learning-rate must be positive, got 0.0" in capsys.readouterr().err
-    for wrong in (["--seeds", "0"], ["--jobs", "0"], ["--first-seed", "-1"]):
-        with pytest.raises(SystemExit):
-            bench_selection.main([*given, *wrong])
-        assert "must be a whole number >= " in capsys.readouterr().err
-    nowhere = tmp_path / "nowhere"
-    assert bench_selection.main([*given[:2], "--out", str(nowhere), "--report"]) == 1
-    assert "out must hold results, got none" in capsys.readouterr().err
-    assert not nowhere.exists()
-
-
 def test_half_a_line_of_a_killed_run_is_no_result(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -380,7 +380,7 @@ def test_a_collator_survives_the_way_to_a_worker() -> None:
         ({"text": "x"}, r"got the columns \['text'\] in a record"),
         (
             {"id": "r7", "messages": DIALOGUE},
-            r"got none in record 'r7' \(max_length 8\); slap-co",
+            r"got none in record 'r7' \(max_length 8\); raise max_length, or",
         ),
         (
             {"id": "r7", "input_ids": [1, 2], "supervised": [1]},

@@ -26,7 +26,11 @@ def run_here(name: str, *arguments: str | Path) -> None:
     """Run an example in this process, which has done the imports that take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        try:
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
 
 
 @pytest.fixture(autouse=True)
@@ -42,16 +46,12 @@ def conversation(number: int) -> dict[str, Any]:
     return {"source": f"s{number % 2}", "messages": messages}
 
 
-def test_the_quickstart_needs_no_argument_but_time(tmp_path: Path) -> None:
+def test_the_quickstart_needs_no_argument_but_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "01_quickstart.py", "--scale", "0.03", "--out", out],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_here("01_quickstart.py", "--scale", "0.03", "--out", out)
+    printed = capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
     uniform, slap = results["uniform"], results["slap"]
     # Paired: same samples seen, same weights to start with.
@@ -59,11 +59,54 @@ def test_the_quickstart_needs_no_argument_but_time(tmp_path: Path) -> None:
     assert uniform["losses"][0] == slap["losses"][0]
     assert uniform["losses"][-1] < uniform["losses"][0] - 0.5
     assert results["difference"] == pytest.approx(slap["losses"][-1] - uniform["losses"][-1])
-    assert results["verdict"] in done.stdout
-    assert f"{slap['losses'][-1]:.3f}" in done.stdout
-    assert "$ slap-convert" in done.stdout
-    assert "$ slap-embed" in done.stdout
+    assert results["verdict"] in printed
+    assert f"{slap['losses'][-1]:.3f}" in printed
+    assert "$ slap-convert" in printed
+    assert "$ slap-embed" in printed
     assert (out / "quickstart.png").read_bytes().startswith(PNG)
+
+
+WRONG = {
+    "01_quickstart.py": {
+        "--keep 0": "--keep: must be in (0, 1], got '0'",
+        "--scale 0": "--scale: must be a number >= 0.01, got '0'",
+        "--corpus {none}": "inputs must exist, got '{none}'",
+        "--corpus {file}": "--corpus must hold records to train on, got none in file.jsonl",
+    },
+    "02_wrap_streaming_dataset.py": {
+        "{none} --model {none}": "shards must be a directory with an index.json, got {none}",
+        "{none} --model {none} --batch-size 0": "--batch-size: must be a whole number >= 1",
+        "{shards} --model {none}": "--model: must be loadable, got '{none}'",
+    },
+    "03_hf_trainer.py": {
+        "--records 9": "--records: must be a whole number >= 200, got '9'",
+        "--out {file}": "--out: must be a directory, new or old, that may be written to",
+        "--out {none} --records 200": "--save-every: must be at most 8, so that there is a",
+    },
+    "04_torchrun.py": {
+        "--save-every 0": "--save-every: must be a whole number >= 1, got '0'",
+        "--keep 2": "--keep: must be in (0, 1], got '2'",
+    },
+}
+
+
+@pytest.mark.parametrize("example", WRONG)
+def test_a_wrong_argument_is_one_line(
+    example: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {name: tmp_path / name for name in ("none", "shards")}
+    places["file"] = tmp_path / "file.jsonl"
+    places["file"].write_text('{"a": 1}\n')
+    places["shards"].mkdir()
+    (places["shards"] / "index.json").touch()
+    for arguments, said in WRONG[example].items():
+        with pytest.raises(SystemExit, match=r"[12]"):
+            run_here(example, *arguments.format(**places).split())
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{example}: ")
+        assert said.format(**places) in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.jsonl", "shards"]
 
 
 def test_the_quickstart_takes_a_corpus_of_ones_own(
@@ -99,8 +142,6 @@ def test_the_quickstart_never_overwrites_what_is_not_its_own(
         run_here("01_quickstart.py", *arguments)
     assert "--corpus must not lie in --out" in capsys.readouterr().err
     assert mine.read_text()
-    with pytest.raises(SystemExit, match=r"none\.jsonl"):
-        run_here("01_quickstart.py", "--corpus", tmp_path / "none.jsonl", "--out", tmp_path / "o")
 
 
 def test_someone_elses_shards_are_trained_on_and_resumed(
@@ -111,9 +152,11 @@ def test_someone_elses_shards_are_trained_on_and_resumed(
     from tests.test_chat import CHATML, byte_level
 
     shards, model = tmp_path / "shards", tmp_path / "model"
-    with open_writer(shards, {"body": "str"}, shard_bytes=4_000) as writer:
+    with open_writer(shards, {"body": "str", "label": "int"}, shard_bytes=4_000) as writer:
         for number in range(160):
-            writer.write({"body": f"Document {number}: {'the lazy dog ' * (number % 5 + 1)}"})
+            writer.write(
+                {"body": f"Document {number}: {'the lazy dog ' * (number % 5 + 1)}", "label": 0}
+            )
     assert embed.main([str(shards), "--text-column", "body", "--quiet"]) == 0
     tokenizer = byte_level(CHATML)
     tokenizer.save_pretrained(model)
@@ -129,6 +172,11 @@ def test_someone_elses_shards_are_trained_on_and_resumed(
         *(shards, "--model", model, "--text-column", "body", "--batch-size", "8"),
         *("--num-workers", "0", "--save-every", "5", "--out", tmp_path / "out"),
     )
+    for column in ("nope", "label"):
+        with pytest.raises(SystemExit, match="2"):
+            run_here("02_wrap_streaming_dataset.py", *arguments, "--text-column", column)
+        said = f"--text-column: must be one of ['body'], got '{column}'"
+        assert said in capsys.readouterr().err
     run_here("02_wrap_streaming_dataset.py", *arguments)
     printed = capsys.readouterr().out
     assert "step 14  100%" in printed
@@ -154,7 +202,7 @@ def test_a_hugging_face_training_is_broken_off_and_goes_on(
     assert f"step {steps} of {steps}: the last epoch trained on {steps * 8} of" in printed
     with pytest.raises(SystemExit, match="2"):
         run_here("03_hf_trainer.py", *arguments)
-    assert "--out must be new" in capsys.readouterr().err
+    assert "--out: must be new" in capsys.readouterr().err
 
 
 def test_a_training_goes_on_with_another_number_of_processes(

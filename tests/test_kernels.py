@@ -293,23 +293,32 @@ def test_arguments_that_do_not_fit_are_refused_by_name() -> None:
         )
 
 
-# Runs first in the other process: a mode that checks nothing would pass everything.
+# Runs first in the other process: a mode that checks nothing would pass everything. Without the
+# suite's settings and plugins, which import torch and much more.
 PROVE_AND_TEST = """
 import sys
-import numpy as np, pytest
+import hypothesis, numpy as np, pytest
+hypothesis.settings.register_profile("quick", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("quick")
 from slap_stream.kernels import rows
 try:
     rows._project(np.zeros((1, 1), np.float32), np.zeros((2, 1), np.float32),
                   np.zeros((1, 1), np.float32))
 except IndexError:
-    sys.exit(pytest.main(["tests/test_kernels.py", "-q", "-k", "twin", "-p", "no:cacheprovider"]))
+    chosen = ["tests/test_kernels.py", "-k", "twin", "--noconftest"]
+    sys.exit(pytest.main([*chosen, "-q", "-p", "no:cacheprovider"]))
 sys.exit("an index out of bounds went unnoticed")
 """
 
 
 def test_the_kernels_stay_within_their_arrays(tmp_path: Path) -> None:
     # A cache of its own: a shared one silently hands out code compiled without the checks.
-    environment = {**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "NUMBA_BOUNDSCHECK": "1",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-c", PROVE_AND_TEST],
         cwd=ROOT,

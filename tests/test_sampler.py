@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from itertools import islice
 from typing import Any, get_args
 
 import numpy as np
@@ -111,7 +110,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=rule_name)
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(run=runs())
 @example(
     run={
@@ -170,23 +169,22 @@ def test_a_saved_run_goes_on_as_the_unbroken_one(rule: dict[str, Any], num_lanes
     def fresh() -> SlapSampler:
         return make(sizes, counts=counts, batch_size=8, num_lanes=num_lanes, mismatched=0.3, **rule)
 
-    table = LossTable(sum(sizes), 16)
-    for at in range(4, len(drive([fresh()], table, epochs=2)), 4):
-        hold_resume_law(fresh, table, at=at, epochs=2)
+    hold_resume_law(fresh, LossTable(sum(sizes), 16), every=4, epochs=2)
 
 
 def test_a_run_without_probe_resumes_at_every_step() -> None:
     def fresh() -> SlapSampler:
-        return make([40] * 5, batch_size=8, num_lanes=2)
+        return make([30] * 4, batch_size=8, num_lanes=2)
 
-    table = LossTable(200, 16)
-    unbroken = list(observed(fresh(), table))
-    for at in range(len(unbroken) + 1):
-        head_sampler = fresh()
-        head = list(islice(observed(head_sampler, table), at))
+    table, sampler = LossTable(120, 16), fresh()
+    states, unbroken = [as_json(sampler.state_dict())], []
+    for batch in observed(sampler, table):
+        unbroken.append(batch)
+        states.append(as_json(sampler.state_dict()))
+    for at, state in enumerate(states):
         again = fresh()
-        again.load_state_dict(as_json(head_sampler.state_dict()))
-        assert head + list(observed(again, table))[: len(unbroken) - at] == unbroken
+        again.load_state_dict(state)
+        assert list(observed(again, table))[: len(unbroken) - at] == unbroken[at:]
 
 
 def observed(sampler: SlapSampler, table: LossTable) -> Any:
@@ -198,7 +196,7 @@ def observed(sampler: SlapSampler, table: LossTable) -> Any:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=rule_name)
-@pytest.mark.parametrize("num_lanes", [1, 2, 4, 6, 8])
+@pytest.mark.parametrize("num_lanes", [4, 6, 8])
 def test_the_world_size_is_free(rule: dict[str, Any], num_lanes: int) -> None:
     sizes, counts = [30, 20, 25, 30, 15], [30, 40, 12, 60, 15]
     table = LossTable(sum(sizes), 16)

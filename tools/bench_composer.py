@@ -12,50 +12,73 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from slap_stream import SlapConfig
+from slap_stream.errors import ConfigError
+from slap_stream.tools.command_line import CommandLine, ended, in_own_process, share, whole
 
 # NumPy's libraries read these when they are loaded; sums are single-threaded on purpose.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
+PROGRAM = "bench_composer.py"
 SIZES = (10**5, 10**6, 10**7, 10**8, 10**9)
 STREAMING_SIZES = SIZES[:4]
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    line = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; `config` holds the settings of the sampler."""
+    line = CommandLine(prog=PROGRAM, description=__doc__.splitlines()[0] if __doc__ else None)
     line.add_argument("--memory", action="store_true", help="memory instead of speed")
-    line.add_argument("--samples", type=int, default=400_000, help="of the corpus, for speed")
-    line.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="for memory")
-    line.add_argument("--streaming-sizes", type=float, nargs="*", default=STREAMING_SIZES)
-    line.add_argument("--batch-size", type=int, default=256)
-    line.add_argument("--dim", type=int, default=384, help="of the embeddings")
-    line.add_argument("--keep", type=float, default=0.7)
-    line.add_argument("--pool-batches", type=int, default=16)
-    line.add_argument("--metric-dim", type=int, default=64)
+    line.add_argument("--samples", type=whole(1), default=400_000, help="of the corpus, for speed")
+    line.add_argument("--sizes", type=whole(1), nargs="+", default=SIZES, help="for memory")
+    line.add_argument("--streaming-sizes", type=whole(1), nargs="*", default=STREAMING_SIZES)
+    line.add_argument("--batch-size", type=whole(1), default=256)
+    line.add_argument("--dim", type=whole(1), default=384, help="of the embeddings")
+    line.add_argument("--keep", type=share, default=0.7)
+    line.add_argument("--pool-batches", type=whole(2), default=16)
+    line.add_argument("--metric-dim", type=whole(1), default=64)
     line.add_argument("--policy", default="slap")
-    line.add_argument("--warmup", type=int, default=96, help="batches before the clock starts")
-    line.add_argument("--steps", type=int, default=320, help="batches that are timed")
-    line.add_argument("--repeats", type=int, default=3, help="processes that measure speed")
+    line.add_argument("--warmup", type=whole(0), default=96, help="batches before the clock starts")
+    line.add_argument("--steps", type=whole(1), default=320, help="batches that are timed")
+    line.add_argument("--repeats", type=whole(1), default=3, help="processes that measure speed")
     line.add_argument("--arm", default="", help=argparse.SUPPRESS)
-    return line
+    arguments = line.parse_args(argv)
+    try:
+        arguments.config = SlapConfig(
+            keep=arguments.keep,
+            policy=arguments.policy,
+            pool_batches=arguments.pool_batches,
+            metric_dim=arguments.metric_dim,
+        )
+    except ConfigError as error:
+        line.error(str(error))
+    name, sizes = (
+        ("sizes", arguments.sizes) if arguments.memory else ("samples", [arguments.samples])
+    )
+    least = -int(-arguments.batch_size // arguments.keep)
+    if min(sizes) < least:
+        line.error(
+            f"argument --{name}: must be at least {least}, which make one batch of "
+            f"{arguments.batch_size} at keep {arguments.keep:g}, got {min(sizes)}"
+        )
+    every = arguments.config.probe_every
+    if not (arguments.memory or arguments.arm) and arguments.steps < every:
+        line.error(
+            f"argument --steps: must be at least {every}, one of which refreshes, got "
+            f"{arguments.steps}"
+        )
+    return arguments
 
 
 def measure(arguments: argparse.Namespace, arm: str) -> dict[str, Any]:
     """One measurement, in this process."""
-    from slap_stream import SlapConfig
     from slap_stream.tools.composing import arms
 
-    config = SlapConfig(
-        keep=arguments.keep,
-        policy=arguments.policy,
-        pool_batches=arguments.pool_batches,
-        metric_dim=arguments.metric_dim,
-    )
+    config = arguments.config
     name, _, size = arm.partition(":")
     shape = {"dim": arguments.dim, "batch_size": arguments.batch_size}
     if name == "first_batch":
@@ -73,22 +96,17 @@ def measure(arguments: argparse.Namespace, arm: str) -> dict[str, Any]:
     )
 
 
-def in_own_process(given: Sequence[str], arm: str) -> dict[str, Any]:
+def measured(given: Sequence[str], arm: str) -> dict[str, Any]:
     """One measurement, in a process of its own."""
-    command = [sys.executable, __file__, *given, "--arm", arm]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise ChildProcessError(f"{arm} must end well, ended with {done.returncode}.")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return in_own_process(arm, __file__, [*given, "--arm", arm])
 
 
 def speed(arguments: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
     """The median of every number over the repeats, printed and handed back."""
     # The first process may have to compile; the second finds the kernels compiled.
-    in_own_process(given, "first_batch")
-    result = in_own_process(given, "first_batch")
-    runs = [in_own_process(given, "speed") for _ in range(arguments.repeats)]
+    measured(given, "first_batch")
+    result = measured(given, "first_batch")
+    runs = [measured(given, "speed") for _ in range(arguments.repeats)]
     parts = [run.pop("parts_ms_per_batch") for run in runs]
     result |= {name: _middle([run[name] for run in runs]) for name in runs[0]}
     result["parts_ms_per_batch"] = {
@@ -113,7 +131,7 @@ def memory(arguments: argparse.Namespace, given: Sequence[str]) -> dict[str, Any
     names = ("shards", "start s", "first batch s", "MB", "growth MB")
     print(f"{'samples':>14} " + " ".join(f"{name:>13}" for name in names))
     for size in arguments.sizes:
-        row = in_own_process(given, f"memory:{int(size)}")
+        row = measured(given, f"memory:{size}")
         ours.append(row)
         print(
             f"{row['samples']:14,} {row['shards']:13,} {row['start_seconds']:13.2f} "
@@ -124,7 +142,7 @@ def memory(arguments: argparse.Namespace, given: Sequence[str]) -> dict[str, Any
     print("\nmosaicml-streaming, the order of one epoch")
     print(f"{'samples':>14} {'start s':>13} {'MB':>13} {'peak MB':>13}")
     for size in arguments.streaming_sizes:
-        row = in_own_process(given, f"streaming:{int(size)}")
+        row = measured(given, f"streaming:{size}")
         theirs.append(row)
         print(
             f"{row['samples']:14,} {row['start_seconds']:13.2f} {row['resident_mb']:13.1f} "
@@ -137,17 +155,17 @@ def memory(arguments: argparse.Namespace, given: Sequence[str]) -> dict[str, Any
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser().parse_args(given)
-    try:
+    arguments = parse(given)
+
+    def run() -> int:
         if arguments.arm:
             result = measure(arguments, arguments.arm)
         else:
             result = (memory if arguments.memory else speed)(arguments, given)
-    except (OSError, ValueError) as error:
-        print(f"bench_composer.py: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(result))
-    return 0
+        print(json.dumps(result))
+        return 0
+
+    return ended(PROGRAM, run)
 
 
 if __name__ == "__main__":

@@ -14,32 +14,42 @@ import argparse
 import importlib.util
 import itertools
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from slap_stream.errors import SlapStreamError
+from slap_stream.tools.command_line import (
+    CommandLine,
+    ended,
+    in_own_process,
+    real,
+    to_write,
+    whole,
+)
 from slap_stream.tools.loading import arms, corpora, report
+
+PROGRAM = "bench_loader.py"
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    line = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    line.add_argument("--data", type=Path, default=Path("runs/loader"), help="for the corpora")
-    line.add_argument("--samples", type=int, default=200_000, help="in each corpus")
+    line = CommandLine(prog=PROGRAM, description=__doc__.splitlines()[0] if __doc__ else None)
+    line.add_argument("--data", type=to_write, default=Path("runs/loader"), help="for the corpora")
+    line.add_argument("--samples", type=whole(arms.LEAST_SAMPLES), default=200_000,
+                      help="in each corpus")  # fmt: skip
     line.add_argument("--corpora", nargs="+", choices=sorted(corpora.KINDS), metavar="NAME",
                       default=list(corpora.KINDS), help=", ".join(corpora.KINDS))  # fmt: skip
     line.add_argument("--arms", nargs="+", choices=list(arms.ARMS), metavar="NAME",
                       default=list(arms.ARMS), help=", ".join(arms.ARMS))  # fmt: skip
-    line.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2])
+    line.add_argument("--workers", nargs="+", type=whole(0), default=[0, 1, 2])
     line.add_argument("--places", nargs="+", choices=["local", "remote"],
                       default=["local", "remote"])  # fmt: skip
-    line.add_argument("--rounds", type=int, default=3)
-    line.add_argument("--seconds", type=float, default=10.0, help="most of an epoch to read")
-    line.add_argument("--latency", type=float, default=0.0,
+    line.add_argument("--rounds", type=whole(1), default=3)
+    line.add_argument("--seconds", type=real(0.0, above=True), default=10.0,
+                      help="most of an epoch to read")  # fmt: skip
+    line.add_argument("--latency", type=real(0.0), default=0.0,
                       help="seconds that each download takes at least (remote only)")  # fmt: skip
     line.add_argument("--run", help=argparse.SUPPRESS)
     return line
@@ -61,7 +71,7 @@ def measure_all(arguments: argparse.Namespace, results: list[report.Result]) -> 
     """Append what every run measured, as it comes.
 
     Raises:
-        RuntimeError: If a run fails.
+        ChildProcessError: If a run fails.
     """
     names = installed(arguments.arms)
     for kind in arguments.corpora:
@@ -95,31 +105,24 @@ def measure(run: arms.Run) -> dict[str, Any]:
     """Run one arm in a process of its own.
 
     Raises:
-        RuntimeError: If it fails.
+        ChildProcessError: If it fails.
     """
-    command = [sys.executable, "-W", "ignore", __file__, "--run", json.dumps(asdict(run))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{run.arm} must run to its end, got {done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return in_own_process(run.arm, __file__, ["--run", json.dumps(asdict(run))])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     arguments = parser().parse_args(argv)
-    if arguments.run:
-        arms.main(arguments.run)
-        return 0
     results: list[report.Result] = []
-    status = 0
-    try:
-        measure_all(arguments, results)
-    except (SlapStreamError, OSError, RuntimeError) as error:
-        print(f"bench_loader.py: {error}", file=sys.stderr)
-        status = 1
-    except KeyboardInterrupt:
-        status = 130
+
+    def run() -> int:
+        if arguments.run:
+            arms.main(arguments.run)
+        else:
+            measure_all(arguments, results)
+        return 0
+
+    status = ended(PROGRAM, run)
     if results:
         table = report.rows(results)
         print(report.text(table))

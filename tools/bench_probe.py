@@ -28,24 +28,37 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from slap_stream import LearnabilityProbe, SlapConfig, SlapDataLoader, per_sample_loss
 from slap_stream.probing.sketch import TensorSketch
 from slap_stream.tools import convert, embed
+from slap_stream.tools.command_line import CommandLine, device, ended, whole
 
+PROGRAM = "bench_probe.py"
 # The first steps start threads, fill caches and wait for the first fit.
 WARMUP_REFRESHES = 2
 WORDS_PER_RECORD = (16, 240)
 SKETCH_DIM = 512
 
 
-def parser() -> argparse.ArgumentParser:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    line = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    line.add_argument("--device", default="cpu", help="cpu or cuda; cuda trains in bfloat16")
-    line.add_argument("--hidden", type=int, default=384)
-    line.add_argument("--layers", type=int, default=5)
-    line.add_argument("--vocabulary", type=int, default=8_192)
-    line.add_argument("--batch-size", type=int, default=32)
-    line.add_argument("--refreshes", type=int, default=4, help="probe refreshes that are timed")
-    line.add_argument("--threads", type=int, default=torch.get_num_threads())
-    return line
+    line = CommandLine(prog=PROGRAM, description=__doc__.splitlines()[0] if __doc__ else None)
+    line.add_argument(
+        "--device", type=device, default="cpu", help="cpu or cuda; cuda trains in bfloat16"
+    )
+    line.add_argument("--hidden", type=whole(2), default=384)
+    line.add_argument("--layers", type=whole(1), default=5)
+    line.add_argument("--vocabulary", type=whole(64), default=8_192)
+    line.add_argument("--batch-size", type=whole(1), default=32)
+    line.add_argument(
+        "--refreshes", type=whole(1), default=4, help="probe refreshes that are timed"
+    )
+    line.add_argument("--threads", type=whole(1), default=torch.get_num_threads())
+    arguments = line.parse_args(argv)
+    hidden = arguments.hidden
+    if hidden % 64 and (hidden > 64 or hidden % 2):
+        line.error(
+            f"argument --hidden: must be a multiple of 64, or even and below, got {hidden}; heads "
+            "have 64 dimensions at most"
+        )
+    return arguments
 
 
 class WordCollator:
@@ -259,7 +272,12 @@ def _rms(values: Tensor) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
+    return ended(PROGRAM, lambda: measure(arguments))
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Measure and print; the exit status."""
     torch.set_num_threads(arguments.threads)
     steps = (WARMUP_REFRESHES + arguments.refreshes + 1) * SlapConfig().probe_every
     records = int(steps * arguments.batch_size / 0.7)

@@ -28,8 +28,10 @@ from slap_stream import SlapConfig, SlapSampler
 from slap_stream.distributed import Ranks, join_ranks
 from slap_stream.lane_statistics import StatisticsLayout, sum_in_order
 from slap_stream.state_bytes import to_bytes
+from slap_stream.tools.command_line import CommandLine, ended, whole
 from slap_stream.types import FloatArray, LaneExchange, Position
 
+PROGRAM = "bench_ranks.py"
 SAMPLES, SHARD = 40_000, 500
 # Batches that compile and warm up, and are not timed.
 WARMUP = 32
@@ -37,27 +39,32 @@ WARMUP = 32
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    line = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    line.add_argument("--ranks", type=int, default=4)
-    line.add_argument("--lanes", type=int, default=8)
-    line.add_argument("--dim", type=int, default=384, help="embedding dimensions")
-    line.add_argument("--features", type=int, default=7, help="feature columns")
-    line.add_argument("--lane-batch", type=int, default=32, help="samples of a lane in a batch")
-    line.add_argument("--steps", type=int, default=320, help="timed batches; epochs follow on")
+    every = SlapConfig().probe_every
+    line = CommandLine(prog=PROGRAM, description=__doc__.splitlines()[0] if __doc__ else None)
+    line.add_argument("--ranks", type=whole(1), default=4)
+    line.add_argument("--lanes", type=whole(1), default=8)
+    line.add_argument("--dim", type=whole(1), default=384, help="embedding dimensions")
+    line.add_argument("--features", type=whole(0), default=7, help="feature columns")
+    line.add_argument(
+        "--lane-batch", type=whole(1), default=32, help="samples of a lane in a batch"
+    )
+    line.add_argument(
+        "--steps",
+        type=whole(4 * every),
+        default=320,
+        help="timed batches, of four refreshes at least; epochs follow on",
+    )
     arguments = line.parse_args(argv)
-    if arguments.ranks < 1 or arguments.lanes % arguments.ranks or arguments.lanes < 1:
+    if arguments.lanes % arguments.ranks:
         line.error(
             f"ranks must divide lanes, got {arguments.ranks} ranks of {arguments.lanes} lanes"
         )
     most = int(0.7 * SAMPLES) // arguments.lanes
-    if not 1 <= arguments.lane_batch <= most:
+    if arguments.lane_batch > most:
         line.error(
-            f"lane-batch must be in [1, {most}], so that {arguments.lanes} lanes have a batch, got "
+            f"lane-batch must be at most {most}, so that {arguments.lanes} lanes have a batch, got "
             f"{arguments.lane_batch}"
         )
-    every = SlapConfig().probe_every
-    if arguments.steps < 4 * every:
-        line.error(f"steps must be at least {4 * every}, four refreshes, got {arguments.steps}")
     return arguments
 
 
@@ -231,8 +238,13 @@ def in_processes(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print."""
+    """Entry point."""
     arguments = parse(argv)
+    return ended(PROGRAM, lambda: measure(arguments))
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """Measure and print; the exit status."""
     make = sampler_maker(arguments)
     result: dict[str, Any] = in_turns(arguments, make)
     each = in_processes(arguments, make)

@@ -16,62 +16,61 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 from slap_stream import SlapConfig
-from slap_stream.errors import SlapStreamError
+from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.tools.command_line import (
+    CommandLine,
+    directory,
+    ended,
+    real,
+    share,
+    to_write,
+    whole,
+)
 from slap_stream.tools.selection.results import Row, append_row, key_of, read_rows
 from slap_stream.tools.selection.schedule import PRESETS, Arm, Preset, RunKey, arms, config_of
 from slap_stream.tools.selection.tasks import Condition
 
+PROGRAM = "bench_selection.py"
 RESULTS = "results.jsonl"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandLine:
     """The command line."""
-    line = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    line.add_argument("--data", type=Path, required=True, help="directory of the task files")
-    line.add_argument("--out", type=Path, default=Path("runs/selection"))
+    line = CommandLine(prog=PROGRAM, description=__doc__.splitlines()[0] if __doc__ else None)
+    line.add_argument("--data", type=directory, required=True, help="directory of the task files")
+    line.add_argument("--out", type=to_write, default=Path("runs/selection"))
     line.add_argument("--preset", choices=sorted(PRESETS), default="small")
     line.add_argument("--conditions", nargs="+", help="such as t0_50k or balanced+copies+shuffled")
     line.add_argument("--arms", nargs="+", help=f"of {', '.join(arms())}")
-    line.add_argument("--keep", type=float, default=0.7, help="share of candidates trained on")
-    line.add_argument("--seeds", type=_at_least(1), help="how many seeds")
+    line.add_argument("--keep", type=share, default=0.7, help="share of candidates trained on")
+    line.add_argument("--seeds", type=whole(1), help="how many seeds")
     line.add_argument(
-        "--first-seed", type=_at_least(0), default=0, help="tune on other seeds than these"
+        "--first-seed", type=whole(0), default=0, help="tune on other seeds than these"
     )
-    line.add_argument("--learning-rate", type=float, help="instead of the preset's")
+    line.add_argument("--learning-rate", type=real(0.0, above=True), help="instead of the preset's")
     line.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
                       help="settings of SlapConfig, for every arm")  # fmt: skip
-    line.add_argument("--jobs", type=_at_least(1), default=1, help="runs side by side")
+    line.add_argument("--jobs", type=whole(1), default=1, help="runs side by side")
     line.add_argument("--report", action="store_true", help="only tables and figure")
     line.add_argument("--worker", default="", help=argparse.SUPPRESS)
     return line
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
-        return int(text)
-
-    return number
 
 
 def keys(arguments: argparse.Namespace, preset: Preset) -> list[RunKey]:
     """Every run asked for, seed by seed, so that what is done first can be compared.
 
     Raises:
-        ValueError: If an arm, a condition or a setting is unknown or out of range.
+        ConfigError: If an arm, a condition or a setting is unknown or out of range.
     """
     known = arms()
     unknown = set(arguments.arms or ()) - set(known)
     if unknown:
-        raise ValueError(f"arms must be of {', '.join(known)}, got {sorted(unknown)}.")
-    if arguments.learning_rate is not None and not arguments.learning_rate > 0:
-        raise ValueError(f"learning-rate must be positive, got {arguments.learning_rate!r}.")
+        raise ConfigError(f"arms must be of {', '.join(known)}, got {sorted(unknown)}.")
     names = arguments.conditions or preset.conditions
     first, result = arguments.first_seed, []
     for seed in range(first, first + (arguments.seeds or preset.seeds)):
@@ -98,14 +97,14 @@ def overridden(arm: Arm, settings: Sequence[str]) -> Arm:
     """An arm with settings of the command line.
 
     Raises:
-        ValueError: If one is not NAME=VALUE, or there is no such setting.
+        ConfigError: If one is not NAME=VALUE, or there is no such setting.
     """
     names = [field.name for field in fields(SlapConfig)]
     extra = {}
     for setting in settings:
         name, _, value = setting.partition("=")
         if name not in names:
-            raise ValueError(f"set must be NAME=VALUE of {', '.join(names)}, got {setting!r}.")
+            raise ConfigError(f"set must be NAME=VALUE of {', '.join(names)}, got {setting!r}.")
         try:
             extra[name] = json.loads(value)
         except ValueError:
@@ -176,13 +175,22 @@ def run_all(arguments: argparse.Namespace, preset: Preset, given: Sequence[str])
     return 0
 
 
+def check_results(out: Path) -> None:
+    """Refuse to report of nothing.
+
+    Raises:
+        CorpusError: If no run has ended, or the file holds something else.
+    """
+    if not read_rows(out / RESULTS):
+        raise CorpusError(f"out must hold results, got none in {out / RESULTS}; run something.")
+
+
 def report(out: Path) -> int:
     """Tables and figure of what is there."""
     from slap_stream.tools.selection.report import draw, latest, summary, tables
 
+    check_results(out)
     rows = latest(read_rows(out / RESULTS))
-    if not rows:
-        raise ValueError(f"out must hold results, got none in {out / RESULTS}; run something.")
     (out / "tables.md").write_text(tables(rows))
     draw(rows, out / "selection.png")
     print(tables(rows))
@@ -193,12 +201,20 @@ def report(out: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser().parse_args(given)
+    line = parser()
+    arguments = line.parse_args(given)
     preset = PRESETS[arguments.preset]
     try:
         if arguments.report:
+            check_results(arguments.out)
+        else:
+            keys(arguments, preset)
+    except (ConfigError, CorpusError) as error:
+        line.error(str(error))
+
+    def run() -> int:
+        if arguments.report:
             return report(arguments.out)
-        keys(arguments, preset)
         arguments.out.mkdir(parents=True, exist_ok=True)
         if arguments.worker:
             end_with_parent(os.getppid())
@@ -206,13 +222,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             work(arguments, preset, turn, int(part), int(parts))
             return 0
         return run_all(arguments, preset, given) or report(arguments.out)
-    except (SlapStreamError, OSError, ValueError) as error:
-        print(f"bench_selection.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        if not arguments.worker:
-            print("bench_selection.py: interrupted; the same command goes on.", file=sys.stderr)
-        return 130
+
+    # A worker's end is told by the process that started it.
+    hint = "" if arguments.worker else "interrupted; the same command goes on"
+    return ended(PROGRAM, run, interrupted=hint)
 
 
 def end_with_parent(parent: int) -> None:

@@ -7,18 +7,17 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from slap_stream.converting.records import KNOWN_SHAPES
 from slap_stream.corpus import SHARD_BYTES, ConvertReport, convert
-from slap_stream.errors import SlapStreamError
+from slap_stream.tools.command_line import CommandLine, ended, to_write
 
 _SHOWN_SOURCES = 10
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    line = argparse.ArgumentParser(
+    line = CommandLine(
         prog="slap-convert",
         description=__doc__,
         epilog=f"Records may be {'; '.join(KNOWN_SHAPES)}. Run the same command again to go on "
@@ -30,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="INPUT",
         help=".jsonl (plain, .gz, .zst), .parquet, a dataset saved to disk, a directory of files",
     )
-    line.add_argument("out", metavar="OUT", type=Path, help="directory of the corpus")
+    line.add_argument("out", metavar="OUT", type=to_write, help="directory of the corpus")
     line.add_argument("--tokenizer", help="path or name; writes tokens instead of messages")
     line.add_argument("--max-length", type=int, help="tokens kept of a record; default: all")
     line.add_argument("--seed", type=int, default=0, help="of the shuffle")
@@ -84,21 +83,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `slap-convert`."""
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(given)
-    try:
+
+    def run_and_tell() -> int:
         report = run(arguments, shlex.join(["slap-convert", *given]))
-    except (SlapStreamError, OSError) as error:
-        print(f"slap-convert: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("slap-convert: interrupted; run the same command to go on.", file=sys.stderr)
-        return 130
-    if not arguments.quiet:
-        print(describe(report))
-    # There may be thousands of sources; corpus.json names them.
-    summary = report.to_dict() | {"num_sources": len(report.counts)}
-    del summary["counts"]
-    print(json.dumps(summary))
-    return 0
+        if not arguments.quiet:
+            print(describe(report))
+        # There may be thousands of sources; corpus.json names them.
+        summary = report.to_dict() | {"num_sources": len(report.counts)}
+        del summary["counts"]
+        print(json.dumps(summary))
+        return 0
+
+    hint = "interrupted; run the same command to go on"
+    return ended("slap-convert", run_and_tell, interrupted=hint)
 
 
 if __name__ == "__main__":

@@ -15,26 +15,29 @@ from slap_stream.encoding.embed import EmbedReport, embed, source_names
 from slap_stream.encoding.layout import file_digest
 from slap_stream.encoding.reference_loss import ReferenceLoss
 from slap_stream.encoding.texts import CorpusTexts, describe_corpus
-from slap_stream.errors import CorpusError, SlapStreamError
+from slap_stream.errors import CorpusError
 from slap_stream.shards import corpus_columns, corpus_size, iter_corpus
+from slap_stream.tools.command_line import CommandLine, device, ended, to_write, whole
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    line = argparse.ArgumentParser(prog="slap-embed", description=__doc__)
+    line = CommandLine(prog="slap-embed", description=__doc__)
     line.add_argument("corpus", type=Path, help="directory with index.json")
-    line.add_argument("--out", type=Path, help="default: CORPUS/embeddings.zarr")
+    line.add_argument("--out", type=to_write, help="default: CORPUS/embeddings.zarr")
     line.add_argument("--encoder", default="hashing", help="hashing (default) or hf:PATH")
     line.add_argument("--dim", type=int, help="length of a hashing vector (default 384)")
     line.add_argument("--reference-model", help="adds the column reference_loss")
-    line.add_argument("--device", help="of the models; default: the GPU if there is one")
+    line.add_argument(
+        "--device", type=device, help="of the models; default: the GPU if there is one"
+    )
     line.add_argument("--tokenizer", help="decodes input_ids; default: what corpus.json names")
     line.add_argument("--text-column", help="column with plain text")
     line.add_argument("--prompt-column", help="column with the prompt")
     line.add_argument("--completion-column", help="column with the target")
-    line.add_argument("--source-column", default="source", help="default: source, if there is one")
+    line.add_argument("--source-column", help="default: source, if there is one")
     line.add_argument("--no-source", action="store_true", help="do not tell sources apart")
-    line.add_argument("--num-workers", type=int, help="processes; default: up to one per core")
+    line.add_argument("--num-workers", type=whole(0), help="processes; default: up to one per core")
     line.add_argument("--rows-per-shard", type=int, help="rows of one file of the store")
     line.add_argument("--overwrite", action="store_true", help="replace embeddings that are there")
     line.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -53,10 +56,19 @@ def run(arguments: argparse.Namespace, command: str) -> EmbedReport:
     described = describe_corpus(corpus)
     columns = corpus_columns(corpus)
     tokenised = "input_ids" in columns and not (arguments.text_column or arguments.prompt_column)
+    if arguments.tokenizer is not None and not tokenised:
+        raise CorpusError(
+            f"tokenizer must be None for a corpus of text, got {arguments.tokenizer!r}; it decodes "
+            "the column input_ids."
+        )
     tokenizer = (arguments.tokenizer or described.get("tokenizer")) if tokenised else None
     if tokenizer is not None:
         tokenizer = find_tokenizer(tokenizer)
-    source = None if arguments.no_source else arguments.source_column
+    if arguments.source_column not in (None, *columns):
+        raise CorpusError(
+            f"source column must be one of {', '.join(columns)}, got {arguments.source_column!r}."
+        )
+    source = None if arguments.no_source else arguments.source_column or "source"
     texts = CorpusTexts(
         corpus_dir=corpus,
         iter_corpus=iter_corpus,
@@ -89,16 +101,15 @@ def run(arguments: argparse.Namespace, command: str) -> EmbedReport:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `slap-embed`."""
     given = list(sys.argv[1:] if argv is None else argv)
-    try:
-        report = run(parser().parse_args(given), shlex.join(["slap-embed", *given]))
-    except (SlapStreamError, OSError) as error:
-        print(f"slap-embed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("slap-embed: interrupted; run the same command to go on.", file=sys.stderr)
-        return 130
-    print(json.dumps(report.to_dict()))
-    return 0
+    arguments = parser().parse_args(given)
+
+    def run_and_tell() -> int:
+        report = run(arguments, shlex.join(["slap-embed", *given]))
+        print(json.dumps(report.to_dict()))
+        return 0
+
+    hint = "interrupted; run the same command to go on"
+    return ended("slap-embed", run_and_tell, interrupted=hint)
 
 
 if __name__ == "__main__":

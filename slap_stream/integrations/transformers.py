@@ -322,7 +322,7 @@ class _Companion(TrainerCallback):  # type: ignore[misc]  # transformers is not 
             scheduler: Any = self._trainer.lr_scheduler
             scheduler = getattr(scheduler, "scheduler", scheduler)
             done = train_dataloader.epochs_done / args.num_train_epochs
-            scheduler.last_epoch = max(0, math.ceil(done * state.max_steps) - 1)
+            scheduler.last_epoch = max(0, planned_steps(done, state.max_steps) - 1)
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, *, train_dataloader: Any, **others: Any
@@ -345,6 +345,16 @@ class _Companion(TrainerCallback):  # type: ignore[misc]  # transformers is not 
     ) -> None:
         """No more shards are needed; a new training has a loader of its own."""
         train_dataloader.close()
+
+
+def planned_steps(done: float, max_steps: int) -> int:
+    """Steps after which as much of the data was planned to be done; a part of a step is one.
+
+    Step k of n steps that come is thus taken at the rate planned for a share of (k - 1) / n.
+    """
+    # Shares such as 7 / 25 are not exact, and must not count as a step more: the last step of all
+    # would be taken at the rate of the end, which is mostly zero.
+    return math.ceil(round(done * max_steps, 6))
 
 
 class _HideMetrics(TrainerCallback):  # type: ignore[misc]  # transformers is not typed

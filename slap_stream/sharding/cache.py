@@ -273,11 +273,8 @@ class ShardCache:
 
     def _cure(self, shard_id: int) -> str:
         if self._refetchable(shard_id):
-            return "check the remote, or withdraw it with on_bad_shard='skip'."
-        return (
-            "its stream has no remote to fetch it from: restore it, or withdraw it with "
-            "on_bad_shard='skip'."
-        )
+            return "check the remote."
+        return "its stream has no remote to fetch it from: restore it."
 
 
 def is_mds(shard: Any) -> bool:

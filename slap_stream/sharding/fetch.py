@@ -217,9 +217,13 @@ class ShardFetcher:
             # Forgotten, so that a caller who mends the shard can require it again.
             del self._jobs[job.shard_id]
             self._verified.discard(job.shard_id)
-            if self.on_bad_shard == "raise" or isinstance(error.__cause__, TimeoutError):
+            if isinstance(error.__cause__, TimeoutError):
                 raise
-            logger.warning("withdrawn: %s", error)
+            if self.on_bad_shard == "raise":
+                raise ShardError(
+                    f"{str(error).rstrip('.')}, or withdraw it with on_bad_shard='skip'."
+                ) from error.__cause__
+            logger.warning("a bad shard's candidates are withdrawn: %s", error)
             self._bad.add(job.shard_id)
             return
         self._jobs.pop(job.shard_id, None)

@@ -21,6 +21,8 @@ BATCH_SIZE = 256
 # Candidates that an arm without shards to permute shuffles among.
 SHUFFLE_BUFFER = 10_000
 OPEN_ATTEMPTS = 5
+# Of which every arm delivers a batch after the first, which is not counted.
+LEAST_SAMPLES = 3 * BATCH_SIZE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,10 +104,11 @@ def _dataset(run: Run, cache: str, **options: Any) -> Any:
             time.sleep(run.latency_seconds)
             return str(super()._download_file(from_basename, to_basename))
 
-    where: dict[str, Any] = {"local": run.corpus}
-    if run.remote:
-        where = {"streams": [SlowStream(remote=run.corpus, local=cache)]}
     for attempt in range(OPEN_ATTEMPTS):
+        # Anew each time: a dataset writes into its streams.
+        where: dict[str, Any] = {"local": run.corpus}
+        if run.remote:
+            where = {"streams": [SlowStream(remote=run.corpus, local=cache)]}
         try:
             return StreamingDataset(**where, batch_size=BATCH_SIZE, **options)
         except FileExistsError:
@@ -299,8 +302,6 @@ def measure(run: Run) -> dict[str, float]:
         selected = selecting.seconds - selected
         waited = selecting.waited_seconds - waited
         batches.close()  # type: ignore[attr-defined]
-    if not count:
-        raise ValueError("samples must fill more than one batch; raise --samples.")
     return {
         "samples": count,
         "samples_per_second": count / seconds,

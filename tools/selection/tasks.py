@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slap_stream.errors import CorpusError
+from slap_stream.errors import ConfigError, CorpusError
 
 Record = dict[str, Any]
 
@@ -86,7 +86,7 @@ class Condition:
         """
         mixture, *dirt = name.split("+")
         if mixture not in MIXTURES or not set(dirt) <= {"copies", "shuffled"}:
-            raise ValueError(
+            raise ConfigError(
                 f"condition must be one of {', '.join(MIXTURES)}, with +copies or +shuffled or "
                 f"both, got {name!r}."
             )
