@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,12 +17,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-# streaming leaves a lock file behind for every dataset, and looks through all that ever were before
-# it makes another: on a machine of some age that takes longer than most tests.
-_TEMPORARY = tempfile.gettempdir()
-os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", _TEMPORARY)
-os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="slap-stream-tests-")
 
 # Models here are tiny, and threads that wait for each other cost more than they bring.
 torch.set_num_threads(1)
@@ -45,10 +37,6 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
-
-
 def pytest_collection_finish() -> None:
     """What was imported is no garbage: collecting it takes half a second, time and again."""
     gc.collect()
@@ -56,20 +44,18 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _datasets_are_made_in_turn() -> Iterator[None]:
-    """Several suites may run on a machine, and streaming's names for shared memory collide."""
-    from filelock import FileLock
-    from streaming import StreamingDataset
+def _datasets_have_names_of_their_own() -> Iterator[None]:
+    """Number the shared memory of datasets from somewhere else than zero, as streaming does.
 
-    original = StreamingDataset.__init__
-    turn = FileLock(Path(_TEMPORARY, "slap_stream_tests.lock"), mode=0o666)
+    Several suites may run on a machine, and two datasets that are made at the same moment may take
+    the same number. It also leaves a lock file behind for every number, and looks through all of
+    them for the next: on a machine of some age that takes longer than most tests.
+    """
+    from streaming.base.shared import prefix
 
-    def in_turn(self: Any, *arguments: Any, **options: Any) -> None:
-        with turn:
-            original(self, *arguments, **options)
-
+    numbers = itertools.count(10**6 + 1000 * int.from_bytes(os.urandom(3), "big"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StreamingDataset, "__init__", in_turn)
+        patch.setattr(prefix, "_each_prefix_int", lambda: numbers)
         yield
 
 
