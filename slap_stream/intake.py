@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slap_stream.encoding.stores import take
+from slap_stream.interrupts import waiting
 from slap_stream.learnability import checked_rows, design_rows
 from slap_stream.order import Block, LaneOrder, ShardTable
 from slap_stream.types import BoolArray, Float32Array, IntArray, Rows, RowStore, ShardGate, State
@@ -162,7 +163,8 @@ class Intake:
         if self.gate is not None:
             if index + 1 < self.order.num_blocks:
                 self.gate.hint(self.order.shards_of_block(index + 1))
-            bad = self.gate.require(self.order.shards_of_block(index))
+            with waiting():
+                bad = self.gate.require(self.order.shards_of_block(index))
             self._bad_shards = np.union1d(self._bad_shards, bad)
         self._block: Block = self.order.block(index)
         self._ids = np.unique(self._block.sample_id)

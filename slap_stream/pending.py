@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from slap_stream.interrupts import undisturbed
 from slap_stream.sampler import SlapSampler
 from slap_stream.types import IntArray, State
 
@@ -80,10 +81,12 @@ class PendingBatches:
 
     def _compose(self, ahead: int) -> None:
         while len(self._pending) < ahead and not self._sampler.exhausted:
-            batch = self._sampler.compose()
-            if batch is None:
-                break
-            self._pending.append((batch, self._sampler.progress))
+            # An interrupt after a batch was composed, and before it is here, would lose it.
+            with undisturbed():
+                batch = self._sampler.compose()
+                if batch is None:
+                    break
+                self._pending.append((batch, self._sampler.progress))
 
     def state_dict(self) -> State:
         """The pending batches, verbatim, and how much of the epoch is done."""

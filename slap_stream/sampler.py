@@ -15,6 +15,7 @@ from slap_stream.encoding.stores import as_row_store
 from slap_stream.errors import ConfigError, FeedbackError
 from slap_stream.evidence import MISMATCH_COLUMN, REFERENCE_COLUMN
 from slap_stream.feedback import check_sketches
+from slap_stream.interrupts import undisturbed
 from slap_stream.lane import Lane
 from slap_stream.lane_counts import count_lanes, shards_needed
 from slap_stream.linear import single_threaded
@@ -187,7 +188,7 @@ class SlapSampler:
         Raises:
             ShardError: If a shard cannot be fetched and bad shards are not to be skipped.
         """
-        with single_threaded():
+        with undisturbed(), single_threaded():
             if not self._shared.seeded:
                 self._seed_strata()
             due = self.step and self.step % self.config.probe_every == 0
@@ -213,7 +214,8 @@ class SlapSampler:
         Raises:
             FeedbackError: If shapes differ, or an id was not yielded lately or already observed.
         """
-        lane_questions.take_trained(self.lanes, ids, losses)
+        with undisturbed():
+            lane_questions.take_trained(self.lanes, ids, losses)
 
     def loss_weights(self, ids: ArrayLike) -> FloatArray:
         """Weights of the losses of samples that are trained on now; call it before `observe`.
@@ -247,9 +249,10 @@ class SlapSampler:
         Raises:
             FeedbackError: If shapes differ or an id was not given by `probe_candidates`.
         """
-        lane_questions.take_probed(
-            self.lanes, ids, losses, sketches, nuclear_norms, sketch_dim=self.config.sketch_dim
-        )
+        with undisturbed():
+            lane_questions.take_probed(
+                self.lanes, ids, losses, sketches, nuclear_norms, sketch_dim=self.config.sketch_dim
+            )
 
     def set_target(self, sketch: ArrayLike | None) -> None:
         """Say what the model is to become good at, for policies that aim at a target (`greats`).
@@ -285,7 +288,7 @@ class SlapSampler:
         Raises:
             FeedbackError: If `count` is not a multiple of this rank's lanes.
         """
-        with single_threaded():
+        with undisturbed(), single_threaded():
             return lane_questions.choose_probes(self.lanes, count)
 
     def statistics(self) -> list[State]:

@@ -267,6 +267,43 @@ def test_a_worker_that_dies_during_a_step_is_named_there(
     assert not isinstance(caught.value, WorkerError)
 
 
+@pytest.mark.parametrize(
+    ("part", "method"),
+    [("_composer", "leaving"), ("_judge", "bring_near"), ("feedback", "take_trained")],
+)
+def test_an_interrupt_in_the_middle_of_a_batch_loses_nothing(
+    part: str,
+    method: str,
+    corpus: Path,
+    unbroken: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loader = make(corpus)
+    owner = getattr(loader.composer.lanes[0], part)
+    original = getattr(owner, method)
+    calls = 0
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls % 5 == 0:
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(owner, method, interrupted)
+    ids: list[list[int]] = []
+    interrupts = 0
+    while len(ids) < 30:
+        try:
+            for batch in loader:
+                ids.append(batch["sample_id"].tolist())
+                feed(loader, batch)
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert ids[:30] == unbroken[:30]
+    assert interrupts >= 5
+
+
 def test_an_error_of_the_callers_own_code_in_a_worker_stays_what_it_is(corpus: Path) -> None:
     loader = make(corpus, num_workers=1, collate_fn=fail)
     with pytest.raises(RuntimeError, match="no such thing") as caught:

@@ -1,0 +1,115 @@
+"""Signals that come while a state changes."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+import pytest
+
+from slap_stream.interrupts import undisturbed, waiting
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_a_handler_runs_after_the_change() -> None:
+    done = []
+
+    def change() -> None:
+        with undisturbed():
+            interrupt()
+            with undisturbed():
+                interrupt()
+            done.append("changed")
+
+    with pytest.raises(KeyboardInterrupt):
+        change()
+    assert done == ["changed"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_every_signal_is_told_once_and_in_order() -> None:
+    came: list[int] = []
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGCHLD)}
+
+    def handler(number: int, frame: Any) -> None:
+        came.append(number)
+
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        with undisturbed():
+            signal.raise_signal(signal.SIGCHLD)
+            signal.raise_signal(signal.SIGINT)
+            assert not came
+        assert came == [signal.SIGCHLD, signal.SIGINT]
+        assert signal.getsignal(signal.SIGCHLD) is handler
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def test_the_error_of_one_handler_does_not_keep_another_from_coming_back() -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+
+    def complain(number: int, frame: Any) -> None:
+        raise RuntimeError("a worker died")
+
+    signal.signal(signal.SIGCHLD, complain)
+    try:
+        with pytest.raises(RuntimeError, match="a worker died"), undisturbed():
+            signal.raise_signal(signal.SIGCHLD)
+        assert signal.getsignal(signal.SIGCHLD) is complain
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.parametrize("before_the_wait", [True, False])
+def test_who_waits_for_others_can_be_interrupted(before_the_wait: bool) -> None:
+    done = []
+
+    def change() -> None:
+        with undisturbed():
+            if before_the_wait:
+                interrupt()
+            with waiting():
+                done.append("waits")
+                interrupt()
+            done.append("changed")
+
+    with pytest.raises(KeyboardInterrupt):
+        change()
+    assert done == ([] if before_the_wait else ["waits"])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_after_the_wait_handlers_are_held_again() -> None:
+    with undisturbed():
+        with waiting():
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_threads_and_handlers_that_are_not_pythons_are_left_alone() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with undisturbed():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    seen = []
+
+    def change() -> None:
+        with undisturbed(), waiting():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    thread.join()
+    assert seen == [before]
