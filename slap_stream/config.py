@@ -121,6 +121,8 @@ class SlapConfig:
         if self.num_lanes is not None:
             self._require_int("num_lanes", 1)
         self._require_int("seed", 0)
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed must be below 2**63, got {self.seed!r}.")
         self._require_int("lookahead", 0)
         for name in (
             "num_clusters",

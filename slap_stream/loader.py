@@ -16,6 +16,7 @@ from slap_stream.embeddings import open_embeddings
 from slap_stream.errors import WorkerError
 from slap_stream.loader_checks import (
     check_alignment,
+    check_arguments,
     check_batch_size,
     check_cache_limit,
     prefetch_within,
@@ -77,7 +78,7 @@ class SlapDataLoader(DataLoader[Any]):
         exchange_timeout: Deadline of everything that ranks tell each other, in seconds.
 
     Raises:
-        ConfigError: If settings contradict each other or the dataset's.
+        ConfigError: If an argument is of a wrong kind, or contradicts another or the dataset.
         ExchangeError: If a rank does not answer in time.
         AlignmentError: If embeddings and dataset do not describe the same samples.
         TypeError: If the dataset is not a `StreamingDataset`.
@@ -103,7 +104,7 @@ class SlapDataLoader(DataLoader[Any]):
         process_group: Any = None,
         exchange_timeout: float = TIMEOUT_SECONDS,
     ) -> None:
-        config = config or SlapConfig()
+        config = check_arguments(config, num_workers, prefetch_factor, collate_fn)
         shards = shard_table(dataset)
         check_batch_size(batch_size, dataset)
         prefetch_factor = prefetch_within(num_workers, prefetch_factor, config.lookahead)

@@ -7,10 +7,36 @@ from typing import Any
 
 import numpy as np
 
+from slap_stream.config import SlapConfig
 from slap_stream.embeddings import StackedStore
 from slap_stream.errors import AlignmentError, ConfigError
 from slap_stream.shards import min_cache_bytes
 from slap_stream.types import IntArray, RowStore
+
+
+def check_arguments(
+    config: Any, num_workers: Any, prefetch_factor: Any, collate_fn: Any
+) -> SlapConfig:
+    """Refuse arguments of another kind than they must be; the settings.
+
+    Raises:
+        ConfigError: If one is.
+    """
+    if not isinstance(config, SlapConfig | None):
+        raise ConfigError(
+            f"config must be a SlapConfig, got {config!r}; write config=SlapConfig(keep=0.7)."
+        )
+    for name, value, least in (
+        ("num_workers", num_workers, 0),
+        ("prefetch_factor", 1 if prefetch_factor is None else prefetch_factor, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} must be a whole number >= {least}, got {value!r}.")
+    if collate_fn is not None and not callable(collate_fn):
+        raise ConfigError(
+            f"collate_fn must be a function of a list of samples, got {collate_fn!r}."
+        )
+    return config or SlapConfig()
 
 
 def check_batch_size(batch_size: int, dataset: Any) -> None:

@@ -1,17 +1,23 @@
-"""A state as bytes, and back: a JSON skeleton, then the arrays as they lie in memory. No pickle."""
+"""A state as bytes, and back: a JSON skeleton, then the arrays as they lie in memory. No pickle.
+
+Before them stand the length of the skeleton (8 bytes) and a checksum of all else (4).
+"""
 
 from __future__ import annotations
 
 import json
+import zlib
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slap_stream.errors import StateError
 from slap_stream.types import State
 
 # Stands in the skeleton for an array: number of the array.
 _ARRAY = "__array__"
+_LENGTH, _HEADER = 8, 12
 
 
 def to_bytes(state: State) -> bytes:
@@ -25,12 +31,24 @@ def to_bytes(state: State) -> bytes:
         return {_ARRAY: [value.dtype.str, list(value.shape)]}
 
     skeleton = json.dumps(state, default=place).encode()
-    return b"".join([len(skeleton).to_bytes(8, "little"), skeleton, *(a.tobytes() for a in arrays)])
+    body = b"".join([skeleton, *(array.tobytes() for array in arrays)])
+    length = len(skeleton).to_bytes(_LENGTH, "little")
+    return length + _checksum(length, body) + body
 
 
 def from_bytes(data: bytes) -> State:
-    """Inverse of `to_bytes`; the arrays are copies."""
-    start = 8 + int.from_bytes(data[:8], "little")
+    """Inverse of `to_bytes`; the arrays are copies.
+
+    Raises:
+        StateError: If they are not what `to_bytes` has made, or not all of it.
+    """
+    length, body = data[:_LENGTH], memoryview(data)[_HEADER:]
+    if data[_LENGTH:_HEADER] != _checksum(length, body):
+        raise StateError(
+            f"the bytes of a state must be those that to_bytes made, all of them, got {len(data)} "
+            "that were cut or changed since; take the checkpoint before."
+        )
+    start = int.from_bytes(length, "little")
     at = start
 
     def restore(entry: dict[str, Any]) -> Any:
@@ -39,10 +57,14 @@ def from_bytes(data: bytes) -> State:
             return entry
         dtype, shape = np.dtype(entry[_ARRAY][0]), entry[_ARRAY][1]
         count = int(np.prod(shape, dtype=np.int64))
-        array = np.frombuffer(data, dtype, count, at).reshape(shape).copy()
+        array = np.frombuffer(body, dtype, count, at).reshape(shape).copy()
         at += array.nbytes
         return array
 
     # Objects are restored in the order in which they end, which is that in which arrays were met.
-    state: State = json.loads(data[8:start], object_hook=restore)
+    state: State = json.loads(bytes(body[:start]), object_hook=restore)
     return state
+
+
+def _checksum(length: bytes, body: bytes | memoryview) -> bytes:
+    return zlib.crc32(body, zlib.crc32(length)).to_bytes(_HEADER - _LENGTH, "little")

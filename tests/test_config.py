@@ -46,6 +46,7 @@ WEIGHTS = ["rank_weight", "copy_weight", "mismatch_weight", "curvature", "divers
         ("probe_fraction", 0.16, r"probe_fraction must be in \[0, 0\.15\], got 0\.16; probing"),
         ("probe_fraction", -0.1, r"probe_fraction must be in \[0, 0\.15\], got -0\.1"),
         ("forgetting", 0.0, r"forgetting must be in \(0, 1\], got 0\.0"),
+        ("seed", 2**63, r"seed must be below 2\*\*63, got 9223372036854775808"),
         ("rank_cap", 1.1, r"rank_cap must be in \(0, 1\], got 1\.1"),
         ("temperature", 0.0, r"temperature must be positive, got 0\.0; a small one"),
     ],
@@ -106,7 +107,9 @@ def test_settings_cannot_change_and_must_be_named() -> None:
         SlapConfig(0.5)  # type: ignore[misc]
 
 
-@given(keep=st.floats(0.01, 1.0), seed=st.integers(0, 2**63), lanes=st.none() | st.integers(1, 9))
+@given(
+    keep=st.floats(0.01, 1.0), seed=st.integers(0, 2**63 - 1), lanes=st.none() | st.integers(1, 9)
+)
 def test_settings_survive_a_checkpoint(keep: float, seed: int, lanes: int | None) -> None:
     config = SlapConfig(keep=keep, seed=seed, num_lanes=lanes)
     saved = json.loads(json.dumps(config.to_dict()))

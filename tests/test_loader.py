@@ -391,6 +391,15 @@ def test_an_epoch_ends_early_when_withdrawals_leave_too_little(tmp_path: Path) -
 def test_refusals_name_the_cause(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="batch_size must be the dataset's, 8, got 16"):
         make(corpus, dataset=StreamingDataset(local=str(corpus), batch_size=8))
+    with pytest.raises(ConfigError, match=r"config must be a SlapConfig, got {'keep': 0.7}; write"):
+        make(corpus, config={"keep": 0.7})
+    for name, value in (("num_workers", 1.5), ("num_workers", -1), ("prefetch_factor", 0)):
+        with pytest.raises(ConfigError, match=rf"{name} must be a whole number >= \d, got {value}"):
+            make(corpus, **{"num_workers": 1, name: value})
+    with pytest.raises(
+        ConfigError, match="collate_fn must be a function of a list of samples, got 3"
+    ):
+        make(corpus, collate_fn=3)
     with pytest.raises(ConfigError, match=r"at most lookahead = 4, got 3 \* 2"):
         make(corpus, num_workers=2, prefetch_factor=3)
     with pytest.raises(AlignmentError, match=r"399 rows"):

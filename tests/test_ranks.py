@@ -19,7 +19,6 @@ import pytest
 from slap_stream import SlapSampler
 from slap_stream.distributed import join_ranks
 from slap_stream.errors import ConfigError
-from slap_stream.state_bytes import from_bytes, to_bytes
 from tests.laws import config_of
 from tests.test_loader import break_shard, make, write_corpus
 from tests.test_sampler import embeddings
@@ -215,15 +214,3 @@ def test_a_world_that_was_not_connected_is_refused(
         join_ranks(rank=1)
     with pytest.raises(ConfigError, match="exchange_timeout must be a positive number"):
         join_ranks(timeout_seconds=0.0)
-
-
-def test_a_state_survives_as_bytes() -> None:
-    state = {
-        "numbers": [1, 2.5, float("nan"), None, True, "text"],
-        "arrays": {"a": np.arange(6).reshape(2, 3), "none": np.zeros((0, 4), np.float32)},
-        "list": [np.array([True, False]), {"deep": np.float64(3.0), "half": np.ones(3, "f2")}],
-    }
-    found = from_bytes(to_bytes(state))
-    np.testing.assert_equal(found, state)
-    assert found["list"][1]["half"].dtype == np.float16
-    assert found["arrays"]["none"].shape == (0, 4)
