@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from slap_stream.kernels import mid_ranks, widen_halves
+from slap_stream.choosing import mid_ranks
+from slap_stream.kernels import widen_halves
 from slap_stream.linear import (
     inverse_of_triangle,
     leading_directions,

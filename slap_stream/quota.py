@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slap_stream.kernels import fill_largest
+from slap_stream.choosing import fill_largest
 from slap_stream.types import FloatArray, IntArray
 
 

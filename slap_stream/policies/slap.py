@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from slap_stream.choosing import compose_greedily, shared_and_nearest
 from slap_stream.config import SlapConfig
-from slap_stream.kernels import compose_greedily, shared_and_nearest
 from slap_stream.policies.base import PoolView, top_of_each_stratum
 from slap_stream.types import Float32Array, FloatArray, IntArray
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from slap_stream.kernels import farthest_points, fill_largest
+from slap_stream.choosing import farthest_points, fill_largest
 from slap_stream.policies.base import PoolView
 from slap_stream.types import FloatArray, IntArray
 

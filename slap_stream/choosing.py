@@ -1,4 +1,4 @@
-"""Inner loops of choosing: who gets a slot, who ranks where, who goes together."""
+"""Compiled inner loops of choosing: who gets a slot, who ranks where, who goes together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from slap_stream.kernels.compiling import njit
+from slap_stream.kernels import njit
 from slap_stream.types import Float32Array, FloatArray, IntArray
 
 
