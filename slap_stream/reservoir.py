@@ -240,10 +240,8 @@ class RecentlyTrained:
         unit: Float32Array,
     ) -> None:
         """Remember (n,) samples in the order trained on: rows, metric vectors, unit embeddings."""
-        order, count = (
-            np.argsort(stratum, kind="stable"),
-            np.bincount(stratum, minlength=len(self.cursor)),
-        )
+        order = np.argsort(stratum, kind="stable")
+        count = np.bincount(stratum, minlength=len(self.cursor))
         place = np.empty_like(stratum)
         place[order] = place_in_group(stratum[order])
         # Of more samples than there are places only the last are written.
