@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
@@ -18,65 +18,140 @@ _HELD = (signal.SIGINT, signal.SIGCHLD)
 
 Handler = Callable[[int, FrameType | None], Any]
 
-# Inside `undisturbed`, what is to run when a signal has come, and the signals that came. A process
-# has one handler of a signal, so these are the process's too.
-_handlers: dict[int, Handler] = {}
-_came: list[tuple[int, FrameType | None]] = []
+
+class _Process:
+    """A process has one handler of a signal, so what is known of them is the process's too.
+
+    Attributes:
+        ready: Contexts that want handlers to be ones that can wait.
+        busy: Whether they wait now.
+        came: Signals that wait, and their handlers.
+    """
+
+    def __init__(self) -> None:
+        self.ready = 0
+        self.busy = False
+        self.came: list[tuple[Handler, int, FrameType | None]] = []
+
+    def run(self) -> None:
+        """Run the handlers that wait, in order, all of them, though one may raise."""
+        with ExitStack() as stack:
+            while self.came:
+                # A stack runs what it was given last first.
+                handler, number, frame = self.came.pop()
+                stack.callback(handler, number, frame)
+
+
+_process = _Process()
+
+
+class _CanWait:
+    """A handler that was there, and runs later if it must."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        _process.came.append((self.handler, number, frame))
+        if not _process.busy:
+            _process.run()
+
+
+def handler_of(number: int) -> Any:
+    """As `signal.getsignal`, of a handler that can wait the one that was there before."""
+    handler = signal.getsignal(number)
+    return handler.handler if isinstance(handler, _CanWait) else handler
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def ready_to_wait() -> Iterator[None]:
+    """Context in which `undisturbed` costs next to nothing: the handlers that are there when it is
+    entered can wait all along.
+
+    Other handlers that are set inside it stay; they do not wait.
+    """
+    if not _in_main_thread():
+        yield
+        return
+    _get_ready()
+    try:
+        yield
+    finally:
+        # A generator that nobody holds any more may be closed by any thread.
+        if _in_main_thread():
+            _end_ready()
+        else:
+            _process.ready -= 1
+
+
+class undisturbed:
     """Context after which, instead of inside which, Python's handlers of signals run.
 
     Only the main thread is ever disturbed. Handlers that are not Python's stay as they are: they
     end the process, or do nothing.
     """
-    if _handlers or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    try:
-        for number in _HELD:
-            handler = signal.getsignal(number)
-            if callable(handler):
-                _handlers[number] = handler
-                signal.signal(number, _note)
-        yield
-    finally:
-        handlers = dict(_handlers)
-        _handlers.clear()
-        _give_back(handlers)
+
+    __slots__ = ("_got_ready", "_outermost")
+
+    def __enter__(self) -> None:
+        self._outermost = not _process.busy and _in_main_thread()
+        self._got_ready = False
+        if not self._outermost:
+            return
+        if not _process.ready:
+            self._got_ready = True
+            _get_ready()
+        _process.busy = True
+
+    def __exit__(self, *error: object) -> None:
+        if not self._outermost:
+            return
+        _process.busy = False
+        try:
+            if _process.came:
+                _process.run()
+        finally:
+            if self._got_ready:
+                _end_ready()
 
 
 @contextmanager
 def waiting() -> Iterator[None]:
     """Context inside `undisturbed` in which handlers do run: while others are waited for, for
     seconds perhaps, nothing changes."""
-    if not _handlers or threading.current_thread() is not threading.main_thread():
+    if not _process.busy or not _in_main_thread():
         yield
         return
+    _process.busy = False
     try:
-        _give_back(_handlers)
+        _process.run()
         yield
     finally:
-        for number in _handlers:
-            signal.signal(number, _note)
+        _process.busy = True
 
 
-def _note(number: int, frame: FrameType | None) -> None:
-    _came.append((number, frame))
+def _in_main_thread() -> bool:
+    return threading.get_ident() == threading.main_thread().ident
 
 
-def _give_back(handlers: Mapping[int, Handler]) -> None:
-    """Let all handlers run again, though one may raise; first those whose signals came."""
-    with ExitStack() as stack:
-        stack.callback(_run, handlers)
-        for number, handler in handlers.items():
-            stack.callback(signal.signal, number, handler)
+def _get_ready() -> None:
+    _process.ready += 1
+    try:
+        for number in _HELD:
+            handler = signal.getsignal(number)
+            if callable(handler) and not isinstance(handler, _CanWait):
+                signal.signal(number, _CanWait(handler))
+    except BaseException:
+        # One of them has run just now, and raised.
+        _end_ready()
+        raise
 
 
-def _run(handlers: Mapping[int, Handler]) -> None:
-    with ExitStack() as stack:
-        while _came:
-            # A stack runs what it was given last first.
-            number, frame = _came.pop()
-            stack.callback(handlers[number], number, frame)
+def _end_ready() -> None:
+    _process.ready -= 1
+    if _process.ready:
+        return
+    for number in _HELD:
+        handler = signal.getsignal(number)
+        if isinstance(handler, _CanWait):
+            signal.signal(number, handler.handler)

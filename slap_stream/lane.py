@@ -120,6 +120,10 @@ class Lane:
             appraiser=self._appraiser,
             progress=self.progress,
         )
+        # Composed and not taken yet: another lane of the rank could not compose its batch.
+        self._ready: IntArray | None = None
+        # Where an error has ended the offering of candidates before a batch.
+        self._unfinished: tuple[int, bool] | None = None
         # Of candidates that left since the last refresh: sum of their worth, and how many.
         self._left_worth, self._left_count = 0.0, 0
         self.start_epoch(0)
@@ -146,22 +150,36 @@ class Lane:
         """Learnability of the batch compared last, and of a uniformly drawn one."""
         return self._composer.gauges
 
-    def compose(self) -> IntArray | None:
-        """Compose the next lane batch.
+    def prepare(self) -> None:
+        """Have the next lane batch ready, unless it is; after an error it may be called again.
 
-        Returns:
-            (batch_size,) sample ids; None if so many candidates were withdrawn that what is left
-            does not fill a batch.
+        If so many candidates were withdrawn that what is left does not fill a batch, it is the last
+        one again: all ranks must take as many steps, and they agree on where the epoch ends at
+        refreshes only.
 
         Raises:
-            ShardError: If a shard cannot be fetched and bad shards are not to be skipped.
+            ShardError: If a shard cannot be fetched and bad shards are not to be skipped, or if
+                nothing is left for a first batch.
         """
+        if self._ready is None:
+            batch = self._compose()
+            self._ready = self._repeat_batch() if batch is None else batch
+
+    def take(self) -> IntArray:
+        """The (batch_size,) sample ids of the batch that is ready."""
+        assert self._ready is not None, "prepare comes before take"
+        batch, self._ready = self._ready, None
+        return batch
+
+    def _compose(self) -> IntArray | None:
+        """The next batch's (batch_size,) sample ids; None if there are not as many left."""
         size = self._plan.batch_size
-        self._refill(self._plan.offered_before(self.progress.part, self.num_candidates))
+        if self._unfinished is None:
+            self._refill(self._plan.offered_before(self.progress.part, self.num_candidates))
+        else:
+            self._refill(*self._unfinished)
         slots, open_ = self._composer.open_slots()
-        while np.count_nonzero(open_) < size and self._refill(
-            self.intake.position + size, force=True
-        ):
+        while np.count_nonzero(open_) < size and self._refill(self.intake.position + size, True):
             slots, open_ = self._composer.open_slots()
         if len(slots) < size:
             return None
@@ -178,17 +196,8 @@ class Lane:
         self._composed += 1
         return ids
 
-    def repeat_batch(self) -> IntArray:
-        """Stand in for a batch that withdrawals have left no candidates for.
-
-        All ranks must take as many steps, and they agree on where the epoch ends at refreshes only.
-
-        Returns:
-            (batch_size,) sample ids of the lane's last batch.
-
-        Raises:
-            ShardError: If there was none.
-        """
+    def _repeat_batch(self) -> IntArray:
+        """(batch_size,) sample ids of the last batch, which stands in for one more."""
         last = self.feedback.awaiting_trained.last()
         if last is None:
             raise ShardError(
@@ -202,13 +211,14 @@ class Lane:
         self._composed += 1
         return last[0].copy()
 
-    def _refill(self, target: int, *, force: bool = False) -> bool:
+    def _refill(self, target: int, force: bool = False) -> bool:
         """Offer candidates up to `target` of the lane's order; whether any was taken.
 
         A block begins only when no candidate of two blocks before it is left in the pool, unless
         there is no other way to fill a batch.
         """
         intake, before = self.intake, self.intake.position
+        self._unfinished = target, force
         target = min(target, self.num_candidates)
         while intake.position < target:
             room = self.pool.capacity - len(self.pool)
@@ -220,6 +230,7 @@ class Lane:
                 if np.any(blocks <= next_block - 2):
                     break
             self._offer(min(room, target - intake.position))
+        self._unfinished = None
         return intake.position > before
 
     def _offer(self, most: int) -> None:
@@ -342,6 +353,8 @@ class Lane:
         """All that the next batches follow from, besides the shared model; only reads."""
         return {
             "lane": self.index,
+            "ready": None if self._ready is None else self._ready.copy(),
+            "unfinished": self._unfinished,
             "progress": self.progress.state_dict(),
             "left_worth": self._left_worth,
             "left_count": self._left_count,
@@ -361,6 +374,9 @@ class Lane:
 
     def load_state_dict(self, state: State) -> None:
         """Go on from a saved state; model and strata must have been loaded before."""
+        ready, unfinished = state["ready"], state["unfinished"]
+        self._ready = None if ready is None else np.array(ready, np.int64)
+        self._unfinished = None if unfinished is None else (int(unfinished[0]), bool(unfinished[1]))
         self.progress.load_state_dict(state["progress"])
         self._left_worth, self._left_count = float(state["left_worth"]), int(state["left_count"])
         self._probed, self._judge.refreshes = int(state["probed"]), int(state["refreshes"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -21,21 +20,24 @@ _BLOCK = 104
 _blas = ThreadpoolController().select(user_api="blas").lib_controllers
 
 
-@contextmanager
-def single_threaded() -> Iterator[None]:
+class single_threaded:
     """Context in which BLAS uses one thread: its sums then do not depend on the machine's cores.
 
-    Entered at every batch: threadpoolctl's own context costs several times as much, above all when
-    its code is not in the caches.
+    Threadpoolctl's own context costs several times as much, above all when its code is not in the
+    caches.
     """
-    before = [library.get_num_threads() for library in _blas]
-    several = [(library, count) for library, count in zip(_blas, before, strict=True) if count != 1]
-    for library, _ in several:
-        library.set_num_threads(1)
-    try:
-        yield
-    finally:
-        for library, count in several:
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        self._before = [
+            (library, count) for library in _blas if (count := library.get_num_threads()) != 1
+        ]
+        for library, _ in self._before:
+            library.set_num_threads(1)
+
+    def __exit__(self, *error: object) -> None:
+        for library, count in self._before:
             library.set_num_threads(count)
 
 

@@ -14,6 +14,7 @@ from slap_stream.config import SlapConfig
 from slap_stream.distributed import TIMEOUT_SECONDS, join_ranks
 from slap_stream.embeddings import open_embeddings
 from slap_stream.errors import WorkerError
+from slap_stream.interrupts import ready_to_wait
 from slap_stream.loader_checks import (
     check_alignment,
     check_arguments,
@@ -165,7 +166,6 @@ class SlapDataLoader(DataLoader[Any]):
             WorkerError: If a worker has died, at most some 5 seconds ago. If it dies while the
                 training step runs, the step itself ends with it.
         """
-        loads = self._loads
         self._pending.begin()
         # Persistent workers of which one has died: the next iteration makes new ones.
         if any(worker.exitcode for worker in getattr(self._iterator, "_workers", ())):
@@ -174,6 +174,12 @@ class SlapDataLoader(DataLoader[Any]):
         if self.num_workers:
             watch(batches)
         self._line.restart()
+        with ready_to_wait():
+            yield from self._deliver(batches)
+
+    def _deliver(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield what torch's iterator over the pending batches gives, and compose ahead."""
+        loads = self._loads
         while self._pending.ask():
             self._hold_shards()
             try:

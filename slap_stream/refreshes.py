@@ -26,7 +26,7 @@ class Refreshes:
     Withdrawals differ from lane to lane, and ranks hear of each other here only: so it is here that
     they agree on an epoch's last step. As a rule that is the planned one, or later.
 
-    State: the last step that was agreed on, and how many epochs were cut short.
+    State: the last step that was agreed on, when that was, and how many epochs were cut short.
 
     Args:
         plan: How the run is cut.
@@ -47,12 +47,19 @@ class Refreshes:
     ) -> None:
         self._plan, self._shared, self._lanes = plan, shared, lanes
         self._world_size, self._exchange = world_size, exchange
+        self._every = plan.config.probe_every
         self._layout = StatisticsLayout(lanes[0].statistics())
         # Of the batches composed since the last refresh; tells replicas that have parted.
         self._digest = 0
         # Batches of this epoch, where withdrawals have left less than was planned.
         self._last_step: int | None = None
+        # Step of this epoch before which the last refresh was.
+        self._before: int | None = None
         self.epochs_cut_short = 0
+
+    def due(self, step: int) -> bool:
+        """Whether a refresh is due before this step, counted in the epoch, and has not been."""
+        return step > 0 and step % self._every == 0 and step != self._before
 
     def statistics(self) -> list[State]:
         """Sums of this rank's lanes since the last refresh, and the batches that each can still
@@ -120,12 +127,13 @@ class Refreshes:
             for lane in self._lanes:
                 lane.refresh()
         self._digest = 0
+        self._before = self._lanes[-1].progress.step
         self._last_step = last_step
         self._end_where_agreed()
 
     def start_epoch(self) -> None:
         """Another epoch begins, of which nothing is agreed on yet."""
-        self._last_step = None
+        self._last_step = self._before = None
 
     def after_batch(self, ids: IntArray) -> None:
         """This rank has composed a batch, of (batch_size,) ids; it may be the epoch's last."""
@@ -149,10 +157,15 @@ class Refreshes:
 
     def state_dict(self) -> State:
         """What was agreed on; only reads."""
-        return {"cut_short": self.epochs_cut_short, "last_step": self._last_step}
+        return {
+            "cut_short": self.epochs_cut_short,
+            "last_step": self._last_step,
+            "refreshed_before": self._before,
+        }
 
     def load_state_dict(self, state: State) -> None:
         """Take over a saved state; the caller has checked that it fits."""
         self.epochs_cut_short = int(state["cut_short"])
-        last_step = state["last_step"]
+        last_step, before = state["last_step"], state["refreshed_before"]
         self._last_step = None if last_step is None else int(last_step)
+        self._before = None if before is None else int(before)

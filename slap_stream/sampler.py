@@ -15,7 +15,7 @@ from slap_stream.encoding.stores import as_row_store
 from slap_stream.errors import ConfigError, FeedbackError
 from slap_stream.evidence import MISMATCH_COLUMN, REFERENCE_COLUMN
 from slap_stream.feedback import check_sketches
-from slap_stream.interrupts import undisturbed
+from slap_stream.interrupts import ready_to_wait, undisturbed
 from slap_stream.lane import Lane
 from slap_stream.lane_counts import count_lanes, shards_needed
 from slap_stream.linear import single_threaded
@@ -29,7 +29,7 @@ from slap_stream.types import FloatArray, IntArray, LaneExchange, ShardGate, Sta
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 
 
 class SlapSampler:
@@ -133,12 +133,12 @@ class SlapSampler:
     @property
     def step(self) -> int:
         """Batches composed in this epoch."""
-        return self.lanes[0].progress.step
+        return self._last_lane.progress.step
 
     @property
     def progress(self) -> float:
         """Share of this epoch that has been composed, in [0, 1]."""
-        return self.lanes[0].progress.part / self._plan.parts
+        return self._last_lane.progress.part / self._plan.parts
 
     def __len__(self) -> int:
         """Batches of an epoch; with keep="auto", the most there can be."""
@@ -148,11 +148,12 @@ class SlapSampler:
         """Yield the rest of this epoch's batches."""
         if self.exhausted:
             self.start_next_epoch()
-        while not self.exhausted:
-            batch = self.compose()
-            if batch is None:
-                break
-            yield batch.tolist()
+        with ready_to_wait():
+            while not self.exhausted:
+                batch = self.compose()
+                if batch is None:
+                    break
+                yield batch.tolist()
 
     @property
     def offered_by_stratum(self) -> IntArray:
@@ -169,7 +170,12 @@ class SlapSampler:
     @property
     def exhausted(self) -> bool:
         """Whether every batch of this epoch has been composed."""
-        return self.lanes[0].progress.part >= self._plan.parts
+        return self._last_lane.progress.part >= self._plan.parts
+
+    @property
+    def _last_lane(self) -> Lane:
+        # After an error the lanes before it may be a batch ahead.
+        return self.lanes[-1]
 
     def start_next_epoch(self) -> None:
         """Begin the next epoch; what was learnt stays."""
@@ -186,23 +192,21 @@ class SlapSampler:
             withdrawals have left nothing for another batch.
 
         Raises:
-            ShardError: If a shard cannot be fetched and bad shards are not to be skipped.
+            ShardError: If a shard cannot be fetched and bad shards are not to be skipped. The next
+                call tries it again, and composes the same batch.
         """
         with undisturbed(), single_threaded():
             if not self._shared.seeded:
                 self._seed_strata()
-            due = self.step and self.step % self.config.probe_every == 0
-            if due and self.refreshes_itself:
+            if self.refreshes_itself and self._refreshes.due(self.step):
                 self.refresh()
                 if self.exhausted:
                     return None
-            batches = []
             for lane in self.lanes:
-                batch = lane.compose()
-                batches.append(lane.repeat_batch() if batch is None else batch)
-        joined = np.concatenate(batches)
-        self._refreshes.after_batch(joined)
-        return joined
+                lane.prepare()
+            batch = np.concatenate([lane.take() for lane in self.lanes])
+            self._refreshes.after_batch(batch)
+        return batch
 
     def observe(self, ids: ArrayLike, losses: ArrayLike) -> None:
         """Feed back the losses of samples that were trained on.

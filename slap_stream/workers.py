@@ -17,6 +17,7 @@ from typing import Any
 from weakref import WeakSet
 
 from slap_stream.errors import WorkerError
+from slap_stream.interrupts import handler_of
 
 _CAUSES = {
     signal.SIGKILL: "as a rule the machine was out of memory: use fewer num_workers, a smaller "
@@ -40,7 +41,7 @@ def watch(iterator: Any) -> None:
     if threading.current_thread() is not threading.main_thread() or not len(iterator._workers):
         return
     _watched.add(iterator)
-    handler = signal.getsignal(signal.SIGCHLD)
+    handler = handler_of(signal.SIGCHLD)
     if callable(handler) and not isinstance(handler, _NamesWorkers):
         signal.signal(signal.SIGCHLD, _NamesWorkers(handler))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from slap_stream.interrupts import undisturbed, waiting
+from slap_stream.interrupts import handler_of, ready_to_wait, undisturbed, waiting
 
 
 def interrupt() -> None:
@@ -87,18 +88,93 @@ def test_who_waits_for_others_can_be_interrupted(before_the_wait: bool) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_after_the_wait_handlers_are_held_again() -> None:
-    with undisturbed():
-        with waiting():
-            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+def test_after_the_wait_handlers_wait_again() -> None:
+    done = []
+
+    def change() -> None:
+        with undisturbed():
+            with waiting():
+                done.append("waits")
+            interrupt()
+            done.append("changed")
+
+    with pytest.raises(KeyboardInterrupt):
+        change()
+    assert done == ["waits", "changed"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_handlers_that_are_ready_to_wait_run_at_once_outside_of_changes() -> None:
+    done = []
+
+    def compose(signals: int) -> None:
+        with undisturbed():
+            for _ in range(signals):
+                interrupt()
+            done.append("composed")
+
+    def train() -> Iterator[None]:
+        with ready_to_wait():
+            with ready_to_wait():
+                pass
+            compose(0)
+            yield
+            with pytest.raises(KeyboardInterrupt):
+                interrupt()
+            done.append("stepped")
+            with pytest.raises(KeyboardInterrupt):
+                compose(1)
+            yield
+
+    run = train()
+    next(run)
+    next(run)
+    assert done == ["composed", "stepped", "composed"]
+    assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    assert handler_of(signal.SIGINT) is signal.default_int_handler
+    run.close()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_handler_that_is_set_meanwhile_stays() -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+
+    def other(number: int, frame: Any) -> None:
+        pass
+
+    try:
+        with ready_to_wait():
+            signal.signal(signal.SIGCHLD, other)
+            # It can wait from the next time on that somebody gets ready.
+            with ready_to_wait():
+                assert handler_of(signal.SIGCHLD) is other
+        assert signal.getsignal(signal.SIGCHLD) is other
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_what_another_thread_closes_ends_no_handler() -> None:
+    def train() -> Iterator[None]:
+        with ready_to_wait():
+            yield
+
+    run = train()
+    next(run)
+    thread = threading.Thread(target=run.close)
+    thread.start()
+    thread.join()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    # Who gets ready next puts it right.
+    with ready_to_wait():
+        pass
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_other_threads_and_handlers_that_are_not_pythons_are_left_alone() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with undisturbed():
+        with ready_to_wait(), undisturbed():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
             signal.raise_signal(signal.SIGINT)
     finally:
@@ -106,7 +182,7 @@ def test_other_threads_and_handlers_that_are_not_pythons_are_left_alone() -> Non
     seen = []
 
     def change() -> None:
-        with undisturbed(), waiting():
+        with ready_to_wait(), undisturbed(), waiting():
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=change)

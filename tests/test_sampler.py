@@ -358,6 +358,59 @@ def test_what_is_missing_before_ranks_can_agree_is_a_repeated_batch() -> None:
         sampler.observe(batch, np.ones(8))
 
 
+class Stumbling:
+    """A gate that withdraws half of the shards, and may fail once for every block before."""
+
+    def __init__(self, *, fails: bool) -> None:
+        self.fails, self.failed = fails, set[tuple[int, ...]]()
+
+    def hint(self, shard_ids: Any) -> None:
+        pass
+
+    def require(self, shard_ids: Any) -> Any:
+        block = tuple(shard_ids.tolist())
+        if self.fails and block not in self.failed:
+            self.failed.add(block)
+            raise ShardError(f"shards {block} cannot be fetched now.")
+        return shard_ids[shard_ids % 2 == 1]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_a_batch_that_failed_is_composed_again_as_it_would_have_been(
+    lanes: int, resume: bool
+) -> None:
+    table = LossTable(960, 16)
+    config = config_of(num_lanes=lanes, pool_batches=2, shards_per_block=1, probe_every=2)
+
+    def run(gate: Any) -> tuple[list[Any], int]:
+        def made() -> SlapSampler:
+            rows = embeddings(960)
+            return SlapSampler([10] * 96, rows, batch_size=24, config=config, gate=gate)
+
+        sampler, batches, failures = made(), [], 0
+        while not sampler.exhausted:
+            try:
+                batch = sampler.compose()
+            except ShardError:
+                failures += 1
+                if resume:
+                    state, sampler = as_json(sampler.state_dict()), made()
+                    sampler.load_state_dict(state)
+                continue
+            if batch is None:
+                break
+            sampler.observe(batch, table.of(batch))
+            batches.append(batch.tolist())
+        return batches, failures
+
+    unbroken, none = run(Stumbling(fails=False))
+    again, failures = run(Stumbling(fails=True))
+    assert none == 0
+    assert failures >= 12
+    assert again == unbroken
+
+
 def test_a_lane_with_nothing_to_begin_with_says_so() -> None:
     sampler = make([40] * 2, batch_size=8, keep=1.0)
     sampler.lanes[0].intake.position = 80
@@ -476,7 +529,7 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing() -> None:
         with pytest.raises(StateError, match=difference):
             other.load_state_dict(state)
         assert as_json(other.state_dict()) == before
-    with pytest.raises(StateError, match="version must be 4, got 0"):
+    with pytest.raises(StateError, match="version must be 5, got 0"):
         sampler.load_state_dict({**state, "version": 0})
 
 

@@ -4,8 +4,8 @@
 
 On random embeddings, twice. First one rank of all lanes beside all ranks, in one process, taking
 each step in turns: the ratio of their CPU times is that of what they execute, whatever else the
-machine does. Then in processes connected by gloo, with what is sent and waited for. Prints JSON as
-last line.
+machine does. All ranks compose, then all take in feedback, as they do side by side. Then in
+processes connected by gloo, with what is sent and waited for. Prints JSON as last line.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from slap_stream import SlapConfig, SlapSampler
 from slap_stream.distributed import Ranks, join_ranks
+from slap_stream.interrupts import ready_to_wait
 from slap_stream.lane_statistics import StatisticsLayout, sum_in_order
 from slap_stream.state_bytes import to_bytes
 from slap_stream.tools.command_line import CommandLine, ended, whole
@@ -113,18 +114,19 @@ def sampler_maker(arguments: argparse.Namespace) -> Callable[..., SlapSampler]:
     return make
 
 
-def timed_step(sampler: SlapSampler, losses: FloatArray) -> float:
-    """CPU milliseconds of composing and observing a batch."""
-    if sampler.exhausted:
-        sampler.start_next_epoch()
+def timed_step(samplers: Sequence[SlapSampler], losses: FloatArray) -> float:
+    """CPU milliseconds of composing and observing a batch of every sampler."""
+    for sampler in samplers:
+        if sampler.exhausted:
+            sampler.start_next_epoch()
     began = time.process_time()
-    batch = sampler.compose()
-    middle = time.process_time()
-    assert batch is not None, "nothing is withdrawn"
-    fed_back = losses[batch]
-    again = time.process_time()
-    sampler.observe(batch, fed_back)
-    return 1e3 * (middle - began + time.process_time() - again)
+    batches = [sampler.compose() for sampler in samplers]
+    composing = time.process_time() - began
+    fed_back = [(batch, losses[batch]) for batch in batches if batch is not None]
+    began = time.process_time()
+    for sampler, (batch, loss) in zip(samplers, fed_back, strict=True):
+        sampler.observe(batch, loss)
+    return 1e3 * (composing + time.process_time() - began)
 
 
 def timed_refresh(sampler: SlapSampler) -> float:
@@ -147,7 +149,7 @@ def in_turns(arguments: argparse.Namespace, make: Callable[..., SlapSampler]) ->
     for step in range(-WARMUP, arguments.steps):
         # Who goes second finds more of the code in the caches.
         for team in (step % 2, 1 - step % 2):
-            spent = sum(timed_step(sampler, losses) for sampler in teams[team])
+            spent = timed_step(teams[team], losses)
             if step >= 0:
                 composing[step, team] = spent
         if step % every == every - 1:
@@ -197,7 +199,7 @@ def run_rank(
     losses = np.random.default_rng(1).gamma(4.0, 0.5, SAMPLES)
     composing, refreshing = [], []
     for step in range(-WARMUP, arguments.steps):
-        spent = timed_step(sampler, losses)
+        spent = timed_step([sampler], losses)
         if step >= 0:
             composing.append(spent)
         if step % sampler.config.probe_every == sampler.config.probe_every - 1:
@@ -240,7 +242,9 @@ def in_processes(
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     arguments = parse(argv)
-    return ended(PROGRAM, lambda: measure(arguments))
+    # As a loader's iteration has it.
+    with ready_to_wait():
+        return ended(PROGRAM, lambda: measure(arguments))
 
 
 def measure(arguments: argparse.Namespace) -> int:
@@ -252,7 +256,7 @@ def measure(arguments: argparse.Namespace) -> int:
         return 1
     alone = make()
     for _ in range(WARMUP):
-        timed_step(alone, np.ones(SAMPLES))
+        timed_step([alone], np.ones(SAMPLES))
     state = alone.state_dict()
     result["each_process"] = each
     result["bytes_per_lane_and_refresh"] = 8 * StatisticsLayout(alone.statistics()[0]).size
