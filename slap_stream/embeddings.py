@@ -319,6 +319,11 @@ class EmbeddingStore(ReadsIds):
         return self._source_names
 
     @property
+    def thread_safe(self) -> bool:
+        """Several threads may read a Zarr array at the same time."""
+        return True
+
+    @property
     def attributes(self) -> dict[str, Any]:
         """All that the group says about itself; see `StoreLayout.attributes`."""
         return dict(self._attributes)

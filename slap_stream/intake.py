@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -11,9 +12,17 @@ from slap_stream.encoding.stores import take
 from slap_stream.interrupts import waiting
 from slap_stream.learnability import checked_rows, design_rows
 from slap_stream.order import Block, LaneOrder, ShardTable
+from slap_stream.read_ahead import ReadAhead
 from slap_stream.types import BoolArray, Float32Array, IntArray, Rows, RowStore, ShardGate, State
 
 logger = logging.getLogger(__name__)
+
+# The rows of a block that the next one may be read beside; two that are larger would hold too much
+# memory.
+AHEAD_BYTES = 48 << 20
+
+# A block, its unique sample ids, and their rows.
+_Opened = tuple[Block, IntArray, Rows]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +45,8 @@ class Offered:
 
 
 class Intake:
-    """Reads a lane's order block by block; holds the rows of one block at a time.
+    """Reads a lane's order block by block; holds the rows of one block, and of the next while they
+    are read ahead.
 
     Args:
         table: The dataset's shards.
@@ -70,6 +80,7 @@ class Intake:
         self.withdrawn = self.nonfinite_rows = 0
         self.block_index = -1
         self._rows: Rows | None = None
+        self._ahead: ReadAhead[_Opened] | None = None
         self._bad_shards: IntArray = np.zeros(0, np.int64)
 
     @property
@@ -166,12 +177,29 @@ class Intake:
             with waiting():
                 bad = self.gate.require(self.order.shards_of_block(index))
             self._bad_shards = np.union1d(self._bad_shards, bad)
-        self._block: Block = self.order.block(index)
-        self._ids = np.unique(self._block.sample_id)
         # The rows before go first, so that no more than one block is in memory beside a read.
         self._rows = None
-        self._rows = self._store.read_ids(self._ids)
+        if self._ahead is None:
+            opened = self._load(index)
+        else:
+            with waiting():
+                self._ahead.wait()
+            opened, self._ahead = self._ahead.get(), None
+        self._block, self._ids, self._rows = opened
         self.block_index = index
+        if self._may_read_ahead():
+            self._ahead = ReadAhead(partial(self._load, index + 1))
+
+    def _load(self, index: int) -> _Opened:
+        """A block, its (n,) unique sample ids and their rows."""
+        block = self.order.block(index)
+        ids = np.unique(block.sample_id)
+        return block, ids, self._store.read_ids(ids)
+
+    def _may_read_ahead(self) -> bool:
+        assert self._rows is not None
+        size = self._rows.embedding.nbytes + self._rows.feature.nbytes
+        return self._store.thread_safe and not self.in_last_block and size <= AHEAD_BYTES
 
     def state_dict(self) -> State:
         """Position, and what was withdrawn."""

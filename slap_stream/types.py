@@ -53,6 +53,11 @@ class RowStore(Protocol):
         """Names of the sources; at least one."""
         ...
 
+    @property
+    def thread_safe(self) -> bool:
+        """Whether several threads may read at the same time."""
+        ...
+
     def read(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop` (half-open), one contiguous read."""
         ...

@@ -80,6 +80,11 @@ class ReadsIds:
         """(num_samples, dim)."""
         raise NotImplementedError
 
+    @property
+    def thread_safe(self) -> bool:
+        """Whether several threads may read at the same time; nobody knows of a caller's arrays."""
+        return False
+
     def read(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop` (half-open), one contiguous read."""
         raise NotImplementedError
@@ -359,6 +364,11 @@ class StackedStore(ReadsIds):
     def source_names(self) -> tuple[str, ...]:
         """Names of the sources of all stores, each once, in order of first appearance."""
         return self._source_names
+
+    @property
+    def thread_safe(self) -> bool:
+        """Whether several threads may read at the same time."""
+        return all(store.thread_safe for store in self._stores)
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop` (half-open); one contiguous read per store touched.
