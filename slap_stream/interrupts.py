@@ -8,6 +8,7 @@ and the state be neither the one before it nor the one after.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -64,7 +65,7 @@ def handler_of(number: int) -> Any:
 
 
 @contextmanager
-def ready_to_wait() -> Iterator[None]:
+def ready_to_wait(_ending: Callable[[], bool] = sys.is_finalizing) -> Iterator[None]:
     """Context in which `undisturbed` costs next to nothing: the handlers that are there when it is
     entered can wait all along.
 
@@ -77,11 +78,10 @@ def ready_to_wait() -> Iterator[None]:
     try:
         yield
     finally:
-        # A generator that nobody holds any more may be closed by any thread.
-        if _in_main_thread():
+        # A generator that nobody holds any more may be closed by any thread, and by an interpreter
+        # that ends, when this module has no names any more.
+        if not _ending():
             _end_ready()
-        else:
-            _process.ready -= 1
 
 
 class undisturbed:
@@ -149,7 +149,7 @@ def _get_ready() -> None:
 
 def _end_ready() -> None:
     _process.ready -= 1
-    if _process.ready:
+    if _process.ready or not _in_main_thread():
         return
     for number in _HELD:
         handler = signal.getsignal(number)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from slap_stream import interrupts
 from slap_stream.interrupts import handler_of, ready_to_wait, undisturbed, waiting
 
 
@@ -189,3 +190,18 @@ def test_other_threads_and_handlers_that_are_not_pythons_are_left_alone() -> Non
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_nothing_is_put_back_when_the_interpreter_ends() -> None:
+    # Names of modules are None by then.
+    names = ["_in_main_thread", "_end_ready", "_process", "signal", "threading"]
+    context = ready_to_wait(lambda: True)
+    context.__enter__()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in names:
+                patch.setattr(interrupts, name, None)
+            context.__exit__(None, None, None)
+    finally:
+        interrupts._end_ready()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
