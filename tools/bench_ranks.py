@@ -2,10 +2,10 @@
 
     python tools/bench_ranks.py --ranks 4 --lanes 4
 
-On random embeddings, twice. First one rank of all lanes beside all ranks, in one process, taking
-each step in turns: the ratio of their CPU times is that of what they execute, whatever else the
-machine does. All ranks compose, then all take in feedback, as they do side by side. Then in
-processes connected by gloo, with what is sent and waited for. Prints JSON as last line.
+On random embeddings, twice. First one rank of all lanes beside all ranks, in one process, in turns
+from one refresh to the next: the ratio of their CPU times is that of what they execute, whatever
+else the machine does. Then in processes connected by gloo, with what is sent and waited for.
+Prints JSON as last line.
 """
 
 from __future__ import annotations
@@ -114,19 +114,18 @@ def sampler_maker(arguments: argparse.Namespace) -> Callable[..., SlapSampler]:
     return make
 
 
-def timed_step(samplers: Sequence[SlapSampler], losses: FloatArray) -> float:
-    """CPU milliseconds of composing and observing a batch of every sampler."""
-    for sampler in samplers:
-        if sampler.exhausted:
-            sampler.start_next_epoch()
+def timed_step(sampler: SlapSampler, losses: FloatArray) -> float:
+    """CPU milliseconds of composing and observing a batch."""
+    if sampler.exhausted:
+        sampler.start_next_epoch()
     began = time.process_time()
-    batches = [sampler.compose() for sampler in samplers]
-    composing = time.process_time() - began
-    fed_back = [(batch, losses[batch]) for batch in batches if batch is not None]
-    began = time.process_time()
-    for sampler, (batch, loss) in zip(samplers, fed_back, strict=True):
-        sampler.observe(batch, loss)
-    return 1e3 * (composing + time.process_time() - began)
+    batch = sampler.compose()
+    middle = time.process_time()
+    assert batch is not None, "nothing is withdrawn"
+    fed_back = losses[batch]
+    again = time.process_time()
+    sampler.observe(batch, fed_back)
+    return 1e3 * (middle - began + time.process_time() - again)
 
 
 def timed_refresh(sampler: SlapSampler) -> float:
@@ -144,25 +143,26 @@ def in_turns(arguments: argparse.Namespace, make: Callable[..., SlapSampler]) ->
     teams = [[make()], [make(rank, ranks, exchanges[rank]) for rank in range(ranks)]]
     layout = StatisticsLayout(teams[0][0].statistics()[0])
     every = teams[0][0].config.probe_every
-    # (..., 2): one rank, all ranks.
-    composing, refreshing = np.zeros((arguments.steps, 2)), []
-    for step in range(-WARMUP, arguments.steps):
+    # (steps and refreshes, 2): of one rank, and of all ranks together.
+    composed, refreshed = [], []
+    for turn in range(-(-(WARMUP + arguments.steps) // every)):
+        spent = np.zeros((every, 2))
         # Who goes second finds more of the code in the caches.
-        for team in (step % 2, 1 - step % 2):
-            spent = timed_step(teams[team], losses)
-            if step >= 0:
-                composing[step, team] = spent
-        if step % every == every - 1:
-            states = [state for sampler in teams[1] for state in sampler.statistics()]
-            rows = np.stack([layout.pack(state) for state in states])
-            for exchange in exchanges:
-                exchange.rows, exchange.total = rows, sum_in_order(rows)
-                exchange.least = min(state["last_step"] for state in states)
-            spent_by = [sum(map(timed_refresh, team)) for team in teams]
-            if step >= 0:
-                refreshing.append(spent_by)
-    refreshes = np.array(refreshing) / every
-    whole = composing[: len(refreshes) * every].reshape(-1, every, 2).mean(axis=1) + refreshes
+        for team in (turn % 2, 1 - turn % 2):
+            for sampler in teams[team]:
+                # One after the other: on its own core a rank would have the caches for itself.
+                spent[:, team] += [timed_step(sampler, losses) for _ in range(every)]
+        states = [state for sampler in teams[1] for state in sampler.statistics()]
+        rows = np.stack([layout.pack(state) for state in states])
+        for exchange in exchanges:
+            exchange.rows, exchange.total = rows, sum_in_order(rows)
+            exchange.least = min(state["last_step"] for state in states)
+        composed.append(spent)
+        refreshed.append([sum(map(timed_refresh, team)) for team in teams])
+    timed = slice(-(-WARMUP // every), None)
+    composing = np.concatenate(composed[timed])
+    refreshes = np.array(refreshed[timed]) / every
+    whole = composing.reshape(-1, every, 2).mean(axis=1) + refreshes
     return {
         "one_rank": {
             "compose_cpu_ms": float(np.median(composing[:, 0])),
@@ -199,7 +199,7 @@ def run_rank(
     losses = np.random.default_rng(1).gamma(4.0, 0.5, SAMPLES)
     composing, refreshing = [], []
     for step in range(-WARMUP, arguments.steps):
-        spent = timed_step([sampler], losses)
+        spent = timed_step(sampler, losses)
         if step >= 0:
             composing.append(spent)
         if step % sampler.config.probe_every == sampler.config.probe_every - 1:
@@ -256,7 +256,7 @@ def measure(arguments: argparse.Namespace) -> int:
         return 1
     alone = make()
     for _ in range(WARMUP):
-        timed_step([alone], np.ones(SAMPLES))
+        timed_step(alone, np.ones(SAMPLES))
     state = alone.state_dict()
     result["each_process"] = each
     result["bytes_per_lane_and_refresh"] = 8 * StatisticsLayout(alone.statistics()[0]).size
