@@ -140,7 +140,8 @@ class SlapDataLoader(DataLoader[Any]):
         self._pending = PendingBatches(self.composer)
         self._probe: LearnabilityProbe | None = None
         self._probe_state: State | None = None
-        self._loads = 0
+        # Which iterator may go on: none from before a new iteration or a loaded state.
+        self._iteration = 0
         self._line = ProgressLine()
         super().__init__(
             ShardView(dataset),  # type: ignore[arg-type]  # map-style by duck typing
@@ -162,10 +163,12 @@ class SlapDataLoader(DataLoader[Any]):
         """Yield the rest of this epoch's batches.
 
         Raises:
-            RuntimeError: If a state is loaded while this iterator is in use.
+            RuntimeError: If this iterator is used on after a state was loaded or after another
+                iteration has begun.
             WorkerError: If a worker has died, at most some 5 seconds ago. If it dies while the
                 training step runs, the step itself ends with it.
         """
+        self._iteration += 1
         self._pending.begin()
         # Persistent workers of which one has died: the next iteration makes new ones.
         if any(worker.exitcode for worker in getattr(self._iterator, "_workers", ())):
@@ -179,7 +182,7 @@ class SlapDataLoader(DataLoader[Any]):
 
     def _deliver(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield what torch's iterator over the pending batches gives, and compose ahead."""
-        loads = self._loads
+        iteration = self._iteration
         while self._pending.ask():
             self._hold_shards()
             try:
@@ -194,10 +197,11 @@ class SlapDataLoader(DataLoader[Any]):
             ids = self._pending.deliver()
             self._line.count(len(ids), self.progress, self.metrics)
             yield _with_ids(batch, ids)
-            if loads != self._loads:
+            if iteration != self._iteration:
                 raise RuntimeError(
-                    "the loader must not be iterated on after load_state_dict; its batches belong "
-                    "to the state before: start a new iteration."
+                    "an iterator of the loader must not be used on after load_state_dict or after "
+                    "a new iteration has begun, which has its batches now: start a new "
+                    "iteration or go on with the newest."
                 )
 
     @property
@@ -377,7 +381,7 @@ class SlapDataLoader(DataLoader[Any]):
         check_loader_state(state, self._digests)
         self.composer.load_state_dict(state["sampler"])
         self._pending.load_state_dict(state)
-        self._loads += 1
+        self._iteration += 1
         probe = next(iter(state["probe"]), None)
         if probe is None or self._probe is None:
             self._probe_state = probe

@@ -321,6 +321,21 @@ def test_an_interrupt_in_the_middle_of_a_batch_loses_nothing(
     assert interrupts >= 5
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_iterator_that_another_has_taken_over_from_ends(
+    corpus: Path, unbroken: list[list[int]], num_workers: int
+) -> None:
+    loader = make(corpus, num_workers=num_workers)
+    first = iter(loader)
+    ids = [feed(loader, next(first))]
+    second = iter(loader)
+    ids.append(feed(loader, next(second)))
+    with pytest.raises(RuntimeError, match="must not be used on after .* a new iteration"):
+        next(first)
+    ids.append(feed(loader, next(second)))
+    assert ids == unbroken[:3]
+
+
 def test_an_error_of_the_callers_own_code_in_a_worker_stays_what_it_is(corpus: Path) -> None:
     loader = make(corpus, num_workers=1, collate_fn=fail)
     with pytest.raises(RuntimeError, match="no such thing") as caught:
