@@ -330,7 +330,7 @@ def test_an_iterator_that_another_has_taken_over_from_ends(
     ids = [feed(loader, next(first))]
     second = iter(loader)
     ids.append(feed(loader, next(second)))
-    with pytest.raises(RuntimeError, match="must not be used on after .* a new iteration"):
+    with pytest.raises(RuntimeError, match=r"must not be used on after .* a new iteration"):
         next(first)
     ids.append(feed(loader, next(second)))
     assert ids == unbroken[:3]
