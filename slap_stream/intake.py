@@ -8,11 +8,11 @@ from functools import partial
 
 import numpy as np
 
+from slap_stream.background import Background
 from slap_stream.encoding.stores import take
 from slap_stream.interrupts import waiting
 from slap_stream.learnability import checked_rows, design_rows
 from slap_stream.order import Block, LaneOrder, ShardTable
-from slap_stream.read_ahead import ReadAhead
 from slap_stream.types import BoolArray, Float32Array, IntArray, Rows, RowStore, ShardGate, State
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Intake:
         self.withdrawn = self.nonfinite_rows = 0
         self.block_index = -1
         self._rows: Rows | None = None
-        self._ahead: ReadAhead[_Opened] | None = None
+        self._ahead: Background[_Opened] | None = None
         self._bad_shards: IntArray = np.zeros(0, np.int64)
 
     @property
@@ -184,11 +184,12 @@ class Intake:
         else:
             with waiting():
                 self._ahead.wait()
-            opened, self._ahead = self._ahead.get(), None
+            ahead, self._ahead = self._ahead, None
+            opened = ahead.get()
         self._block, self._ids, self._rows = opened
         self.block_index = index
         if self._may_read_ahead():
-            self._ahead = ReadAhead(partial(self._load, index + 1))
+            self._ahead = Background(partial(self._load, index + 1), "slap-read-ahead")
 
     def _load(self, index: int) -> _Opened:
         """A block, its (n,) unique sample ids and their rows."""

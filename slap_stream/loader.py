@@ -124,7 +124,7 @@ class SlapDataLoader(DataLoader[Any]):
         self._fetcher = ShardFetcher(
             dataset, on_bad_shard=config.on_bad_shard, ranks_on_node=ranks_on_node
         )
-        self.composer = SlapSampler(
+        self._sampler = SlapSampler(
             shards.sizes,
             store,
             batch_size=batch_size,
@@ -135,9 +135,9 @@ class SlapDataLoader(DataLoader[Any]):
             gate=self._fetcher,
             exchange=self._ranks,
         )
+        self._pending = PendingBatches(self._sampler)
         # Of the rank that needs most: then all are refused or none.
         check_cache_limit(dataset, self._meet_ranks(), ranks_on_node)
-        self._pending = PendingBatches(self.composer)
         self._probe: LearnabilityProbe | None = None
         self._probe_state: State | None = None
         # Which iterator may go on: none from before a new iteration or a loaded state.
@@ -194,9 +194,10 @@ class SlapDataLoader(DataLoader[Any]):
                 if message is None:
                     raise
                 raise WorkerError(message) from error
-            ids = self._pending.deliver()
-            self._line.count(len(ids), self.progress, self.metrics)
-            yield _with_ids(batch, ids)
+            with self._pending.delivering() as ids:
+                batch = _with_ids(batch, ids)
+                self._line.count(len(ids), self.progress, self.metrics)
+            yield batch
             if iteration != self._iteration:
                 raise RuntimeError(
                     "an iterator of the loader must not be used on after load_state_dict or after "
@@ -205,19 +206,25 @@ class SlapDataLoader(DataLoader[Any]):
                 )
 
     @property
+    def composer(self) -> SlapSampler:
+        """Who composes the batches; waits until what is composed in the background is done."""
+        self._pending.settle()
+        return self._sampler
+
+    @property
     def config(self) -> SlapConfig:
         """Settings of the run."""
-        return self.composer.config
+        return self._sampler.config
 
     @property
     def num_local_lanes(self) -> int:
         """Lanes of this rank."""
-        return len(self.composer.lanes)
+        return len(self._sampler.lanes)
 
     @property
     def epoch(self) -> int:
         """Epoch of the next batch, counted from 0."""
-        return self.composer.epoch + int(self._finished)
+        return self._sampler.epoch + int(self._pending.finished)
 
     @property
     def progress(self) -> float:
@@ -225,11 +232,7 @@ class SlapDataLoader(DataLoader[Any]):
 
         As of the batch delivered last: 1 with the epoch's last one, until the next epoch begins.
         """
-        return 1.0 if self._finished else self._pending.progress
-
-    @property
-    def _finished(self) -> bool:
-        return self.composer.exhausted and not self._pending.undelivered
+        return 1.0 if self._pending.finished else self._pending.progress
 
     @property
     def epochs_done(self) -> float:
@@ -249,7 +252,9 @@ class SlapDataLoader(DataLoader[Any]):
         Raises:
             FeedbackError: If shapes differ, or an id was not yielded lately or already observed.
         """
-        self.composer.observe(_on_cpu(ids), _on_cpu(losses))
+        # First what waits for the model, while a batch is still composed in the background.
+        ids, losses = _on_cpu(ids), _on_cpu(losses)
+        self.composer.observe(ids, losses)
 
     def loss_weights(self, ids: Any) -> torch.Tensor:
         """Weights of the losses of the batch at hand; call it before `observe`.

@@ -61,7 +61,8 @@ def prefetch_within(num_workers: int, prefetch_factor: int | None, lookahead: in
     if not num_workers:
         return None
     if prefetch_factor is None:
-        prefetch_factor = max(1, min(2, lookahead // num_workers))
+        # All but one, which is composed in the background.
+        prefetch_factor = max(1, min(2, (lookahead - 1) // num_workers))
     if prefetch_factor * num_workers > lookahead:
         raise ConfigError(
             f"prefetch_factor * num_workers must be at most lookahead = {lookahead}, got "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
+from slap_stream.background import Background
 from slap_stream.interrupts import undisturbed
 from slap_stream.sampler import SlapSampler
 from slap_stream.types import IntArray, State
@@ -18,8 +20,9 @@ PENDING = ("pending", "pending_progress", "progress")
 class PendingBatches:
     """Composed and undelivered batches, as the batch sampler that torch's DataLoader pulls from.
 
-    Batch t + lookahead is composed when batch t is asked for. Torch pulls ahead by its prefetch,
-    which is never more than that, so how far it has pulled changes nothing.
+    Batch t + lookahead is composed once batch t is asked for, from feedback through batch t - 1: in
+    the background, while batch t is trained on. Torch pulls ahead by its prefetch, which is never
+    more than that, so how far it has pulled changes nothing.
 
     Args:
         sampler: Composes the batches.
@@ -35,6 +38,7 @@ class PendingBatches:
         self._pending: deque[tuple[IntArray, float]] = deque()
         self.progress = 0.0
         self._pulled = 0
+        self._ahead: Background[list[tuple[IntArray, float]]] | None = None
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -47,6 +51,9 @@ class PendingBatches:
 
     def __next__(self) -> IntArray:
         if self._pulled >= len(self._pending):
+            # Torch wants the one that would have been composed in the background.
+            self._compose(self._lookahead + 1)
+        if self._pulled >= len(self._pending):
             raise StopIteration
         self._pulled += 1
         return self._pending[self._pulled - 1][0]
@@ -54,42 +61,92 @@ class PendingBatches:
     @property
     def undelivered(self) -> int:
         """Batches composed and not delivered yet."""
+        self.settle()
         return len(self._pending)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the epoch's last batch has been delivered."""
+        if self._pending:
+            return False
+        self.settle()
+        return not self._pending and self._sampler.exhausted
 
     @property
     def ids(self) -> IntArray:
         """(n,) sample ids of the batches composed and not delivered yet."""
+        self.settle()
         return np.concatenate([np.zeros(0, np.int64), *(batch for batch, _ in self._pending)])
 
     def begin(self) -> None:
         """Compose up to the lookahead; begins the next epoch if this one is all delivered."""
-        if not self._pending and self._sampler.exhausted:
+        if self.finished:
             self._sampler.start_next_epoch()
             self.progress = 0.0
         self._compose(self._lookahead)
 
     def ask(self) -> bool:
-        """Compose what is due when the next batch is asked for; whether there is one."""
-        self._compose(self._lookahead + 1)
+        """Have the next batch at hand; whether there is one."""
+        self._compose(max(1, self._lookahead))
         return bool(self._pending)
 
-    def deliver(self) -> IntArray:
-        """The oldest pending batch has been delivered; its (batch,) sample ids."""
-        ids, self.progress = self._pending.popleft()
-        self._pulled -= 1
-        return ids
+    @contextmanager
+    def delivering(self) -> Iterator[IntArray]:
+        """Context that gives the oldest pending batch's (batch,) sample ids; after it the batch has
+        been delivered, and what has been due since it was asked for is composed in the background.
 
-    def _compose(self, ahead: int) -> None:
-        while len(self._pending) < ahead and not self._sampler.exhausted:
+        After an error or an interrupt the batch is still pending.
+        """
+        before, oldest = self.progress, self._pending[0]
+        try:
+            with undisturbed():
+                ids, self.progress = self._pending.popleft()
+                yield ids
+                self._compose_ahead()
+        except BaseException:
+            self._pending.appendleft(oldest)
+            self.progress = before
+            raise
+        self._pulled -= 1
+
+    def _compose_ahead(self) -> None:
+        due = len(self._pending) < self._lookahead and not self._sampler.exhausted
+        if due and self._ahead is None:
+            self._ahead = Background(self._composed, "slap-compose-ahead")
+
+    def settle(self) -> None:
+        """Wait for what is composed in the background.
+
+        If that has failed, this does not raise: who asks for the next batch is told.
+        """
+        if self._ahead is not None and self._ahead.wait():
+            with undisturbed():
+                ahead, self._ahead = self._ahead, None
+                self._pending.extend(ahead.get())
+
+    def _compose(self, count: int) -> None:
+        """Compose until so many batches are pending, or the epoch has no more."""
+        self.settle()
+        if self._ahead is not None:
+            failed, self._ahead = self._ahead, None
+            failed.get()
+        while len(self._pending) < count and not self._sampler.exhausted:
             # An interrupt after a batch was composed, and before it is here, would lose it.
             with undisturbed():
-                batch = self._sampler.compose()
-                if batch is None:
-                    break
-                self._pending.append((batch, self._sampler.progress))
+                composed = self._composed()
+                self._pending.extend(composed)
+            if not composed:
+                break
+
+    def _composed(self) -> list[tuple[IntArray, float]]:
+        """The next batch and the share of the epoch that is done after it; none if a refresh has
+        found that there are none left."""
+        batch = self._sampler.compose()
+        return [] if batch is None else [(batch, self._sampler.progress)]
 
     def state_dict(self) -> State:
         """The pending batches, verbatim, and how much of the epoch is done."""
+        self.settle()
         return {
             "pending": [batch.copy() for batch, _ in self._pending],
             "pending_progress": [progress for _, progress in self._pending],
@@ -98,6 +155,7 @@ class PendingBatches:
 
     def load_state_dict(self, state: State) -> None:
         """Take over this rank's part of saved pending batches, which are those of all lanes."""
+        self._ahead = None
         size = self._sampler.batch_size
         mine = slice(self._sampler.rank * size, (self._sampler.rank + 1) * size)
         batches = [np.array(batch, np.int64)[mine] for batch in state["pending"]]

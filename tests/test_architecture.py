@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "slap_stream"
 # A folder stands where the module does that it is a part of.
 FLOORS = {
     0: "config errors types",
-    1: "choosing interrupts read_ahead kernels linear rng chat shard_index sorting state_bytes",
+    1: "background choosing interrupts kernels linear rng chat shard_index sorting state_bytes",
     2: "order strata plan quota repeats reservoir moments learnability appraisal evidence feedback "
     "intake judge policies embeddings encoders encoding corpus converting",
     3: "composer lane lane_counts lane_feedback lane_questions lane_statistics pending refreshes "

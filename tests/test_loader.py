@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -292,10 +293,12 @@ def test_an_interrupt_in_the_middle_of_a_batch_loses_nothing(
     part: str,
     method: str,
     corpus: Path,
-    unbroken: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loader = make(corpus)
+    # Composed in the background, where nobody is interrupted, unless there is no lookahead.
+    config = config_of(num_lanes=2, lookahead=4 if method == "take_trained" else 0)
+    expected = run(make(corpus, config=config), 30)
+    loader = make(corpus, config=config)
     owner = getattr(loader.composer.lanes[0], part)
     original = getattr(owner, method)
     calls = 0
@@ -317,8 +320,88 @@ def test_an_interrupt_in_the_middle_of_a_batch_loses_nothing(
                 feed(loader, batch)
         except KeyboardInterrupt:
             interrupts += 1
-    assert ids[:30] == unbroken[:30]
+    assert ids[:30] == expected
     assert interrupts >= 5
+
+
+def interrupt_the_loader(number: int, frame: Any) -> None:
+    """A handler of Ctrl-C that spares the test's own lines: what they lose is their loss."""
+    while frame is not None:
+        if "slap_stream" in Path(frame.f_code.co_filename).parts:
+            raise KeyboardInterrupt
+        frame = None if frame.f_code.co_filename == __file__ else frame.f_back
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_interrupt_while_a_batch_is_composed_in_the_background_loses_nothing(
+    corpus: Path, unbroken: list[list[int]], num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = make(corpus, num_workers=num_workers)
+    lane = loader.composer.lanes[0]
+    original, threads = lane.prepare, set[str]()
+    kept: list[list[int]] = []
+
+    def slow() -> None:
+        threads.add(threading.current_thread().name)
+        time.sleep(0.005)
+        if len(threads) > 1 and len(kept) % 3 == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.005)
+        original()
+
+    monkeypatch.setattr(lane, "prepare", slow)
+    before = signal.signal(signal.SIGINT, interrupt_the_loader)
+    interrupts = 0
+    try:
+        batches = iter(loader)
+        while len(kept) < 30:
+            try:
+                batch = next(batches)
+            except (KeyboardInterrupt, StopIteration) as ended:
+                interrupts += isinstance(ended, KeyboardInterrupt)
+                batches = iter(loader)
+                continue
+            kept.append(batch["sample_id"].tolist())
+            fed = False
+            while not fed:
+                # After an interrupt either nothing was taken in, or all of it was.
+                try:
+                    feed(loader, batch)
+                    fed = True
+                except KeyboardInterrupt:
+                    interrupts += 1
+                except FeedbackError:
+                    fed = True
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert kept == unbroken[:30]
+    assert interrupts >= 5
+    assert "slap-compose-ahead" in threads
+
+
+def test_who_asks_for_the_next_batch_is_told_what_failed_in_the_background(
+    corpus: Path, unbroken: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = make(corpus)
+    lane = loader.composer.lanes[1]
+    batches = iter(loader)
+    ids = [feed(loader, next(batches))]
+
+    def fail() -> None:
+        raise OSError("no such luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lane, "prepare", fail)
+        ids.append(feed(loader, next(batches)))
+        # Everything else goes on as before.
+        loader.metrics()
+        state = as_json(loader.state_dict())
+        with pytest.raises(OSError, match="no such luck"):
+            next(batches)
+    assert ids + run(loader, 20) == unbroken[:22]
+    other = make(corpus)
+    other.load_state_dict(state)
+    assert ids + run(other, 20) == unbroken[:22]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -1,0 +1,56 @@
+"""Work that is done in the background, for whoever needs its result later."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+_Result = TypeVar("_Result")
+
+
+class Background(Generic[_Result]):
+    """Calls a function in a thread of its own.
+
+    In a process that was forked meanwhile, which has no such thread, it is called once more.
+
+    Args:
+        function: What is called.
+        name: Of the thread.
+    """
+
+    def __init__(self, function: Callable[[], _Result], name: str) -> None:
+        self._function = function
+        self._results: list[_Result] = []
+        self._error: Exception | None = None
+        self._process = os.getpid()
+        # An event, since a thread whose join was interrupted counts as ended for Python.
+        self._ended = threading.Event()
+        # It must not keep a process from ending.
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._results.append(self._function())
+        except Exception as error:
+            self._error = error
+        finally:
+            self._ended.set()
+
+    def wait(self) -> bool:
+        """Wait until it has ended; whether it has not failed."""
+        if os.getpid() == self._process:
+            self._ended.wait()
+        return self._error is None
+
+    def get(self) -> _Result:
+        """What the function has returned, handed over; waits for it.
+
+        Raises:
+            Exception: What the function has raised.
+        """
+        if not self.wait():
+            assert self._error is not None
+            raise self._error
+        return self._results.pop() if self._results else self._function()
