@@ -46,6 +46,23 @@ def test_an_arm_delivers_what_it_should(data: Path, arm: str, kind: str, remote:
     assert (found["select_seconds_per_sample"] > 0) == (arm in ("slap", "uniform"))
 
 
+def test_what_a_batch_is_trained_on_elsewhere_does_not_count(data: Path) -> None:
+    corpus = corpora.write_corpus(data, "short", SAMPLES)
+    run = arms.Run(
+        arm="slap",
+        corpus=str(corpus),
+        kind="short",
+        remote=False,
+        num_workers=0,
+        seconds=60.0,
+        step_seconds=1.0,
+    )
+    found = arms.measure(run)
+    # Two batches of it; a second each would be 256 samples a second.
+    assert found["samples_per_second"] > 512
+    assert found["milliseconds_per_batch"] == pytest.approx(256e3 / found["samples_per_second"])
+
+
 def test_a_dataset_that_collides_with_anothers_name_is_made_again(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +105,7 @@ def _result(arm: str, number: int, rate: float, workers: int = 0) -> dict[str, A
         "arm": arm,
         "round": number,
         "samples_per_second": rate,
+        "milliseconds_per_batch": 256e3 / rate,
         "select_seconds_per_sample": 0.0 if arm == "stock" else 1e-5,
         "wait_seconds_per_sample": 0.0,
         "main_cpu_seconds_per_sample": 1e-5,
@@ -108,7 +126,7 @@ def test_ratios_are_to_the_stock_loader_of_the_same_round() -> None:
     assert uniform["selecting_share"] == pytest.approx(0.03)
     assert (alone["ratio"], alone["num_workers"]) == (None, 2)
     table = report.text([stock, uniform, alone])
-    assert "| short | 0 | uniform | 3,000 | 5.0 [4.0, 6.0] | 3% |" in table
+    assert "| short | 0 | uniform | 3,000 | 85.3 | 5.0 [4.0, 6.0] | 3% |" in table
 
 
 def test_arms_take_turns_and_an_interrupted_run_reports(

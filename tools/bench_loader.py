@@ -51,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
                       help="most of an epoch to read")  # fmt: skip
     line.add_argument("--latency", type=real(0.0), default=0.0,
                       help="seconds that each download takes at least (remote only)")  # fmt: skip
+    line.add_argument("--step", type=real(0.0), default=0.0,
+                      help="seconds that a batch is trained on elsewhere; not counted")  # fmt: skip
     line.add_argument("--run", help=argparse.SUPPRESS)
     return line
 
@@ -91,6 +93,7 @@ def measure_all(arguments: argparse.Namespace, results: list[report.Result]) -> 
                     num_workers=num_workers,
                     seconds=arguments.seconds,
                     latency_seconds=arguments.latency,
+                    step_seconds=arguments.step,
                 )
                 result = {**asdict(run), "round": number, **measure(run)}
                 results.append(result)

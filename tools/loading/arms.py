@@ -37,6 +37,8 @@ class Run:
         num_workers: Processes that read.
         seconds: Time after which the measurement ends, if the epoch has not.
         latency_seconds: Time that every download from the remote takes at least.
+        step_seconds: Time that every batch is trained on elsewhere, on an accelerator, while this
+            process has nothing to do; it is not counted.
     """
 
     arm: str
@@ -46,6 +48,7 @@ class Run:
     num_workers: int
     seconds: float
     latency_seconds: float = 0.0
+    step_seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -275,6 +278,7 @@ def measure(run: Run) -> dict[str, float]:
 
     Returns:
         samples_per_second: Delivered, from the first batch (not counted) on.
+        milliseconds_per_batch: That a batch was waited for and its losses were taken in.
         first_batch_seconds: From making the dataset, imports done, to the first batch.
         select_seconds_per_sample: Of composing batches and taking in losses, in the main process.
         wait_seconds_per_sample: Of waiting for shards of the next block, in the main process.
@@ -286,8 +290,8 @@ def measure(run: Run) -> dict[str, float]:
 
     import slap_stream.loader  # noqa: F401
 
-    selecting = Clock()
-    count = 0
+    selecting, training = Clock(), Clock()
+    count = steps = 0
     with tempfile.TemporaryDirectory(prefix="bench-cache-") as cache:
         made = time.perf_counter()
         batches = ARMS[run.arm](run, cache, selecting)
@@ -296,15 +300,19 @@ def measure(run: Run) -> dict[str, float]:
         selected, waited = selecting.seconds, selecting.waited_seconds
         for batch in batches:
             count += len(next(iter(batch.values())))
+            steps += 1
             if time.perf_counter() - started > run.seconds:
                 break
+            training.around(time.sleep)(run.step_seconds)
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        seconds -= training.seconds
         selected = selecting.seconds - selected
         waited = selecting.waited_seconds - waited
         batches.close()  # type: ignore[attr-defined]
     return {
         "samples": count,
         "samples_per_second": count / seconds,
+        "milliseconds_per_batch": 1e3 * seconds / steps,
         "first_batch_seconds": started - made,
         "select_seconds_per_sample": selected / count,
         "wait_seconds_per_sample": waited / count,

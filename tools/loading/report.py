@@ -60,6 +60,7 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
                     **dict(zip(CASE, case, strict=True)),
                     "arm": arm,
                     "samples_per_second": _median(mine, "samples_per_second"),
+                    "milliseconds_per_batch": _median(mine, "milliseconds_per_batch"),
                     "ratio": None if found is None else found.middle,
                     "ratio_low": None if found is None else found.low,
                     "ratio_high": None if found is None else found.high,
@@ -77,8 +78,9 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
 def text(table: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| corpus | workers | arm | samples/s | times stock [range] | selecting | first batch, s |",
-        "|---|---:|---|---:|---:|---:|---:|",
+        "| corpus | workers | arm | samples/s | ms a batch | times stock [range] | selecting "
+        "| first batch, s |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for row in table:
         where = f"{row['kind']}, remote" if row["remote"] else row["kind"]
@@ -88,7 +90,8 @@ def text(table: Sequence[dict[str, Any]]) -> str:
         share = f"{row['selecting_share']:.0%}" if row["selecting_share"] else ""
         lines.append(
             f"| {where} | {row['num_workers']} | {row['arm']} | {row['samples_per_second']:,.0f} "
-            f"| {times} | {share} | {row['first_batch_seconds']:.2f} |"
+            f"| {row['milliseconds_per_batch']:.1f} | {times} | {share} "
+            f"| {row['first_batch_seconds']:.2f} |"
         )
     return "\n".join(lines)
 
