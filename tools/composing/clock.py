@@ -60,7 +60,7 @@ def watch_sampler(clock: Clock, sampler: SlapSampler) -> None:
             lane._composer, "_compare_with_uniform", "refresh: a batch beside a uniform one"
         )
         clock.watch(lane, "refresh", "refresh: pool judged anew")
-        clock.watch(lane, "compose", "other")
+        clock.watch(lane, "prepare", "other")
         clock.watch(lane, "_offer", "offer: strata, sums for centroids, place in the pool")
         clock.watch(lane.intake, "take", "offer: design rows")
         clock.watch(lane.intake, "_open", "offer: a block opened and read")
