@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 _Result = TypeVar("_Result")
 
@@ -16,7 +16,7 @@ _HANDOVER_SECONDS = 5e-5
 class Background(Generic[_Result]):
     """Calls a function in a thread of its own.
 
-    In a process that was forked meanwhile, which has no such thread, it is called once more.
+    A fork waits for it: the child would have no such thread, but the locks that it holds.
 
     Args:
         function: What is called.
@@ -26,12 +26,13 @@ class Background(Generic[_Result]):
     def __init__(self, function: Callable[[], _Result], name: str) -> None:
         self._function = function
         self._results: list[_Result] = []
-        self._error: Exception | None = None
-        self._process = os.getpid()
+        self._error: BaseException | None = None
         # An event, since a thread whose join was interrupted counts as ended for Python.
         self._ended = threading.Event()
         # It must not keep a process from ending.
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        _running.add(self)
+        self._thread.start()
 
     def _run(self) -> None:
         # Lets who has started this go on first, who would wait for the interpreter's lock for up to
@@ -39,24 +40,36 @@ class Background(Generic[_Result]):
         time.sleep(_HANDOVER_SECONDS)
         try:
             self._results.append(self._function())
-        except Exception as error:
+        except BaseException as error:  # also what ends a thread: it is raised by `get`
             self._error = error
         finally:
+            _running.discard(self)
             self._ended.set()
 
     def wait(self) -> bool:
         """Wait until it has ended; whether it has not failed."""
-        if os.getpid() == self._process:
-            self._ended.wait()
+        self._ended.wait()
         return self._error is None
 
     def get(self) -> _Result:
         """What the function has returned, handed over; waits for it.
 
         Raises:
-            Exception: What the function has raised.
+            BaseException: What the function has raised.
         """
         if not self.wait():
             assert self._error is not None
             raise self._error
-        return self._results.pop() if self._results else self._function()
+        return self._results.pop()
+
+
+_running: set[Background[Any]] = set()
+
+
+def _wait_for_all() -> None:
+    for work in list(_running):
+        if work._thread is not threading.current_thread():
+            work.wait()
+
+
+os.register_at_fork(before=_wait_for_all)

@@ -189,18 +189,6 @@ def test_two_large_blocks_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     assert store.threads == ["MainThread"] * 3
 
 
-def test_a_forked_process_reads_for_itself() -> None:
-    store = thread_safe_store(60)
-    intake = intake_of([10] * 6, store=store)
-    intake.take(1)
-    assert intake._ahead is not None
-    # As after a fork in the middle: the thread is gone and has left nothing behind.
-    intake._ahead.wait()
-    intake._ahead._results.clear()
-    assert len(pairs_of(drain(intake))) == 59
-    assert store.threads[:3] == ["MainThread", "slap-read-ahead", "MainThread"]
-
-
 class Slices:
     """(num_samples, DIM) half floats that are made when they are read."""
 

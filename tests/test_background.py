@@ -1,0 +1,72 @@
+"""Work in the background: its result, its errors, interrupts and forks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from slap_stream.background import Background
+
+
+def slowly(result: Any) -> Any:
+    time.sleep(0.2)
+    return result
+
+
+def test_what_is_returned_is_handed_over() -> None:
+    threads: list[str] = []
+    work = Background(lambda: threads.append(threading.current_thread().name), "slap-test")
+    assert work.wait()
+    assert work.get() is None
+    assert threads == ["slap-test"]
+
+
+def test_what_is_raised_is_raised_by_who_gets_it() -> None:
+    def fail() -> None:
+        raise SystemExit("no such luck")
+
+    work = Background(fail, "slap-test")
+    assert not work.wait()
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="no such luck"):
+            work.get()
+
+
+def test_waiting_goes_on_after_an_interrupt() -> None:
+    work = Background(lambda: slowly("done"), "slap-test")
+    timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        work.wait()
+    # Thread.join would come back at once, the thread still running.
+    assert work.get() == "done"
+    timer.join()
+
+
+def test_a_fork_waits_for_it() -> None:
+    began = time.monotonic()
+    work = Background(lambda: slowly("done"), "slap-test")
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: sender.send(work.get()))
+    child.start()
+    assert time.monotonic() - began >= 0.2
+    assert receiver.recv() == "done"
+    child.join()
+    assert work.get() == "done"
+
+
+def test_it_may_fork_itself() -> None:
+    def fork() -> int:
+        child = os.fork()
+        if not child:
+            os._exit(7)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert Background(fork, "slap-test").get() == 7
