@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from numbers import Integral, Real
 from time import monotonic
 from typing import Any, ClassVar
 
@@ -101,6 +102,8 @@ class Ranks:
     def __init__(self, rank: int, world_size: int, group: Gloo | None = None) -> None:
         self.rank, self.world_size = rank, world_size
         self._group = group
+        # Where an exchange was ended half way: the others may wait in it for ever.
+        self._broken: Position | None = None
         self._exchanges = self._bytes = 0
         self._seconds = 0.0
         # Process of the group that speaks for each rank: the first that has it.
@@ -245,9 +248,19 @@ class Ranks:
     def _timed(
         self, group: Gloo, kind: int, position: Position, exchange: Callable[[], Tensor]
     ) -> Tensor:
+        if self._broken is not None:
+            raise ExchangeError(
+                f"rank {self.rank} of {self.world_size} must not exchange anything any more, got "
+                f"{_KINDS[kind]} after an exchange that was ended half way, at epoch "
+                f"{self._broken.epoch}, step {self._broken.step}; start all ranks again from the "
+                "last checkpoint."
+            )
         began = monotonic()
         try:
-            return exchange()
+            self._broken = position
+            found = exchange()
+            self._broken = None
+            return found
         except RuntimeError as error:  # what gloo raises for a deadline and for a lost peer alike
             if isinstance(error, WorkerError) or "DataLoader worker" in str(error):
                 raise  # it is raised wherever the main thread is when a worker dies
@@ -292,7 +305,10 @@ def join_ranks(
         raise ConfigError(
             f"rank and world_size must be given together, got {rank!r} and {world_size!r}."
         )
-    if not (math.isfinite(timeout_seconds) and timeout_seconds > 0):
+    for name, number in (("rank", rank), ("world_size", world_size)):
+        if not _is_a(number, Integral, type(None)):
+            raise ConfigError(f"{name} must be a whole number, got {number!r}.")
+    if not (_is_a(timeout_seconds, Real) and 0 < timeout_seconds < math.inf):
         raise ConfigError(
             f"exchange_timeout must be a positive number of seconds, got {timeout_seconds!r}."
         )
@@ -335,6 +351,10 @@ def join_ranks(
             f"name those that do in process_group, or set GLOO_SOCKET_IFNAME. gloo says: {error}"
         ) from error
     return Ranks(rank, world_size, group)
+
+
+def _is_a(value: Any, *kinds: type) -> bool:
+    return isinstance(value, kinds)
 
 
 def _groups(found: NDArray[np.int64]) -> list[tuple[tuple[int, ...], IntArray]]:

@@ -14,7 +14,7 @@ from slap_stream.config import SlapConfig
 from slap_stream.distributed import TIMEOUT_SECONDS, join_ranks
 from slap_stream.embeddings import open_embeddings
 from slap_stream.errors import WorkerError
-from slap_stream.interrupts import ready_to_wait
+from slap_stream.interrupts import ready_to_wait, undisturbed
 from slap_stream.loader_checks import (
     check_alignment,
     check_arguments,
@@ -350,14 +350,16 @@ class SlapDataLoader(DataLoader[Any]):
         Raises:
             ExchangeError: If a rank does not answer in time or is at another step.
         """
-        return whole_state(
-            self._ranks,
-            self._position(),
-            index_digests=self._digests,
-            sampler=self.composer.state_dict(),
-            pending=self._pending.state_dict(),
-            probe=self._probe_state if self._probe is None else self._probe.state_dict(),
-        )
+        # Interrupts that came between the parts of an exchange would part the ranks.
+        with undisturbed():
+            return whole_state(
+                self._ranks,
+                self._position(),
+                index_digests=self._digests,
+                sampler=self.composer.state_dict(),
+                pending=self._pending.state_dict(),
+                probe=self._probe_state if self._probe is None else self._probe.state_dict(),
+            )
 
     def _meet_ranks(self) -> int:
         """Check that all ranks were given the same run; most shards that one needs at a time."""

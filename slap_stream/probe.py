@@ -23,6 +23,7 @@ from torch import nn
 
 from slap_stream.config import SlapConfig
 from slap_stream.errors import StateError
+from slap_stream.interrupts import undisturbed
 from slap_stream.probing.head import find_head, head_weight, quiet, reshard, to_device, unwrap
 from slap_stream.probing.readout import (
     IGNORED_LABEL,
@@ -213,13 +214,14 @@ class LearnabilityProbe:
             self._seconds += time.perf_counter() - began
             self._loader.update(ids, losses, sketches, norms)
         # Also without anything probed: a refresh is an exchange that every rank takes part in.
-        total = self._loader.refresh(seen)
-        samples, known, loss = total[: len(_COUNTS)]
-        if samples:
-            self._samples += int(samples)
-            self._nonfinite += int(samples - known)
-            self._last_loss = float(loss / known) if known else 0.0
-            self._moment.update(total[len(_COUNTS) :])
+        with undisturbed():
+            total = self._loader.refresh(seen)
+            samples, known, loss = total[: len(_COUNTS)]
+            if samples:
+                self._samples += int(samples)
+                self._nonfinite += int(samples - known)
+                self._last_loss = float(loss / known) if known else 0.0
+                self._moment.update(total[len(_COUNTS) :])
         return True
 
     def mean_sketch(self, batches: Iterable[Mapping[str, Any]]) -> Float32Array:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from slap_stream.errors import ConfigError, FeedbackError
-from slap_stream.interrupts import waiting
 from slap_stream.lane import Lane
 from slap_stream.lane_statistics import StatisticsLayout, sum_in_order
 from slap_stream.linear import single_threaded
@@ -104,8 +103,7 @@ class Refreshes:
         if self._exchange is not None:
             progress = self._lanes[0].progress
             position = Position(epoch=progress.epoch, step=progress.step, digest=self._digest)
-            with waiting():
-                total, last_step = self._exchange.sum_lanes(rows, last_step, position)
+            total, last_step = self._exchange.sum_lanes(rows, last_step, position)
         elif self._world_size == 1:
             total = sum_in_order(rows)
         else:

@@ -14,22 +14,46 @@ from slap_stream.errors import ConfigError, StateError
 from slap_stream.order import ShardTable
 from slap_stream.types import RowStore, State
 
+# What a fingerprint is taken of: a few rows at a few places.
+_ROWS_LOOKED_AT, _PLACES_LOOKED_AT = 8, 4
+
 
 def describe_run(
-    table: ShardTable, store: RowStore, *, global_batch: int, num_lanes: int
+    table: ShardTable, store: RowStore, *, embeddings: str, global_batch: int, num_lanes: int
 ) -> dict[str, Any]:
-    """What must be the same for a state to be taken over; the world size is free."""
+    """What must be the same for a state to be taken over; the world size is free.
+
+    Args:
+        table: The dataset's shards.
+        store: Its embeddings.
+        embeddings: Their `fingerprint`.
+        global_batch: Samples of a batch over all ranks.
+        num_lanes: Lanes over all ranks.
+    """
     shards = np.stack([table.sizes, table.counts]).tobytes()
     return {
         "num_samples": table.num_samples,
         "num_candidates": table.num_candidates,
         "shards": hashlib.sha256(shards).hexdigest()[:16],
         "embedding_dim": store.shape[1],
+        "embeddings": embeddings,
         "feature_names": list(store.feature_names),
         "source_names": list(store.source_names),
         "global_batch": global_batch,
         "num_lanes": num_lanes,
     }
+
+
+def fingerprint(store: RowStore, num_samples: int) -> str:
+    """Digest of some of the rows of (num_samples,) samples; other embeddings of the same samples
+    make other batches."""
+    digest = hashlib.sha256()
+    for start in np.linspace(0, max(0, num_samples - _ROWS_LOOKED_AT), _PLACES_LOOKED_AT):
+        first = int(start)
+        rows = store.read(first, min(first + _ROWS_LOOKED_AT, num_samples))
+        for column in (rows.embedding, rows.feature):
+            digest.update(np.ascontiguousarray(column, np.float32).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def require_keys(state: Any, names: Sequence[str]) -> None:

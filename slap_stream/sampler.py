@@ -23,7 +23,7 @@ from slap_stream.order import ShardTable
 from slap_stream.plan import plan_run
 from slap_stream.policies import make_policy
 from slap_stream.refreshes import Refreshes
-from slap_stream.run_state import check_state, describe_run
+from slap_stream.run_state import check_state, describe_run, fingerprint
 from slap_stream.shared import Shared
 from slap_stream.types import FloatArray, IntArray, LaneExchange, ShardGate, State
 
@@ -95,6 +95,7 @@ class SlapSampler:
         if config.num_lanes is None:
             logger.info("num_lanes is %d, the world size; it stays so for the run.", world_size)
         self._build(world_size if config.num_lanes is None else config.num_lanes)
+        self._fingerprint = fingerprint(self._store, self.table.num_samples)
         self.epoch = 0
         # Until somebody else merges; then a second clock would refresh twice.
         self.refreshes_itself = True
@@ -308,11 +309,14 @@ class SlapSampler:
         Raises:
             FeedbackError: If the lanes are not all there, once each and in order.
         """
-        self._refreshes.merge(statistics_in_lane_order)
+        with undisturbed():
+            self._refreshes.merge(statistics_in_lane_order)
         self.refreshes_itself = False
 
     def refresh(self, also: FloatArray | None = None) -> FloatArray:
         """Refresh from the lanes of all ranks, over the exchange; every rank at the same step.
+
+        Interrupts wait until it is done: one that ended it half way would part the ranks.
 
         Args:
             also: (local lanes, n) more numbers that are to be added up over all lanes.
@@ -324,7 +328,8 @@ class SlapSampler:
             ConfigError: If there are other ranks and no exchange.
             ExchangeError: If the ranks cannot be reached or are not at the same step.
         """
-        return self._refreshes.refresh(also)
+        with undisturbed():
+            return self._refreshes.refresh(also)
 
     def metrics(self) -> dict[str, float]:
         """Counts over this rank's lanes in this epoch, and how well losses are predicted."""
@@ -388,6 +393,7 @@ class SlapSampler:
         return describe_run(
             self.table,
             self._store,
+            embeddings=self._fingerprint,
             global_batch=self.batch_size * self.world_size,
             num_lanes=self.num_lanes,
         )

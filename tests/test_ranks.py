@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from itertools import chain
@@ -15,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from slap_stream import SlapSampler
-from slap_stream.distributed import join_ranks
-from slap_stream.errors import ConfigError
+from slap_stream.distributed import Ranks, join_ranks
+from slap_stream.errors import ConfigError, ExchangeError
+from slap_stream.types import Position
 from tests.laws import config_of
 from tests.test_loader import break_shard, make, write_corpus
 from tests.test_sampler import embeddings
@@ -212,5 +215,59 @@ def test_a_world_that_was_not_connected_is_refused(
         make(tmp_path, dataset=dataset)
     with pytest.raises(ConfigError, match="rank and world_size must be given together, got 1 and"):
         join_ranks(rank=1)
-    with pytest.raises(ConfigError, match="exchange_timeout must be a positive number"):
-        join_ranks(timeout_seconds=0.0)
+    with pytest.raises(ConfigError, match="rank must be a whole number, got '0'"):
+        join_ranks(rank="0", world_size=2)  # type: ignore[arg-type]
+    for timeout in (0.0, "60"):
+        with pytest.raises(ConfigError, match="exchange_timeout must be a positive number"):
+            join_ranks(timeout_seconds=timeout)  # type: ignore[arg-type]
+
+
+class Alone:
+    """Connections to another process that does as this one does, until it is interrupted."""
+
+    size, members, timeout_seconds = 2, (0, 1), 1.0
+
+    def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
+        both = torch.stack([mine, mine])
+        both[1, 1] = 1  # the other's rank, in a header
+        return both
+
+    def all_to_all(self, parts: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+
+def test_after_an_exchange_that_was_ended_half_way_there_is_no_other() -> None:
+    ranks = Ranks(0, 2, Alone())  # type: ignore[arg-type]
+    position = Position(epoch=1, step=16, digest=0)
+    with pytest.raises(KeyboardInterrupt):
+        ranks.sum_lanes(np.ones((1, 4)), 3, position)
+    for exchange in (
+        lambda: ranks.gather(b"", position),
+        lambda: ranks.sum_lanes(np.ones((1, 4)), 3, position),
+    ):
+        with pytest.raises(ExchangeError, match="ended half way, at epoch 1, step 16; start all"):
+            exchange()
+
+
+def test_an_interrupt_waits_for_a_whole_exchange() -> None:
+    class Exchange:
+        summed = 0
+
+        def sum_lanes(self, rows: Any, least: int, position: Position) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            self.summed += 1
+            return rows.sum(axis=0), least
+
+    exchange = Exchange()
+    sampler = SlapSampler(
+        [40] * 4,
+        embeddings(160),
+        batch_size=8,
+        config=config_of(num_lanes=1),
+        exchange=exchange,
+    )
+    sampler.compose()
+    with pytest.raises(KeyboardInterrupt):
+        sampler.refresh()
+    assert exchange.summed == 1
+    assert sampler.state_dict()["refreshed_before"] == 1, "the refresh is whole"

@@ -524,6 +524,10 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing() -> None:
         (make([50] * 4, batch_size=8), "shards: "),
         (make([40] * 4, batch_size=8), "num_samples: 200 -> 160"),
         (make([40] * 5, batch_size=8, num_lanes=2), "num_lanes: "),
+        (
+            SlapSampler([40] * 5, embeddings(200, seed=1), batch_size=8, config=config_of()),
+            "embeddings: ",
+        ),
     ]:
         before = as_json(other.state_dict())
         with pytest.raises(StateError, match=difference):
