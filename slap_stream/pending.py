@@ -102,12 +102,13 @@ class PendingBatches:
             with undisturbed():
                 ids, self.progress = self._pending.popleft()
                 yield ids
+                self._pulled -= 1
                 self._compose_ahead()
         except BaseException:
+            # Whoever iterates anew pulls from the first on; this iteration has ended.
             self._pending.appendleft(oldest)
             self.progress = before
             raise
-        self._pulled -= 1
 
     def _compose_ahead(self) -> None:
         due = len(self._pending) < self._lookahead and not self._sampler.exhausted
