@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -231,19 +229,6 @@ def test_iterating_leaves_torchs_random_state_alone(corpus: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.fixture
-def _torch_may_leave_files_open() -> Iterator[None]:
-    """Collect, within a test that kills workers, what its interrupted calls had opened.
-
-    Torch's signal handler raises wherever the main thread happens to be, in torch's own check of
-    free file descriptors too, which makes temporary files.
-    """
-    yield
-    gc.collect()
-
-
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-@pytest.mark.usefixtures("_torch_may_leave_files_open")
 def test_a_worker_that_dies_is_named_and_replaced(corpus: Path, unbroken: list[list[int]]) -> None:
     loader = make(corpus, num_workers=2, persistent_workers=True)
     batches = iter(loader)
@@ -265,8 +250,6 @@ def train_while(killed: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-@pytest.mark.usefixtures("_torch_may_leave_files_open")
 def test_a_worker_that_dies_during_a_step_is_named_there(
     corpus: Path, unbroken: list[list[int]]
 ) -> None:
