@@ -16,7 +16,8 @@ _HANDOVER_SECONDS = 5e-5
 class Background(Generic[_Result]):
     """Calls a function in a thread of its own.
 
-    A fork waits for it: the child would have no such thread, but the locks that it holds.
+    A fork waits for it: the child would have no such thread, but the locks that it holds. So does
+    the end of the process, which would otherwise end the thread in the middle of somebody's C++.
 
     Args:
         function: What is called.
@@ -29,10 +30,14 @@ class Background(Generic[_Result]):
         self._error: BaseException | None = None
         # An event, since a thread whose join was interrupted counts as ended for Python.
         self._ended = threading.Event()
-        # It must not keep a process from ending.
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=False)
         _running.add(self)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            # Whoever forks would wait for it for ever.
+            _running.discard(self)
+            raise
 
     def _run(self) -> None:
         # Lets who has started this go on first, who would wait for the interpreter's lock for up to

@@ -104,6 +104,7 @@ class Ranks:
         self._group = group
         # Where an exchange was ended half way: the others may wait in it for ever.
         self._broken: Position | None = None
+        self._closed = False
         self._exchanges = self._bytes = 0
         self._seconds = 0.0
         # Process of the group that speaks for each rank: the first that has it.
@@ -158,7 +159,7 @@ class Ranks:
             ExchangeError: If a process does not answer in time, is elsewhere in the run, or has
                 other batches than one of the same rank.
         """
-        group = self._group
+        group = self._open_group()
         if group is None:
             return sum_in_order(rows), least
         lanes, size = rows.shape
@@ -188,7 +189,7 @@ class Ranks:
         Raises:
             ExchangeError: If a process does not answer in time or is elsewhere in the run.
         """
-        group = self._group
+        group = self._open_group()
         if group is None:
             return [data]
         sizes = self._headers(group, _STATE, position, size=len(data))[:, _SIZE]
@@ -208,7 +209,16 @@ class Ranks:
 
     def close(self) -> None:
         """Let go of the group; nothing can be exchanged any more."""
-        self._group = None
+        if self._group is not None:
+            self._group, self._closed = None, True
+
+    def _open_group(self) -> Gloo | None:
+        if self._closed:
+            raise ExchangeError(
+                f"rank {self.rank} of {self.world_size} must be open to exchange anything, got a "
+                "loader that was closed; close it after the last batch and the last state_dict."
+            )
+        return self._group
 
     def _headers(
         self, group: Gloo, kind: int, position: Position, *, size: int = 0, least: int = 0

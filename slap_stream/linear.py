@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -27,18 +29,41 @@ class single_threaded:
     caches.
     """
 
-    __slots__ = ("_before",)
+    __slots__ = ()
 
     def __enter__(self) -> None:
-        self._before = [
-            (library, count) for library in _blas if (count := library.get_num_threads()) != 1
-        ]
-        for library, _ in self._before:
-            library.set_num_threads(1)
+        with _threads.lock:
+            _threads.users += 1
+            if _threads.users > 1:
+                return
+            before = [(library, library.get_num_threads()) for library in _blas]
+            _threads.before = [(library, count) for library, count in before if count != 1]
+            for library, _ in _threads.before:
+                library.set_num_threads(1)
 
     def __exit__(self, *error: object) -> None:
-        for library, count in self._before:
-            library.set_num_threads(count)
+        with _threads.lock:
+            _threads.users -= 1
+            if not _threads.users:
+                for library, count in _threads.before:
+                    library.set_num_threads(count)
+
+
+class _Threads:
+    """The number of threads is the process's, and several loaders may compose at the same time.
+
+    Attributes:
+        users: Contexts that want one thread.
+        before: Libraries, and how many they had before the first of them.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.before: list[tuple[Any, int]] = []
+
+
+_threads = _Threads()
 
 
 def row_chunks(parts: Sequence[Float32Array]) -> Iterator[Float32Array]:

@@ -207,7 +207,10 @@ class SlapDataLoader(DataLoader[Any]):
 
     @property
     def composer(self) -> SlapSampler:
-        """Who composes the batches; waits until what is composed in the background is done."""
+        """Who composes the batches; waits until what is composed in the background is done.
+
+        Ask for it anew every time: one that is kept from batch to batch is in use meanwhile.
+        """
         self._pending.settle()
         return self._sampler
 

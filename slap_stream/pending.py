@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ class PendingBatches:
         self.progress = 0.0
         self._pulled = 0
         self._ahead: Background[list[tuple[IntArray, float]]] | None = None
+        self._settling = threading.Lock()
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -120,10 +122,13 @@ class PendingBatches:
 
         If that has failed, this does not raise: who asks for the next batch is told.
         """
-        if self._ahead is not None and self._ahead.wait():
-            with undisturbed():
-                ahead, self._ahead = self._ahead, None
-                self._pending.extend(ahead.get())
+        ahead = self._ahead
+        if ahead is not None and ahead.wait():
+            # Another thread may ask for metrics.
+            with undisturbed(), self._settling:
+                if self._ahead is ahead:
+                    self._ahead = None
+                    self._pending.extend(ahead.get())
 
     def _compose(self, count: int) -> None:
         """Compose until so many batches are pending, or the epoch has no more."""

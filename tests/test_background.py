@@ -5,12 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from typing import Any
 
 import pytest
 
+from slap_stream import background
 from slap_stream.background import Background
 
 
@@ -70,3 +74,25 @@ def test_it_may_fork_itself() -> None:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     assert Background(fork, "slap-test").get() == 7
+
+
+def test_the_end_of_the_process_waits_for_it() -> None:
+    program = """
+        import time
+        from slap_stream.background import Background
+        Background(lambda: (time.sleep(0.2), print("done", flush=True)), "slap-test")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (ended.stdout, ended.stderr) == ("done\n", "")
+
+
+def test_nobody_waits_for_what_could_not_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start"):
+            Background(lambda: None, "slap-test")
+    assert not background._running

@@ -75,3 +75,19 @@ def test_blas_uses_one_thread_inside_and_afterwards_what_it_had(error: type | No
             if error is not None:
                 raise error
         assert threads() == {2}
+
+
+def test_one_thread_lasts_until_the_last_who_wants_it_has_done() -> None:
+    [library] = linear._blas[:1]
+    before = library.get_num_threads()
+    try:
+        library.set_num_threads(2)
+        first, second = single_threaded(), single_threaded()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert library.get_num_threads() == 1
+        second.__exit__(None, None, None)
+        assert library.get_num_threads() == 2
+    finally:
+        library.set_num_threads(before)

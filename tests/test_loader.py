@@ -362,6 +362,22 @@ def test_an_interrupt_while_a_batch_is_composed_in_the_background_loses_nothing(
     assert "slap-compose-ahead" in threads
 
 
+def test_another_thread_may_ask_for_metrics(corpus: Path, unbroken: list[list[int]]) -> None:
+    loader, done = make(corpus), threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            loader.metrics()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        assert run(loader, 20) == unbroken[:20]
+    finally:
+        done.set()
+        thread.join()
+
+
 def test_who_asks_for_the_next_batch_is_told_what_failed_in_the_background(
     corpus: Path, unbroken: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

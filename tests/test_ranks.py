@@ -247,6 +247,9 @@ def test_after_an_exchange_that_was_ended_half_way_there_is_no_other() -> None:
     ):
         with pytest.raises(ExchangeError, match="ended half way, at epoch 1, step 16; start all"):
             exchange()
+    ranks.close()
+    with pytest.raises(ExchangeError, match="got a loader that was closed"):
+        ranks.gather(b"", position)
 
 
 def test_an_interrupt_waits_for_a_whole_exchange() -> None:
