@@ -364,6 +364,7 @@ def join_ranks(
 
 
 def _is_a(value: Any, *kinds: type) -> bool:
+    # Of what a caller gave, whatever its annotation says.
     return isinstance(value, kinds)
 
 
