@@ -1,4 +1,5 @@
-"""What ranks tell each other: sums over lanes at refreshes, whole lanes at checkpoints, no more.
+"""What ranks tell each other: sums over lanes, and what one has learnt from them, at refreshes;
+whole lanes at checkpoints; no more.
 
 Over a gloo group of our own, also on GPUs: it has a deadline of its own, cannot get between the
 training's collectives, and its numbers never leave the CPU.
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from numbers import Integral, Real
 from time import monotonic
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -27,9 +28,11 @@ from slap_stream.lane_statistics import sum_in_order
 from slap_stream.types import FloatArray, IntArray, Position
 
 TIMEOUT_SECONDS = 600.0
+_Found = TypeVar("_Found")
 # What is exchanged, by the number that says so in a header.
 _JOIN, _STATISTICS, _STATE = 1, 2, 3
 _KINDS = {_JOIN: "who they are", _STATISTICS: "lane statistics", _STATE: "lane states"}
+_LESSON = "what one has learnt"
 _FIELDS = ("kind", "rank", "world_size", "epoch", "step", "size", "least", "digest")
 _KIND, _RANK, _WORLD_SIZE, _EPOCH, _STEP, _SIZE, _LEAST, _DIGEST = range(len(_FIELDS))
 
@@ -43,13 +46,16 @@ class Gloo:
     Args:
         members: Global ranks of the processes, in the order of their places.
         timeout_seconds: Deadline of every exchange.
+
+    Attributes:
+        place: This process's among the members.
     """
 
     _made: ClassVar[Counter[tuple[int, ...]]] = Counter()
 
     def __init__(self, members: Sequence[int], timeout_seconds: float) -> None:
         self.members = members = tuple(members)
-        self.size = len(members)
+        self.size, self.place = len(members), members.index(dist.get_rank())
         self.timeout_seconds = timeout_seconds
         # The same on all members, which make their loaders alike.
         name = f"slap_stream/{zlib.crc32(repr(members).encode())}/{Gloo._made[members]}"
@@ -57,7 +63,7 @@ class Gloo:
         # Torch's stubs do not show what its gloo class can do.
         self._group: Any = dist.ProcessGroupGloo(
             PrefixStore(name, _get_default_store()),
-            members.index(dist.get_rank()),
+            self.place,
             self.size,
             timeout=timedelta(seconds=timeout_seconds),
         )
@@ -73,6 +79,17 @@ class Gloo:
         received = torch.empty_like(parts)
         self._group.alltoall_base(received, parts, [], []).wait()
         return received
+
+    def gather(self, mine: Tensor, root: int) -> Tensor | None:
+        """(size, ...) everybody's tensor, all of one shape, at the root's place; None elsewhere."""
+        table = mine.new_empty((self.size, *mine.shape)) if self.place == root else None
+        self._group.gather([] if table is None else list(table.unbind(0)), mine, root).wait()
+        return table
+
+    def broadcast(self, tensor: Tensor, root: int) -> Tensor:
+        """The root's tensor, which comes into those of the others, all of one shape."""
+        self._group.broadcast(tensor, root).wait()
+        return tensor
 
 
 class Ranks:
@@ -140,12 +157,19 @@ class Ranks:
             }
         )
 
-    def sum_lanes(self, rows: FloatArray, least: int, position: Position) -> tuple[FloatArray, int]:
+    @property
+    def learns(self) -> bool:
+        """Whether this process is given the sums over lanes, and tells the others about them."""
+        return self._group is None or self._group.place == self._speakers[0]
+
+    def sum_lanes(
+        self, rows: FloatArray, least: int, position: Position
+    ) -> tuple[FloatArray | None, int]:
         """Add over all lanes, in lane order; every process calls it at the same step.
 
-        Each process adds up one slice of the numbers over all lanes, and hands the sums round. So
-        what a process sends and receives does not grow with their number, and no sum depends on
-        it.
+        Each process adds up one slice of the numbers over all lanes, and sends the sums to the one
+        that learns. So what a process sends and receives does not grow with their number, and no
+        sum depends on it.
 
         Args:
             rows: (local lanes, size) numbers of this process's lanes.
@@ -153,7 +177,7 @@ class Ranks:
             position: Where this process is.
 
         Returns:
-            (size,) sums, and the smallest number.
+            (size,) sums where this `learns`, None elsewhere; and the smallest number.
 
         Raises:
             ExchangeError: If a process does not answer in time, is elsewhere in the run, or has
@@ -170,14 +194,43 @@ class Ranks:
         # (processes, local lanes, part): what each process is to add up.
         parts = np.ascontiguousarray(padded.reshape(lanes, group.size, part).transpose(1, 0, 2))
 
-        def exchange() -> Tensor:
+        def exchange() -> Tensor | None:
             received = group.all_to_all(torch.from_numpy(parts)).numpy()
             by_lane = received[self._speakers].reshape(-1, part)
-            return group.all_gather(torch.from_numpy(sum_in_order(by_lane)))
+            return group.gather(torch.from_numpy(sum_in_order(by_lane)), int(self._speakers[0]))
 
-        total: FloatArray = self._timed(group, _STATISTICS, position, exchange).numpy().ravel()
+        slices = self._timed(group, _KINDS[_STATISTICS], position, exchange)
         self._bytes += parts.nbytes + part * parts.itemsize
-        return total[:size], int(found[:, _LEAST].min())
+        total = None if slices is None else slices.numpy().ravel()[:size]
+        return total, int(found[:, _LEAST].min())
+
+    def tell(self, data: bytes | None, position: Position) -> bytes:
+        """What the process that `learns` has for all; every process calls it after another exchange
+        at the same step, which has shown that all are there.
+
+        Args:
+            data: There, what it has; None elsewhere.
+            position: Where this process is.
+
+        Raises:
+            ExchangeError: If a process does not answer in time.
+        """
+        group = self._open_group()
+        if group is None:
+            assert data is not None, "the only process is the one that learns"
+            return data
+        root = int(self._speakers[0])
+
+        def exchange() -> Tensor:
+            size = group.broadcast(torch.tensor([len(data or b"")]), root)
+            theirs = torch.empty(int(size), dtype=torch.uint8)
+            if data is not None:
+                theirs = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return group.broadcast(theirs, root)
+
+        found = self._timed(group, _LESSON, position, exchange)
+        self._bytes += len(data or b"")
+        return data or found.numpy().tobytes()
 
     def gather(self, data: bytes, position: Position) -> list[bytes]:
         """Everybody's bytes, by rank; every process calls it at the same step.
@@ -195,7 +248,8 @@ class Ranks:
         sizes = self._headers(group, _STATE, position, size=len(data))[:, _SIZE]
         padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
         padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        table = self._timed(group, _STATE, position, lambda: group.all_gather(padded)).numpy()
+        everyones = self._timed(group, _KINDS[_STATE], position, lambda: group.all_gather(padded))
+        table = everyones.numpy()
         self._bytes += len(padded)
         return [table[place, : sizes[place]].tobytes() for place in self._speakers]
 
@@ -230,7 +284,7 @@ class Ranks:
                 *(size, least, position.digest),
             ]
         )
-        table = self._timed(group, kind, position, lambda: group.all_gather(header))
+        table = self._timed(group, _KINDS[kind], position, lambda: group.all_gather(header))
         self._exchanges += 1
         found: NDArray[np.int64] = table.numpy()
         same = [_KIND, _EPOCH, _STEP] + ([_SIZE] if kind == _STATISTICS else [])
@@ -256,12 +310,12 @@ class Ranks:
         return found
 
     def _timed(
-        self, group: Gloo, kind: int, position: Position, exchange: Callable[[], Tensor]
-    ) -> Tensor:
+        self, group: Gloo, what: str, position: Position, exchange: Callable[[], _Found]
+    ) -> _Found:
         if self._broken is not None:
             raise ExchangeError(
                 f"rank {self.rank} of {self.world_size} must not exchange anything any more, got "
-                f"{_KINDS[kind]} after an exchange that was ended half way, at epoch "
+                f"{what} after an exchange that was ended half way, at epoch "
                 f"{self._broken.epoch}, step {self._broken.step}; start all ranks again from the "
                 "last checkpoint."
             )
@@ -278,7 +332,7 @@ class Ranks:
                 f"rank {self.rank} of {self.world_size} must reach all others, got none of the "
                 f"answers due after {monotonic() - began:.0f} s (deadline "
                 f"{group.timeout_seconds:.0f} s) at epoch {position.epoch}, step "
-                f"{position.step}, while exchanging {_KINDS[kind]}; "
+                f"{position.step}, while exchanging {what}; "
                 "look for the first error of another rank (a process that died, ran out of memory "
                 "or data, or does not call the loader, probe.step or state_dict as often), or "
                 f"raise exchange_timeout. gloo says: {error}"

@@ -131,7 +131,7 @@ class LearnabilityModel:
         self._warmup_losses = warmup_losses
         self._length_columns = tuple(length_columns)
         self._reference_column = reference_column
-        self.moments = Moments.zeros(columns=columns, sketch_dim=sketch_dim)
+        self._moments: Moments | None = Moments.zeros(columns=columns, sketch_dim=sketch_dim)
         self.coefficient: Float32Array = np.zeros(columns, np.float32)
         self.excess: Float32Array = np.zeros(columns, np.float32)
         self.metric: Float32Array = np.zeros((columns, self._metric_dim), np.float32)
@@ -143,6 +143,16 @@ class LearnabilityModel:
         # (columns, columns) upper triangular: rows times it have the predictive variance as squared
         # length. Follows from moments and penalty; made again after a resume.
         self._whitening: Float32Array | None = None
+
+    @property
+    def moments(self) -> Moments:
+        """Sums over the samples so far, of the model that solves."""
+        if self._moments is None:
+            raise RuntimeError(
+                "a model must have its sums to solve from or to be saved, got one that follows "
+                "another rank's; ask that of the loader, on all ranks alike."
+            )
+        return self._moments
 
     @property
     def prediction(self) -> Float32Array:
@@ -180,15 +190,49 @@ class LearnabilityModel:
                 self.metric_from_sketches = enough
         self.fitted = True
 
+    def solution(self) -> State:
+        """What a model that follows has to know; only reads."""
+        if self.fitted:
+            self._made_whitening()
+        return {
+            "coefficient": self.coefficient,
+            "excess": self.excess,
+            "metric": self.metric,
+            "noise": self.noise,
+            "fitted": self.fitted,
+            "metric_from_sketches": self.metric_from_sketches,
+            "whitening": self._whitening,
+        }
+
+    def follow(self, solution: State) -> None:
+        """Take over what another rank has solved, who has the sums from now on."""
+        self._moments = None
+        self._take_solution(solution)
+        self._whitening = solution["whitening"]
+
+    def _take_solution(self, state: State) -> None:
+        self.coefficient = np.asarray(state["coefficient"], np.float32)
+        self.excess = np.asarray(state["excess"], np.float32)
+        metric = np.asarray(state["metric"], np.float32).reshape(self.metric.shape)
+        if not np.array_equal(metric, self.metric):
+            self.metric = metric
+        self.noise = float(state["noise"])
+        self.fitted = bool(state["fitted"])
+        self.metric_from_sketches = bool(state["metric_from_sketches"])
+
     def variance(self, x: Float32Array) -> FloatArray:
         """(n,) predictive variance of the loss, up to the noise; ones until fitted."""
         if not self.fitted:
             return np.ones(len(x))
         with single_threaded():
-            if self._whitening is None:
+            return power_after(x, self._made_whitening())
+
+    def _made_whitening(self) -> Float32Array:
+        if self._whitening is None:
+            with single_threaded():
                 self._factorise(*self._scaled()[:2])
             assert self._whitening is not None
-            return power_after(x, self._whitening)
+        return self._whitening
 
     def _scaled(self) -> tuple[FloatArray, FloatArray, FloatArray, float]:
         """Column scales, the Gram matrix and the products with the loss in these scales, and the
@@ -303,9 +347,12 @@ class LearnabilityModel:
         return metric
 
     def state_dict(self) -> State:
-        """Sums and what was solved from them, so that a resumed run need not solve again."""
+        """Sums and what was solved from them, so that a resumed run need not solve again.
+
+        A model that follows has no sums: None stands for them.
+        """
         return {
-            "moments": self.moments.to_dict(),
+            "moments": None if self._moments is None else self._moments.to_dict(),
             "coefficient": self.coefficient,
             "excess": self.excess,
             "metric": self.metric,
@@ -319,14 +366,9 @@ class LearnabilityModel:
 
     def load_state_dict(self, state: State) -> None:
         """Take over a saved state; the caller has checked the shapes' causes."""
-        self.moments = Moments.from_dict(state["moments"])
+        self._moments = Moments.from_dict(state["moments"])
         self._whitening = None
-        self.coefficient = np.asarray(state["coefficient"], np.float32)
-        self.excess = np.asarray(state["excess"], np.float32)
-        self.metric = np.asarray(state["metric"], np.float32).reshape(self.metric.shape)
-        self.noise = float(state["noise"])
-        self.fitted = bool(state["fitted"])
-        self.metric_from_sketches = bool(state["metric_from_sketches"])
+        self._take_solution(state)
         self._penalty = float(state["penalty"])
         self._penalty_renewal = Renewal(**state["penalty_renewal"])
         self._metric_renewal = Renewal(**state["metric_renewal"])

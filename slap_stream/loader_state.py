@@ -39,13 +39,15 @@ def whole_state(
     """
     mine = to_bytes({"lanes": sampler["lanes"], "pending": pending})
     everyones = [from_bytes(data) for data in ranks.gather(mine, position)]
+    learnt = to_bytes(sampler["model"]) if ranks.learns else None
+    model = from_bytes(ranks.tell(learnt, position))
     # Tuples: torch.distributed.checkpoint takes dicts and lists of dicts apart, and loads only
     # those parts that the state before loading has too, so of as many lanes; a tuple stays whole.
     lanes = tuple(lane for state in everyones for lane in state["lanes"])
     return {
         "version": STATE_VERSION,
         "index_digests": list(index_digests),
-        "sampler": {**sampler, "lanes": lanes},
+        "sampler": {**sampler, "model": model, "lanes": lanes},
         "probe": () if probe is None else (probe,),
         **join_pending([state["pending"] for state in everyones]),
     }

@@ -14,6 +14,7 @@ from slap_stream.lane_statistics import StatisticsLayout, sum_in_order
 from slap_stream.linear import single_threaded
 from slap_stream.plan import LanePlan
 from slap_stream.shared import Shared
+from slap_stream.state_bytes import from_bytes, to_bytes
 from slap_stream.types import FloatArray, IntArray, LaneExchange, Position, State
 
 logger = logging.getLogger(__name__)
@@ -81,10 +82,13 @@ class Refreshes:
             )
         rows = np.stack([self._layout.pack(state) for state in statistics_in_lane_order])
         last_step = min(int(state["last_step"]) for state in statistics_in_lane_order)
-        self._take_in(sum_in_order(rows), last_step)
+        self._learn(sum_in_order(rows))
+        self._go_on(last_step)
 
     def refresh(self, also: FloatArray | None = None) -> FloatArray:
         """Refresh from the lanes of all ranks, over the exchange; every rank at the same step.
+
+        One rank learns from the sums, and tells the others what has come out.
 
         Args:
             also: (local lanes, n) more numbers that are to be added up over all lanes.
@@ -104,24 +108,38 @@ class Refreshes:
             progress = self._lanes[0].progress
             position = Position(epoch=progress.epoch, step=progress.step, digest=self._digest)
             total, last_step = self._exchange.sum_lanes(rows, last_step, position)
+            if total is None:
+                lesson = from_bytes(self._exchange.tell(None, position))
+                self._shared.follow(lesson)
+            else:
+                lesson = self._learn(total)
+                self._exchange.tell(to_bytes(lesson), position)
         elif self._world_size == 1:
-            total = sum_in_order(rows)
+            lesson = self._learn(sum_in_order(rows))
         else:
             raise ConfigError(
                 f"a sampler of {self._world_size} ranks must be refreshed by merge, got no call of "
                 "it; gather statistics() of all ranks, every probe_every batches."
             )
-        self._take_in(total[: self._layout.size], last_step)
-        return total[self._layout.size :]
+        self._go_on(last_step)
+        found: FloatArray = lesson["also"]
+        return found
+
+    def _learn(self, total: FloatArray) -> State:
+        """Learn from sums over all lanes; what the other ranks have to be told."""
+        sums = self._layout.unpack(total[: self._layout.size])
+        with single_threaded():
+            self._shared.learn(sums)
+            return {**self._shared.lesson(sums), "also": total[self._layout.size :]}
 
     def _last_step_of(self, lane: Lane) -> int:
         """Batches of this epoch that the lane can fill, as far as is known now."""
         stock = len(lane.pool) + lane.intake.fillable
         return lane.progress.step + stock // self._plan.batch_size
 
-    def _take_in(self, total: FloatArray, last_step: int) -> None:
+    def _go_on(self, last_step: int) -> None:
+        """Have the lanes go on from what has just been learnt."""
         with single_threaded():
-            self._shared.refresh(self._layout.unpack(total))
             for lane in self._lanes:
                 lane.refresh()
         self._digest = 0

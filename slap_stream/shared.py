@@ -1,7 +1,7 @@
 """What the lanes of a run share: regression and metric, strata, and the fraction that is kept.
 
-Every rank has all of it, and all have the same: it changes at refreshes only, by sums over all
-lanes.
+All ranks have the same: it changes at refreshes only, by sums over all lanes. One of them solves
+for regression and metric, and has the sums behind them; the others follow.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from slap_stream.config import SlapConfig
 from slap_stream.errors import ConfigError
 from slap_stream.evidence import REFERENCE_COLUMN
+from slap_stream.lane_statistics import COUNTS, MOMENTS
 from slap_stream.learnability import (
     INTERCEPT,
     LOG_LENGTH,
@@ -76,10 +77,26 @@ class Shared:
         self.strata.seed(embedding, self._config.seed)
         self.seeded = True
 
-    def refresh(self, sums: State) -> None:
+    def learn(self, sums: State) -> None:
         """Take in statistics summed over all lanes, as `Lane.statistics` names them."""
+        self.model.refresh([Moments.from_dict(sums[MOMENTS])], self._config.forgetting)
+        self._take_counts(sums)
+
+    def lesson(self, sums: State) -> State:
+        """What others have to be told, who are to `follow`; only reads.
+
+        Args:
+            sums: That this has learnt from just now.
+        """
+        return {"solution": self.model.solution(), **{name: sums[name] for name in COUNTS}}
+
+    def follow(self, lesson: State) -> None:
+        """Take over what another rank has learnt."""
+        self.model.follow(lesson["solution"])
+        self._take_counts(lesson)
+
+    def _take_counts(self, sums: State) -> None:
         forgetting = self._config.forgetting
-        self.model.refresh([Moments.from_dict(sums["moments"])], forgetting)
         self.strata.move(sums["centroid_sum"], sums["centroid_count"], forgetting)
         self.keep.refresh(float(sums["left_worth"]), float(sums["left_count"]))
 

@@ -102,9 +102,11 @@ class Position:
 
 
 class LaneExchange(Protocol):
-    """Who adds up what the lanes of all ranks have counted."""
+    """Who adds up what the lanes of all ranks have counted, and tells what came out."""
 
-    def sum_lanes(self, rows: FloatArray, least: int, position: Position) -> tuple[FloatArray, int]:
+    def sum_lanes(
+        self, rows: FloatArray, least: int, position: Position
+    ) -> tuple[FloatArray | None, int]:
         """Add over all lanes of all ranks, in lane order; every rank calls it at the same step.
 
         Args:
@@ -113,6 +115,17 @@ class LaneExchange(Protocol):
             position: Where this rank is.
 
         Returns:
-            (size,) sums, and the smallest number.
+            (size,) sums on the rank that is to learn from them, None on all others; and the
+            smallest number.
+        """
+        ...
+
+    def tell(self, data: bytes | None, position: Position) -> bytes:
+        """What the rank that was given the sums has for all; every rank calls it after
+        `sum_lanes`.
+
+        Args:
+            data: On that rank, what it has; None on all others.
+            position: Where this rank is.
         """
         ...

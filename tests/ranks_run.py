@@ -190,12 +190,10 @@ def counted() -> Iterator[Counter[str]]:
         patch.setattr(owner, name, call)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("all_gather", "all_to_all"):
+        for name in ("all_gather", "all_to_all", "gather", "broadcast"):
             count(distributed.Gloo, name)
         for name in dist.distributed_c10d.__all__:
-            if name.startswith(
-                ("all_", "broadcast", "gather", "reduce", "scatter", "send", "isend")
-            ):
+            if name.startswith(SENDING):
                 count(dist, name)
         yield calls
 

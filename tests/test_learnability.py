@@ -19,6 +19,7 @@ from slap_stream.learnability import (
     design_rows,
 )
 from slap_stream.moments import Moments
+from slap_stream.state_bytes import from_bytes, to_bytes
 from slap_stream.types import Rows
 from tests import reference
 from tests.laws import as_json
@@ -270,6 +271,31 @@ def test_metric_vectors_are_centred_and_at_most_as_many_as_asked_for() -> None:
         assert model.metric.shape == (x.shape[1], 8)
         assert np.abs((x @ model.metric).mean(axis=0)).max() < 1e-3
     assert model_of(14, metric_dim=999).metric.shape == (14, DIM)
+
+
+def test_a_model_that_follows_predicts_what_the_one_that_solves_does() -> None:
+    x = design(0, 300)
+    solving, following = model_of(x.shape[1]), model_of(x.shape[1])
+    following.follow(from_bytes(to_bytes(solving.solution())))
+    assert not following.fitted
+    for refresh in range(SOLVE_EVERY + 2):
+        samples = design(refresh, 300)
+        sums = moments_of(samples, linear_losses(samples, noise=0.3), gradients(samples))
+        before, solved_before = following.metric, solving.metric
+        solving.refresh([sums], forgetting=0.9)
+        following.follow(from_bytes(to_bytes(solving.solution())))
+        np.testing.assert_array_equal(following.prediction, solving.prediction)
+        np.testing.assert_array_equal(following.metric, solving.metric)
+        np.testing.assert_array_equal(following.variance(x), solving.variance(x))
+        assert following.noise == solving.noise
+        # Lanes project their candidates anew when it is another array.
+        assert (following.metric is before) == (solving.metric is solved_before)
+    with pytest.raises(RuntimeError, match="got one that follows another rank's; ask that of the"):
+        following.refresh([sums], forgetting=0.9)
+    resumed = model_of(x.shape[1])
+    resumed.load_state_dict(solving.state_dict())
+    following.follow(resumed.solution())
+    np.testing.assert_array_equal(following.variance(x), solving.variance(x))
 
 
 def test_a_model_survives_a_checkpoint_bit_by_bit() -> None:

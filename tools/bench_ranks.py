@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,26 +70,49 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-class Handed:
-    """An exchange between ranks of one process: adds up a rank's slice, and is handed the others'.
+@dataclass
+class Table:
+    """What ranks of one process find out from each other.
 
     Attributes:
         rows: (lanes, size) numbers of all lanes.
         total: (size,) their sums.
         least: Smallest of the whole numbers.
+        told: What the first rank has learnt from them.
+    """
+
+    rows: FloatArray
+    total: FloatArray
+    least: int
+    told: bytes = b""
+
+
+class Handed:
+    """An exchange between ranks of one process, the first of which comes first: adds up a rank's
+    slice, and is handed the rest.
+
+    Attributes:
+        table: Where it lies.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank, self._world_size = rank, world_size
-        self.rows: FloatArray = np.zeros((1, 0))
-        self.total: FloatArray = np.zeros(0)
-        self.least = 0
+        self.table = Table(np.zeros((1, 0)), np.zeros(0), 0)
 
-    def sum_lanes(self, rows: FloatArray, least: int, position: Position) -> tuple[FloatArray, int]:
+    def sum_lanes(
+        self, rows: FloatArray, least: int, position: Position
+    ) -> tuple[FloatArray | None, int]:
         """As `Ranks.sum_lanes`."""
-        part = -(-self.rows.shape[1] // self._world_size)
-        sum_in_order(self.rows[:, self._rank * part : (self._rank + 1) * part])
-        return self.total, self.least
+        table = self.table
+        part = -(-table.rows.shape[1] // self._world_size)
+        sum_in_order(table.rows[:, self._rank * part : (self._rank + 1) * part])
+        return (None if self._rank else table.total), table.least
+
+    def tell(self, data: bytes | None, position: Position) -> bytes:
+        """As `Ranks.tell`."""
+        if data is not None:
+            self.table.told = data
+        return self.table.told
 
 
 def sampler_maker(arguments: argparse.Namespace) -> Callable[..., SlapSampler]:
@@ -154,9 +178,9 @@ def in_turns(arguments: argparse.Namespace, make: Callable[..., SlapSampler]) ->
                 spent[:, team] += [timed_step(sampler, losses) for _ in range(every)]
         states = [state for sampler in teams[1] for state in sampler.statistics()]
         rows = np.stack([layout.pack(state) for state in states])
+        table = Table(rows, sum_in_order(rows), min(state["last_step"] for state in states))
         for exchange in exchanges:
-            exchange.rows, exchange.total = rows, sum_in_order(rows)
-            exchange.least = min(state["last_step"] for state in states)
+            exchange.table = table
         composed.append(spent)
         refreshed.append([sum(map(timed_refresh, team)) for team in teams])
     timed = slice(-(-WARMUP // every), None)
