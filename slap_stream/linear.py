@@ -39,14 +39,26 @@ class single_threaded:
             before = [(library, library.get_num_threads()) for library in _blas]
             _threads.before = [(library, count) for library, count in before if count != 1]
             for library, _ in _threads.before:
-                library.set_num_threads(1)
+                _set_threads(library, 1)
 
     def __exit__(self, *error: object) -> None:
         with _threads.lock:
             _threads.users -= 1
             if not _threads.users:
                 for library, count in _threads.before:
-                    library.set_num_threads(count)
+                    _set_threads(library, count)
+
+
+def _set_threads(library: Any, count: int) -> None:
+    """Have a library use so many threads, whichever thread asks for it.
+
+    Since 3.8 threadpoolctl lets only one thread of a process set those of OpenBLAS, and silently
+    does nothing for all others.
+    """
+    release = getattr(library, "clear_controlling_thread", lambda force: None)
+    release(force=True)
+    library.set_num_threads(count)
+    release(force=True)
 
 
 class _Threads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 
 import numpy as np
 import pytest
@@ -75,6 +76,26 @@ def test_blas_uses_one_thread_inside_and_afterwards_what_it_had(error: type | No
             if error is not None:
                 raise error
         assert threads() == {2}
+
+
+def test_any_thread_can_want_one_thread() -> None:
+    found = []
+
+    def count() -> None:
+        with single_threaded():
+            found.append([library.get_num_threads() for library in linear._blas])
+
+    with threadpool_limits(2, "blas"):
+        # Threadpoolctl lets the first thread alone that has set a number set others.
+        with single_threaded():
+            pass
+        thread = threading.Thread(target=count)
+        thread.start()
+        thread.join()
+        assert found == [[1] * len(linear._blas)]
+        assert {library.get_num_threads() for library in linear._blas} == {2}
+    with threadpool_limits(1, "blas"):
+        assert {library.get_num_threads() for library in linear._blas} == {1}
 
 
 def test_one_thread_lasts_until_the_last_who_wants_it_has_done() -> None:
