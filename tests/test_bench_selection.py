@@ -21,7 +21,7 @@ from slap_stream import SlapConfig
 from slap_stream.errors import CorpusError
 from slap_stream.tools import bench_selection
 from slap_stream.tools.selection import generation, schedule, tasks
-from slap_stream.tools.selection.corpora import Workshop, encoded
+from slap_stream.tools.selection.corpora import Workshop, encoded, groups_of_copies
 from slap_stream.tools.selection.report import Difference, holm, reached_after, tables
 from slap_stream.tools.selection.results import append_row, read_rows
 from slap_stream.tools.selection.schedule import PRESETS, Preset, RunKey, arms, rate
@@ -374,3 +374,9 @@ def test_half_a_line_of_a_killed_run_is_no_result(
         file.write('{"preset": "small"}\n')
     with pytest.raises(CorpusError, match=r"one run a line, got .* in line 3 of .*results.jsonl"):
         read_rows(path)
+
+
+def test_copies_are_grouped_with_their_record_or_with_the_first_of_them() -> None:
+    ids = ["copy:a-1-0", "clean:b-2", "first:a-1", "copy:c-7", "copy:a-1-12", "copy:c-5"]
+    # The record that c's copies were made of did not come into the corpus.
+    assert groups_of_copies(ids) == [2, -1, 2, 3, 2, 3]

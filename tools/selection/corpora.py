@@ -244,26 +244,33 @@ class Workshop:
             *("--shard-bytes", self.preset.shard_bytes, "--quiet"),
         )
         _command(embed, corpus, "--quiet")
-        # The record that copies were made of; a copy's id is that of the record and a number.
         ids = [sample["id"] for sample in iter_corpus(corpus, 0, corpus_size(corpus))]
-        kinds = [name.split(":", 1)[0] for name in ids]
-        rests = [name.split(":", 1)[1] for name in ids]
-        firsts = {
-            rest: number
-            for number, (kind, rest) in enumerate(zip(kinds, rests, strict=True))
-            if kind == "first"
-        }
-        group = [
-            firsts[rest if kind == "first" else rest.rsplit("-", 1)[0]]
-            if kind in ("first", "copy")
-            else -1
-            for kind, rest in zip(kinds, rests, strict=True)
-        ]
         np.savez(
             place / "kinds.npz",
-            kind=np.array([KINDS.index(kind) for kind in kinds]),
-            group=np.array(group),
+            kind=np.array([KINDS.index(name.split(":", 1)[0]) for name in ids]),
+            group=np.array(groups_of_copies(ids)),
         )
+
+
+def groups_of_copies(ids: Sequence[str]) -> list[int]:
+    """(n,) position of the record that each is a copy of; its own, if it was copied; else -1.
+
+    Where the record itself is not in the corpus, being too long, say, its first copy stands for it.
+
+    Args:
+        ids: A kind, a colon and a name each; a copy's name is that of the record and a number.
+    """
+    kinds, names = zip(*(identity.split(":", 1) for identity in ids), strict=True)
+    records = [
+        {"first": name, "copy": name.rsplit("-", 1)[0]}.get(kind)
+        for kind, name in zip(kinds, names, strict=True)
+    ]
+    place: dict[str, int] = {}
+    for wanted in ("first", "copy"):
+        for number, (kind, record) in enumerate(zip(kinds, records, strict=True)):
+            if kind == wanted and record is not None:
+                place.setdefault(record, number)
+    return [-1 if record is None else place[record] for record in records]
 
 
 @contextmanager
