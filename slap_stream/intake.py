@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from slap_stream.background import Background
+from slap_stream.background import Background, BackgroundThread
 from slap_stream.encoding.stores import take
 from slap_stream.interrupts import waiting
 from slap_stream.learnability import checked_rows, design_rows
@@ -71,6 +71,7 @@ class Intake:
     ) -> None:
         self.gate = gate
         self._table, self._store, self._options = table, store, order_options
+        self._reader = BackgroundThread("slap-read-ahead")
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
@@ -189,7 +190,7 @@ class Intake:
         self._block, self._ids, self._rows = opened
         self.block_index = index
         if self._may_read_ahead():
-            self._ahead = Background(partial(self._load, index + 1), "slap-read-ahead")
+            self._ahead = self._reader.start(partial(self._load, index + 1))
 
     def _load(self, index: int) -> _Opened:
         """A block, its (n,) unique sample ids and their rows."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from slap_stream.background import Background
+from slap_stream.background import Background, BackgroundThread
 from slap_stream.interrupts import undisturbed
 from slap_stream.sampler import SlapSampler
 from slap_stream.types import IntArray, State
@@ -39,6 +39,7 @@ class PendingBatches:
         self._pending: deque[tuple[IntArray, float]] = deque()
         self.progress = 0.0
         self._pulled = 0
+        self._background = BackgroundThread("slap-compose-ahead")
         self._ahead: Background[list[tuple[IntArray, float]]] | None = None
         self._settling = threading.Lock()
 
@@ -115,7 +116,7 @@ class PendingBatches:
     def _compose_ahead(self) -> None:
         due = len(self._pending) < self._lookahead and not self._sampler.exhausted
         if due and self._ahead is None:
-            self._ahead = Background(self._composed, "slap-compose-ahead")
+            self._ahead = self._background.start(self._composed)
 
     def settle(self) -> None:
         """Wait for what is composed in the background.

@@ -10,12 +10,17 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from slap_stream import background
-from slap_stream.background import Background
+from slap_stream.background import Background, BackgroundThread
+
+
+def start(function: Callable[[], Any]) -> Background[Any]:
+    return BackgroundThread("slap-test").start(function)
 
 
 def slowly(result: Any) -> Any:
@@ -25,17 +30,17 @@ def slowly(result: Any) -> Any:
 
 def test_what_is_returned_is_handed_over() -> None:
     threads: list[str] = []
-    work = Background(lambda: threads.append(threading.current_thread().name), "slap-test")
+    work = start(lambda: threads.append(threading.current_thread().name))
     assert work.wait()
     assert work.get() is None
-    assert threads == ["slap-test"]
+    assert threads == ["slap-test_0"]
 
 
 def test_what_is_raised_is_raised_by_who_gets_it() -> None:
     def fail() -> None:
         raise SystemExit("no such luck")
 
-    work = Background(fail, "slap-test")
+    work = start(fail)
     assert not work.wait()
     for _ in range(2):
         with pytest.raises(SystemExit, match="no such luck"):
@@ -43,7 +48,7 @@ def test_what_is_raised_is_raised_by_who_gets_it() -> None:
 
 
 def test_waiting_goes_on_after_an_interrupt() -> None:
-    work = Background(lambda: slowly("done"), "slap-test")
+    work = start(lambda: slowly("done"))
     timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
@@ -55,7 +60,7 @@ def test_waiting_goes_on_after_an_interrupt() -> None:
 
 def test_a_fork_waits_for_it() -> None:
     began = time.monotonic()
-    work = Background(lambda: slowly("done"), "slap-test")
+    work = start(lambda: slowly("done"))
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=lambda: sender.send(work.get()))
@@ -73,14 +78,15 @@ def test_it_may_fork_itself() -> None:
             os._exit(7)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    assert Background(fork, "slap-test").get() == 7
+    assert start(fork).get() == 7
 
 
 def test_the_end_of_the_process_waits_for_it() -> None:
     program = """
         import time
-        from slap_stream.background import Background
-        Background(lambda: (time.sleep(0.2), print("done", flush=True)), "slap-test")
+        from slap_stream.background import BackgroundThread
+        thread = BackgroundThread("slap-test")
+        thread.start(lambda: (time.sleep(0.2), print("done", flush=True)))
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -91,8 +97,32 @@ def test_nobody_waits_for_what_could_not_be_started(monkeypatch: pytest.MonkeyPa
     def fail(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
+    thread, done = BackgroundThread("slap-test"), []
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", fail)
         with pytest.raises(RuntimeError, match="can't start"):
-            Background(lambda: None, "slap-test")
+            thread.start(lambda: done.append("first"))
     assert not background._running
+    thread.start(lambda: done.append("second")).get()
+    assert done == ["second"], "what could not be started is not done later"
+
+
+def test_one_thread_does_all_and_ends_with_its_owner() -> None:
+    thread = BackgroundThread("slap-test")
+    first, second = (thread.start(threading.current_thread).get() for _ in range(2))
+    assert first is second
+    del thread
+    first.join(timeout=5.0)
+    assert not first.is_alive()
+
+
+def test_a_forked_process_has_a_thread_of_its_own() -> None:
+    thread = BackgroundThread("slap-test")
+    assert thread.start(os.getpid).get() == os.getpid()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: sender.send(thread.start(os.getpid).get()))
+    child.start()
+    assert receiver.poll(10.0)
+    assert receiver.recv() == child.pid
+    child.join()

@@ -359,7 +359,7 @@ def test_an_interrupt_while_a_batch_is_composed_in_the_background_loses_nothing(
         signal.signal(signal.SIGINT, before)
     assert kept == unbroken[:30]
     assert interrupts >= 5
-    assert "slap-compose-ahead" in threads
+    assert "slap-compose-ahead_0" in threads
 
 
 def test_another_thread_may_ask_for_metrics(corpus: Path, unbroken: list[list[int]]) -> None:
