@@ -17,10 +17,10 @@ from slap_stream.feedback import Answers, Awaiting
 from slap_stream.intake import Intake
 from slap_stream.judge import Judge
 from slap_stream.lane_feedback import LaneFeedback
-from slap_stream.learnability import LearnabilityModel
+from slap_stream.learnability import NUM_OWN_COLUMNS, LearnabilityModel
 from slap_stream.plan import Keep, LanePlan, Progress
 from slap_stream.policies import Policy, Uds
-from slap_stream.policies.base import SketchPolicy
+from slap_stream.policies.base import SketchPolicy, sees_vectors
 from slap_stream.reservoir import RecentlyTrained, Reservoirs, SketchQueue
 from slap_stream.rng import gumbels
 from slap_stream.strata import Strata, cluster_sums
@@ -61,9 +61,12 @@ class Lane:
         gate: ShardGate | None = None,
     ) -> None:
         config = plan.config
+        # Where nobody will look at them, candidates leave their vectors behind.
+        vectors = sees_vectors(policy)
+        self._columns = plan.columns if vectors else NUM_OWN_COLUMNS
         shape = {
-            "columns": plan.columns,
-            "dim": plan.store.shape[1],
+            "columns": self._columns,
+            "dim": plan.store.shape[1] if vectors else 0,
             "metric_dim": model.metric.shape[1],
         }
         self.index = index
@@ -93,7 +96,7 @@ class Lane:
             **shape,
         )
         self._appraiser = Appraiser(
-            model, plan.store.feature_names, columns=plan.columns, dim=plan.store.shape[1]
+            model, plan.store.feature_names, columns=shape["columns"], dim=shape["dim"]
         )
         self._judge = Judge(
             policy,
@@ -244,7 +247,7 @@ class Lane:
         self._centroid_count += counts
         self._judge.watch(ids, offered.x, stratum)
         slots = self.pool.offer(
-            offered.x,
+            offered.x[:, : self._columns],
             sample_id=ids,
             occurrence=offered.occurrence,
             block=np.full(count, offered.block),
@@ -390,8 +393,12 @@ class Lane:
         self._centroid_count = np.array(state["centroid_count"], np.float64)
         self.intake.load_state_dict(state["intake"], self.progress.epoch)
         for name, part in self._parts().items():
-            part.load_state_dict(state[name], self.intake.rows_of)
+            part.load_state_dict(state[name], self._rows_of)
         self._judge.project_again()
+
+    def _rows_of(self, ids: IntArray) -> Float32Array:
+        """(n, columns) what the lane keeps of the design rows of (n,) sample ids."""
+        return self.intake.rows_of(ids)[:, : self._columns]
 
     def _parts(self) -> dict[str, _Part]:
         return {

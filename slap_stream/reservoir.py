@@ -50,7 +50,7 @@ class Reservoirs:
     Args:
         capacity: Candidates held at most.
         columns: Columns of a design row.
-        dim: Dimensions of the embedding, the last columns of a design row.
+        dim: Dimensions of the embedding, the last columns of a design row; 0: it is not kept.
         metric_dim: Dimensions of the metric space.
         sketch_dim: Length of the gradient sketches that candidates carry; 0: they carry none.
 
@@ -125,7 +125,7 @@ class Reservoirs:
         return slots
 
     def _put_unit(self, slots: IntArray, x: Float32Array) -> None:
-        unit = unit_rows(x[:, -self._dim :])
+        unit = unit_rows(x[:, x.shape[1] - self._dim :])
         self.unit[slots] = unit
         self.heads.put(slots, heads_of(unit))
 
@@ -228,7 +228,7 @@ class RecentlyTrained:
         self.x: Float32Array = np.zeros((num_strata, per_stratum, columns), np.float32)
         self.z: Float32Array = np.zeros((num_strata, per_stratum, metric_dim), np.float32)
         self.unit: Float32Array = np.zeros((num_strata, per_stratum, dim), np.float32)
-        self._heads = heads_of(self.unit.reshape(-1, dim))
+        self._heads = heads_of(self.unit.reshape(num_strata * per_stratum, dim))
         self.cursor: IntArray = np.zeros(num_strata, np.int64)
 
     def add(
@@ -334,8 +334,8 @@ class RecentlyTrained:
         self.sample_id[:] = np.asarray(state["sample_id"], np.int64).reshape(self.sample_id.shape)
         self.cursor[:] = np.asarray(state["cursor"], np.int64)
         used = self.sample_id != EMPTY
-        self.x[used] = rows_of(self.sample_id[used])
-        unit = unit_rows(self.x[used][:, -self._dim :])
+        self.x[used] = x = rows_of(self.sample_id[used])
+        unit = unit_rows(x[:, x.shape[1] - self._dim :])
         self.unit[used] = unit
         self._heads.put(np.flatnonzero(used), heads_of(unit))
 
