@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,10 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import ZstdCodec
 
 from slap_stream.encoding.journal import Journal
 from slap_stream.encoding.layout import FORMAT, FORMAT_VERSION, StoreLayout, file_digest
+from slap_stream.encoding.plain_rows import plain_rows
 from slap_stream.encoding.stores import ArrayStore, ReadsIds, RowSlices, StackedStore
 from slap_stream.errors import AlignmentError, CorpusError
 from slap_stream.types import Rows, RowStore
@@ -31,6 +32,7 @@ __all__ = [
     "open_embeddings",
 ]
 
+logger = logging.getLogger(__name__)
 
 JOURNAL = "journal.jsonl"
 
@@ -179,8 +181,8 @@ class EmbeddingWriter:
                 dtype=dtype,
                 chunks=(chunk, *tail),
                 shards=(rows, *tail),
-                # Half floats of unit vectors hardly compress; unpacking halves reading speed.
-                compressors=None if name == "embedding" else ZstdCodec(level=1),
+                # Half floats hardly compress, the rest is little, and what is plain is read fast.
+                compressors=None,
             )
 
     def write(self, block: int, rows: Rows) -> None:
@@ -273,14 +275,24 @@ class EmbeddingStore(ReadsIds):
         for needed in ("embedding", "length", *(["source"] if names else [])):
             if needed not in arrays:
                 raise AlignmentError(self._not_a_store(f"no array {needed}"))
+        plain = {name: plain_rows(self._path / name) for name in arrays}
+        slow = [name for name, rows in plain.items() if rows is None]
+        if slow:
+            logger.info(
+                "%s of %s are packed, and read by Zarr, which takes some ms a read; slap-embed "
+                "now writes them plain.",
+                ", ".join(sorted(slow)),
+                self._path,
+            )
+        columns: dict[str, Any] = {name: plain[name] or array for name, array in arrays.items()}
         self._store = ArrayStore(
-            arrays["embedding"],
-            lengths=arrays["length"],
-            features=arrays.get("feature"),
+            columns["embedding"],
+            lengths=columns["length"],
+            features=columns.get("feature"),
             feature_names=self._attributes["feature_names"],
             source_names=None,
         )
-        self._sources: RowSlices | None = arrays.get("source")
+        self._sources: RowSlices | None = columns.get("source")
         self._source_names = tuple(names) or ("all",)
 
     def _not_a_store(self, reason: str) -> str:
@@ -320,7 +332,7 @@ class EmbeddingStore(ReadsIds):
 
     @property
     def thread_safe(self) -> bool:
-        """Several threads may read a Zarr array at the same time."""
+        """Several threads may read at the same time."""
         return True
 
     @property

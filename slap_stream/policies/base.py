@@ -115,9 +115,7 @@ class Policy(Protocol):
 
 def sees_vectors(policy: Policy) -> bool:
     """Whether a policy, or what is learnt for it, looks at embeddings, features or losses."""
-    return (
-        policy.needs_losses or policy.uses_losses or policy.weighs_evidence or policy.looks_back
-    )
+    return policy.needs_losses or policy.uses_losses or policy.weighs_evidence or policy.looks_back
 
 
 class PlainPolicy:
