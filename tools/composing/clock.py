@@ -47,7 +47,7 @@ class Clock:
 
 def watch_sampler(clock: Clock, sampler: SlapSampler) -> None:
     """Time the parts of a sampler's lanes, and of its refreshes."""
-    clock.watch(sampler._refreshes, "_take_in", "refresh: other")
+    clock.watch(sampler._refreshes, "refresh", "refresh: other")
     clock.watch(sampler, "observe", "feedback: observe")
     clock.watch(sampler, "update", "feedback: update")
     clock.watch(sampler._shared.model, "refresh", "refresh: regression and metric solved")
