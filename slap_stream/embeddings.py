@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from slap_stream.encoding.journal import Journal
 from slap_stream.encoding.layout import FORMAT, FORMAT_VERSION, StoreLayout, file_digest
-from slap_stream.encoding.plain_rows import plain_rows
+from slap_stream.encoding.plain_rows import COMPLETE, plain_rows
 from slap_stream.encoding.stores import ArrayStore, ReadsIds, RowSlices, StackedStore
 from slap_stream.errors import AlignmentError, CorpusError
 from slap_stream.types import Rows, RowStore
@@ -183,6 +183,7 @@ class EmbeddingWriter:
                 shards=(rows, *tail),
                 # Half floats hardly compress, the rest is little, and what is plain is read fast.
                 compressors=None,
+                attributes={COMPLETE: True},
             )
 
     def write(self, block: int, rows: Rows) -> None:
@@ -198,7 +199,10 @@ class EmbeddingWriter:
             "feature": (stop - start, len(self._layout.feature_names)),
             "source": (stop - start,),
         }
-        group = zarr.open_group(self._growing, mode="r+", zarr_format=3)
+        # An array takes its setting when it is opened.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            group = zarr.open_group(self._growing, mode="r+", zarr_format=3)
+            arrays = {name: array for name, array in group.arrays() if name in expected}
         for name, shape in expected.items():
             values = np.asarray(getattr(rows, name))
             if values.shape != shape:
@@ -206,10 +210,10 @@ class EmbeddingWriter:
                     f"{name} of block {block} must have shape {shape!r}, got {values.shape!r}; "
                     "one row per sample of the block."
                 )
-            if name in group:
-                array = group[name]
-                assert isinstance(array, zarr.Array)
-                array[start:stop] = _half(name, values, start) if values.ndim == 2 else values
+            if name in arrays:
+                arrays[name][start:stop] = (
+                    _half(name, values, start) if values.ndim == 2 else values
+                )
 
 
 def _blocks_done(journal: Journal) -> set[int]:
@@ -270,11 +274,19 @@ class EmbeddingStore(ReadsIds):
                     f"{FORMAT_VERSION}"
                 )
             )
-        arrays = dict(group.arrays())
-        names = self._attributes["source_names"]
-        for needed in ("embedding", "length", *(["source"] if names else [])):
-            if needed not in arrays:
-                raise AlignmentError(self._not_a_store(f"no array {needed}"))
+        try:
+            self._open(dict(group.arrays()))
+        except AlignmentError:
+            raise
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise AlignmentError(self._not_a_store(f"{type(error).__name__}: {error}")) from error
+
+    def _open(self, arrays: dict[str, Any]) -> None:
+        names, features = self._attributes["source_names"], self._attributes["feature_names"]
+        needed = {"embedding": True, "length": True, "source": names, "feature": features}
+        for name, wanted in needed.items():
+            if wanted and name not in arrays:
+                raise AlignmentError(self._not_a_store(f"no array {name}"))
         plain = {name: plain_rows(self._path / name) for name in arrays}
         slow = [name for name, rows in plain.items() if rows is None]
         if slow:
@@ -289,7 +301,7 @@ class EmbeddingStore(ReadsIds):
             columns["embedding"],
             lengths=columns["length"],
             features=columns.get("feature"),
-            feature_names=self._attributes["feature_names"],
+            feature_names=features,
             source_names=None,
         )
         self._sources: RowSlices | None = columns.get("source")
@@ -383,10 +395,18 @@ class EmbeddingStore(ReadsIds):
         Raises:
             IndexError: If the range leaves the store.
         """
-        rows = self._store.read(start, stop)
-        if self._sources is None:
-            return rows
-        source = np.asarray(self._sources[start:stop], dtype=np.int16)
+        try:
+            rows = self._store.read(start, stop)
+            if self._sources is None:
+                return rows
+            source = np.asarray(self._sources[start:stop], dtype=np.int16)
+        except AlignmentError:
+            raise
+        except ValueError as error:  # what Zarr says of packed columns that are damaged
+            raise AlignmentError(
+                f"embeddings must be read as they were written, got rows {start} to {stop} of "
+                f"{str(self._path)!r} of which Zarr says: {error}; run slap-embed again."
+            ) from error
         return Rows(
             embedding=rows.embedding, length=rows.length, feature=rows.feature, source=source
         )

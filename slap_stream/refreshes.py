@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from slap_stream.errors import ConfigError, FeedbackError
+from slap_stream.errors import ConfigError, ExchangeError, FeedbackError
 from slap_stream.lane import Lane
 from slap_stream.lane_statistics import StatisticsLayout, sum_in_order
 from slap_stream.linear import single_threaded
@@ -18,6 +18,9 @@ from slap_stream.state_bytes import from_bytes, to_bytes
 from slap_stream.types import FloatArray, IntArray, LaneExchange, Position, State
 
 logger = logging.getLogger(__name__)
+
+# Stands in what ranks are told for what has gone wrong.
+_FAILED = "failed"
 
 
 class Refreshes:
@@ -108,12 +111,7 @@ class Refreshes:
             progress = self._lanes[0].progress
             position = Position(epoch=progress.epoch, step=progress.step, digest=self._digest)
             total, last_step = self._exchange.sum_lanes(rows, last_step, position)
-            if total is None:
-                lesson = from_bytes(self._exchange.tell(None, position))
-                self._shared.follow(lesson)
-            else:
-                lesson = self._learn(total)
-                self._exchange.tell(to_bytes(lesson), position)
+            lesson = self._learn_and_tell(self._exchange, total, position)
         elif self._world_size == 1:
             lesson = self._learn(sum_in_order(rows))
         else:
@@ -124,6 +122,30 @@ class Refreshes:
         self._go_on(last_step)
         found: FloatArray = lesson["also"]
         return found
+
+    def _learn_and_tell(
+        self, exchange: LaneExchange, total: FloatArray | None, position: Position
+    ) -> State:
+        """Learn from the sums, or be told by the rank that was given them, what has come out."""
+        failure: Exception | None = None
+        lesson: State = {}
+        if total is not None:
+            try:
+                lesson = self._learn(total)
+            except Exception as error:
+                # The others wait to be told, whatever it is.
+                failure, lesson = error, {_FAILED: f"{type(error).__name__}: {error}"}
+        told = exchange.tell(None if total is None else to_bytes(lesson), position)
+        if total is None:
+            lesson = from_bytes(told)
+        if _FAILED in lesson:
+            raise ExchangeError(
+                f"rank 0 must learn from the sums at epoch {position.epoch}, step {position.step}, "
+                f"got {lesson[_FAILED]}; start all ranks again from the last checkpoint."
+            ) from failure
+        if total is None:
+            self._shared.follow(lesson)
+        return lesson
 
     def _learn(self, total: FloatArray) -> State:
         """Learn from sums over all lanes; what the other ranks have to be told."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,56 @@ def test_a_directory_that_is_no_store_is_refused(tmp_path: Path) -> None:
     for name in ("empty", "group"):
         with pytest.raises(AlignmentError, match="must be a Zarr group that slap-embed made"):
             EmbeddingStore(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "embedding" / "zarr.json").write_text("{"), r"JSONDecodeError|JSON"),
+        (lambda path: shutil.rmtree(path / "feature"), "no array feature"),
+        (lambda path: shutil.rmtree(path / "source"), "no array source"),
+        (lambda path: edit(path / "length" / "zarr.json", "[20]", "[19]"), "lengths must have sh"),
+    ],
+)
+def test_a_store_whose_description_is_damaged_is_refused_with_its_path(
+    tmp_path: Path, damage: Callable[[Path], Any], message: str
+) -> None:
+    path = write_store(tmp_path / "embeddings.zarr", make_layout()).path
+    damage(path)
+    with pytest.raises(AlignmentError, match=message) as refused:
+        EmbeddingStore(path)
+    assert str(path) in str(refused.value)
+    assert "run slap-embed" in str(refused.value)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text().replace("\n", "").replace(" ", "")
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("name", ["embedding", "length", "feature", "source"])
+def test_a_file_of_a_store_that_is_gone_is_told(tmp_path: Path, name: str) -> None:
+    store = write_store(tmp_path / "embeddings.zarr", make_layout())
+    [file] = [path for path in (store.path / name / "c").rglob("*") if path.is_file()][:1]
+    file.unlink()
+    with pytest.raises(AlignmentError, match=f"got no file in .*{name}/c/.*; run slap-embed again"):
+        store.read(0, 20)
+
+
+def test_a_packed_column_that_is_damaged_is_told_with_the_path(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "embeddings.zarr", make_layout()).path
+    shutil.rmtree(path / "length")
+    lengths = zarr.create_array(
+        path / "length", shape=(20,), dtype="int32", chunks=(4,), shards=(8,)
+    )
+    lengths[:] = np.arange(1, 21)
+    store = EmbeddingStore(path)
+    np.testing.assert_array_equal(store.read(0, 20).length, np.arange(1, 21))
+    file = path / "length" / "c" / "0"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(AlignmentError, match=r"rows 0 to 20 of .*embeddings.zarr' of which Zar"):
+        store.read(0, 20)
 
 
 def test_embeddings_of_another_dataset_are_refused(store: EmbeddingStore) -> None:

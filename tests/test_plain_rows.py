@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import ZstdCodec
 
-from slap_stream.encoding.plain_rows import PlainRows, plain_rows
+from slap_stream.encoding.plain_rows import COMPLETE, PlainRows, plain_rows
 from slap_stream.errors import AlignmentError
 
 
@@ -96,6 +96,34 @@ def test_a_step_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a", np.ones(20, np.int32), chunk=4, shard=8)
     with pytest.raises(IndexError, match="slice step must be 1, got 2"):
         read(tmp_path / "a")[::2]
+
+
+def test_a_file_that_must_be_there_and_is_not_is_told(tmp_path: Path) -> None:
+    values = np.zeros(20, np.int32)
+    options: dict[str, Any] = {"config": {"write_empty_chunks": True}}
+    write(tmp_path / "a", values, chunk=4, shard=8, attributes={COMPLETE: True}, **options)
+    found = read(tmp_path / "a")
+    np.testing.assert_array_equal(found[:], values)
+    (tmp_path / "a" / "c" / "1").unlink()
+    np.testing.assert_array_equal(found[0:8], values[:8])
+    with pytest.raises(AlignmentError, match=r"got no file in '.*c/1'; run slap-embed again"):
+        found[4:16]
+    (tmp_path / "a" / "c" / "1").mkdir()
+    with pytest.raises(AlignmentError, match="got a directory in"):
+        found[4:16]
+
+
+@settings(max_examples=30, deadline=None)
+@given(at=st.integers(1, 2 * 16 + 4), bit=st.integers(0, 7))
+def test_an_index_of_which_a_bit_was_flipped_is_told(at: int, bit: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder, "a"), np.arange(1, 21, dtype=np.int32), chunk=4, shard=8)
+        file = Path(folder, "a", "c", "0")
+        content = bytearray(file.read_bytes())
+        content[-at] ^= 1 << bit
+        file.write_bytes(content)
+        with pytest.raises(AlignmentError, match="got an index of another checksum in"):
+            read(Path(folder, "a"))[0:8]
 
 
 @pytest.mark.parametrize(("shard", "keep"), [(8, 10), (8, -30), (None, 5)])

@@ -258,6 +258,53 @@ def test_after_an_exchange_that_was_ended_half_way_there_is_no_other() -> None:
         ranks.gather(b"", position)
 
 
+class Told:
+    """What the first of two ranks has for the other, who hears it in the same process."""
+
+    def __init__(self, rank: int, told: list[bytes]) -> None:
+        self._rank, self._told = rank, told
+
+    def sum_lanes(self, rows: Any, least: int, position: Position) -> Any:
+        # The other rank's lane counts for nothing.
+        return (None if self._rank else rows[0]), least
+
+    def tell(self, data: bytes | None, position: Position) -> bytes:
+        if data is not None:
+            self._told.append(data)
+        return self._told[-1]
+
+
+def test_what_one_rank_could_not_learn_all_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bytes] = []
+    samplers = [
+        SlapSampler(
+            [40] * 4,
+            embeddings(160),
+            batch_size=4,
+            config=config_of(num_lanes=2),
+            rank=rank,
+            world_size=2,
+            exchange=Told(rank, told),
+        )
+        for rank in range(2)
+    ]
+    for sampler in samplers:
+        batch = sampler.compose()
+        assert batch is not None
+        sampler.observe(batch, np.ones(4))
+        sampler.refresh()
+    assert samplers[1].state_dict()["model"]["moments"] is None, "the first has the sums"
+
+    def fail(sums: Any) -> None:
+        raise np.linalg.LinAlgError("singular")
+
+    monkeypatch.setattr(samplers[0]._shared, "learn", fail)
+    for sampler in samplers:
+        sampler.compose()
+        with pytest.raises(ExchangeError, match=r"rank 0 .* step 2, got LinAlgError: singular; st"):
+            sampler.refresh()
+
+
 def test_an_interrupt_waits_for_a_whole_exchange() -> None:
     class Exchange:
         summed = told = 0

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,7 +25,9 @@ _INDEX_CODECS = [_BYTES, {"name": "crc32c"}]
 _DTYPES = ("float16", "float32", "int16", "int32")
 # What an index gives as the place of a chunk that was never written, being all `fill_value`.
 _MISSING = 2**64 - 1
-_CHECKSUM_BYTES = 4
+# Says, among an array's attributes, that all of its chunks were written: one that is missing is no
+# chunk of nothing but the fill value.
+COMPLETE = "every_chunk_written"
 
 
 class PlainRows:
@@ -37,7 +40,7 @@ class PlainRows:
         file_rows: Rows in each file.
         chunk_rows: Rows in each chunk of a file that begins with chunks and ends with an index of
             them; None: a file is one chunk.
-        fill_value: What is in chunks and files that were never written.
+        fill_value: What is in chunks and files that were never written; None: all were.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class PlainRows:
         dtype: np.dtype[Any],
         file_rows: int,
         chunk_rows: int | None,
-        fill_value: float,
+        fill_value: float | None,
     ) -> None:
         self._directory = directory
         self.shape, self.dtype = shape, dtype
@@ -60,7 +63,8 @@ class PlainRows:
 
         Raises:
             IndexError: If the slice has a step.
-            AlignmentError: If a file is not as long as it should be, or its index is damaged.
+            AlignmentError: If a file is missing or shorter than it should be, or its index is
+                damaged.
         """
         start, stop, step = rows.indices(self.shape[0])
         if step != 1:
@@ -81,22 +85,30 @@ class PlainRows:
                     self._read(file, path, first * self._row_bytes, out)
                 else:
                     self._read_chunks(file, path, first, out)
-        except FileNotFoundError:
+        except IsADirectoryError as error:
+            raise AlignmentError(self._damaged(path, "a directory")) from error
+        except FileNotFoundError as error:
+            if self._fill_value is None:
+                raise AlignmentError(self._damaged(path, "no file")) from error
             out[:] = self._fill_value
 
     def _read_chunks(self, file: BinaryIO, path: Path, first: int, out: NDArray[Any]) -> None:
         assert self._chunk_rows is not None
         # (chunks, 2): where each begins and how many bytes it has, then a checksum of the table.
         index = np.empty((self._file_rows // self._chunk_rows, 2), "<u8")
+        checksum = np.empty(1, "<u4")
         size = file.seek(0, 2)
-        self._read(file, path, size - index.nbytes - _CHECKSUM_BYTES, index)
+        self._read(file, path, size - index.nbytes - checksum.nbytes, index)
+        self._read(file, path, size - checksum.nbytes, checksum)
+        if google_crc32c.value(index.tobytes()) != checksum[0]:
+            raise AlignmentError(self._damaged(path, "an index of another checksum"))
         chunk_bytes = self._chunk_rows * self._row_bytes
         at = 0
         while at < len(out):
             chunk, inside = divmod(first + at, self._chunk_rows)
             part = out[at : at + self._chunk_rows - inside]
             place, length = index[chunk].tolist()
-            if place == length == _MISSING:
+            if place == length == _MISSING and self._fill_value is not None:
                 part[:] = self._fill_value
             elif length == chunk_bytes and place + length <= size:
                 self._read(file, path, place + inside * self._row_bytes, part)
@@ -169,5 +181,5 @@ def plain_rows(directory: Path) -> PlainRows | None:
         dtype=np.dtype(about["data_type"]),
         file_rows=int(file_shape[0]),
         chunk_rows=chunk_rows,
-        fill_value=about["fill_value"],
+        fill_value=None if about.get("attributes", {}).get(COMPLETE) else about["fill_value"],
     )
