@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -229,6 +231,16 @@ def test_iterating_leaves_torchs_random_state_alone(corpus: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.fixture
+def let_go_soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch waits 5 s for each worker of an iterator in which one has died, once it is collected:
+    here, and not in whatever test comes later."""
+    yield
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    gc.collect()
+
+
+@pytest.mark.usefixtures("let_go_soon")
 def test_a_worker_that_dies_is_named_and_replaced(corpus: Path, unbroken: list[list[int]]) -> None:
     loader = make(corpus, num_workers=2, persistent_workers=True)
     batches = iter(loader)
@@ -250,6 +262,7 @@ def train_while(killed: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.usefixtures("let_go_soon")
 def test_a_worker_that_dies_during_a_step_is_named_there(
     corpus: Path, unbroken: list[list[int]]
 ) -> None:

@@ -37,7 +37,7 @@ def read(path: Path) -> PlainRows:
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 60),
     tail=st.sampled_from([(), (3,)]),
@@ -113,7 +113,7 @@ def test_a_file_that_must_be_there_and_is_not_is_told(tmp_path: Path) -> None:
         found[4:16]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(at=st.integers(1, 2 * 16 + 4), bit=st.integers(0, 7))
 def test_an_index_of_which_a_bit_was_flipped_is_told(at: int, bit: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
