@@ -194,6 +194,15 @@ class LearnabilityModel:
         """What a model that follows has to know; only reads."""
         if self.fitted:
             self._made_whitening()
+        return {**self._solved(), "whitening": self._whitening}
+
+    def follow(self, solution: State) -> None:
+        """Take over what another rank has solved, who has the sums from now on."""
+        self._moments = None
+        self._take_solution(solution)
+        self._whitening = solution["whitening"]
+
+    def _solved(self) -> State:
         return {
             "coefficient": self.coefficient,
             "excess": self.excess,
@@ -201,14 +210,7 @@ class LearnabilityModel:
             "noise": self.noise,
             "fitted": self.fitted,
             "metric_from_sketches": self.metric_from_sketches,
-            "whitening": self._whitening,
         }
-
-    def follow(self, solution: State) -> None:
-        """Take over what another rank has solved, who has the sums from now on."""
-        self._moments = None
-        self._take_solution(solution)
-        self._whitening = solution["whitening"]
 
     def _take_solution(self, state: State) -> None:
         self.coefficient = np.asarray(state["coefficient"], np.float32)
@@ -353,12 +355,7 @@ class LearnabilityModel:
         """
         return {
             "moments": None if self._moments is None else self._moments.to_dict(),
-            "coefficient": self.coefficient,
-            "excess": self.excess,
-            "metric": self.metric,
-            "noise": self.noise,
-            "fitted": self.fitted,
-            "metric_from_sketches": self.metric_from_sketches,
+            **self._solved(),
             "penalty": self._penalty,
             "penalty_renewal": asdict(self._penalty_renewal),
             "metric_renewal": asdict(self._metric_renewal),
