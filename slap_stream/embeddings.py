@@ -291,7 +291,7 @@ class EmbeddingStore(ReadsIds):
         slow = [name for name, rows in plain.items() if rows is None]
         if slow:
             logger.info(
-                "%s of %s are packed, and read by Zarr, which takes some ms a read; slap-embed "
+                "%s of %s are packed, and read by Zarr, which takes 1 to 2 ms a read; slap-embed "
                 "now writes them plain.",
                 ", ".join(sorted(slow)),
                 self._path,
@@ -394,6 +394,7 @@ class EmbeddingStore(ReadsIds):
 
         Raises:
             IndexError: If the range leaves the store.
+            AlignmentError: If a file of the store is gone or damaged.
         """
         try:
             rows = self._store.read(start, stop)

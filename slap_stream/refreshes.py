@@ -101,7 +101,8 @@ class Refreshes:
 
         Raises:
             ConfigError: If there are other ranks and no exchange.
-            ExchangeError: If the ranks cannot be reached or are not at the same step.
+            ExchangeError: If the ranks cannot be reached or are not at the same step, or if the one
+                that was to learn from the sums could not.
         """
         rows = np.stack([self._layout.pack(lane.statistics()) for lane in self._lanes])
         if also is not None:
