@@ -80,7 +80,7 @@ class Appraiser:
             return
         self._ranks = RankTable(self._predict(x)[1], stratum)
         self.typical = _neighbour_distance(self.project(x), stratum, 0.5)
-        self.apart = _neighbour_distance(unit_rows(x[:, -self._dim :]), stratum, NOT_COPIED)
+        self.apart = _neighbour_distance(x, stratum, NOT_COPIED, first=x.shape[1] - self._dim)
 
     def appraise(self, x: Float32Array, stratum: IntArray, own_loss: FloatArray) -> Appraisal:
         """Judge candidates.
@@ -167,13 +167,16 @@ class _Window:
         return ids, x, stratum
 
 
-def _neighbour_distance(vectors: Float32Array, stratum: IntArray, quantile: float) -> float:
+def _neighbour_distance(
+    vectors: Float32Array, stratum: IntArray, quantile: float, *, first: int = 0
+) -> float:
     """Quantile over candidates of their distance to the nearest other one of their stratum.
 
     Args:
-        vectors: (n, dim) unit vectors.
+        vectors: (n, first + dim) float32, of which the last columns are unit vectors.
         stratum: (n,) strata.
         quantile: In [0, 1].
+        first: Columns before the unit vectors; they are left out.
 
     Returns:
         The distance; 1 if no stratum has two candidates.
@@ -181,6 +184,8 @@ def _neighbour_distance(vectors: Float32Array, stratum: IntArray, quantile: floa
     order = np.argsort(stratum, kind="stable")
     here = np.arange(len(order))
     start = np.append(0, np.cumsum(np.bincount(stratum)))
-    found = nearest_of_group(vectors, order, here, stratum[order], vectors[order], here, start)
+    found = nearest_of_group(
+        vectors, order, here, stratum[order], vectors[order], here, start, first=first
+    )
     found = found[np.isfinite(found)]
     return max(float(np.quantile(found, quantile)), 1e-3) if len(found) else 1.0

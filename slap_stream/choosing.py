@@ -202,10 +202,11 @@ def _compose_greedily(
     for i in range(n):
         apart[i] = diversity * min(distance[i] / typical, cap)
         closed[i] = quota[stratum[i]] == 0
+    weight = curvature / max(1, slots)
     # Several plain loops, over those that are out of question too: the first two are then vectors.
     for slot in range(slots):
         for i in range(n):
-            gain[i] = score[i] - curvature * shared[i] / slots + apart[i]
+            gain[i] = score[i] - weight * shared[i] + apart[i]
         best = -1
         best_gain = -np.inf
         for i in range(n):

@@ -112,7 +112,7 @@ class Judge:
         pool.floats("distance")[slots] = np.inf
         if self._policy.weighs_evidence:
             pool.floats("distance")[slots] = self._recent.nearest_embedding(
-                pool.unit,
+                pool.x,
                 slots,
                 pool.ints("stratum")[slots],
                 pool.ints("sample_id")[slots],
@@ -134,13 +134,13 @@ class Judge:
         if self._policy.weighs_evidence:
             pool.floats("worth")[slots] = worth(copy, mismatch)
 
-    def bring_near(self, ids: IntArray, stratum: IntArray, unit: Float32Array) -> None:
+    def bring_near(self, ids: IntArray, stratum: IntArray, x: Float32Array) -> None:
         """What waits in the pool may be a copy of what was just trained on.
 
         Args:
             ids: (n,) samples that were trained on and have left the pool.
             stratum: (n,) their strata.
-            unit: (n, dim) their unit embeddings.
+            x: (n, columns) their design rows.
         """
         if not self._policy.weighs_evidence:
             return
@@ -148,18 +148,19 @@ class Judge:
         waiting, before = pool.ints("stratum")[slots], pool.floats("distance")[slots]
         order = np.argsort(stratum, kind="stable")
         counts = np.bincount(stratum, minlength=int(waiting.max(initial=0)) + 1)
-        known = unit[order]
+        known = x[order]
         near = nearest_of_group(
-            pool.unit,
+            pool.x,
             slots,
             pool.ints("sample_id")[slots],
             waiting,
             known,
             ids[order],
             np.append(0, np.cumsum(counts)),
+            first=pool.first_of_unit,
             within=self.reach,
             heads=pool.heads,
-            known_heads=heads_of(known),
+            known_heads=heads_of(known[:, pool.first_of_unit :]),
         )
         nearer = near < before
         pool.floats("distance")[slots[nearer]] = near[nearer]

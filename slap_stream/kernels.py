@@ -41,11 +41,11 @@ def _dot(left: Any, right: Any) -> Any:
 
 
 @njit_vectors
-def _power(row: Any) -> float:
+def _power(row: Any) -> Any:
     total = np.float64(0.0)
     for k in range(row.shape[0]):
         total += np.float64(row[k]) * np.float64(row[k])
-    return float(total)
+    return total
 
 
 def project(rows: Float32Array, matrix: Float32Array) -> Float32Array:
@@ -168,29 +168,16 @@ def unit_rows(rows: Float32Array) -> Float32Array:
 
 @njit
 def _unit_rows(rows: Any, out: Any) -> None:
-    power = np.zeros(rows.shape[0], np.float64)
-    whole = rows.shape[0] // 4 * 4
-    # Four rows abreast: each sum waits for its last term, so one alone leaves the adder idle.
-    for i in range(0, whole, 4):
-        p0 = p1 = p2 = p3 = 0.0
-        for j in range(rows.shape[1]):
-            p0 += float(rows[i, j]) * float(rows[i, j])
-            p1 += float(rows[i + 1, j]) * float(rows[i + 1, j])
-            p2 += float(rows[i + 2, j]) * float(rows[i + 2, j])
-            p3 += float(rows[i + 3, j]) * float(rows[i + 3, j])
-        power[i], power[i + 1], power[i + 2], power[i + 3] = p0, p1, p2, p3
-    for i in range(whole, rows.shape[0]):
-        for j in range(rows.shape[1]):
-            power[i] += float(rows[i, j]) * float(rows[i, j])
     for i in range(rows.shape[0]):
-        if power[i] > 0.0:
-            scale = 1.0 / float(np.sqrt(power[i]))
+        power = _power(rows[i])
+        if power > 0.0:
+            scale = 1.0 / np.sqrt(power)
             for j in range(rows.shape[1]):
                 out[i, j] = np.float32(rows[i, j] * scale)
 
 
-def sum_units_by_group(rows: Float32Array, group: IntArray, num_groups: int) -> FloatArray:
-    """Sum rows of each group after scaling them to unit length; zero rows add nothing.
+def sum_by_group(rows: Float32Array, group: IntArray, num_groups: int) -> FloatArray:
+    """Sum rows of each group.
 
     Args:
         rows: (n, dim) float32.
@@ -201,19 +188,18 @@ def sum_units_by_group(rows: Float32Array, group: IntArray, num_groups: int) -> 
         (num_groups, dim) float64 sums, added up in the order given.
     """
     out = np.zeros((num_groups, rows.shape[1]))
-    _sum_units_by_group(
+    _sum_by_group(
         np.ascontiguousarray(rows, np.float32), np.ascontiguousarray(group, np.int64), out
     )
     return out
 
 
 @njit
-def _sum_units_by_group(rows: Any, group: Any, out: Any) -> None:
+def _sum_by_group(rows: Any, group: Any, out: Any) -> None:
     for i in range(rows.shape[0]):
-        length = max(float(np.sqrt(_power(rows[i]))), 1e-12)
         total = out[group[i]]
         for j in range(rows.shape[1]):
-            total[j] += np.float64(rows[i, j]) / length
+            total[j] += np.float64(rows[i, j])
 
 
 class Heads(NamedTuple):
@@ -258,6 +244,7 @@ def nearest_of_group(
     known_id: IntArray,
     start: IntArray,
     *,
+    first: int = 0,
     within: float = np.inf,
     heads: Heads | None = None,
     known_heads: Heads | None = None,
@@ -265,13 +252,14 @@ def nearest_of_group(
     """Distance of unit vectors to the nearest known one of their group and of another sample.
 
     Args:
-        vectors: (rows, dim) float32 unit vectors.
+        vectors: (rows, first + dim) float32, of which the last columns are unit vectors.
         at: (n,) rows that are asked about.
         sample_id: (n,) samples of these.
         group: (n,) groups of these.
-        known: (m, dim) float32 unit vectors, group by group.
+        known: (m, first + dim) float32, likewise, group by group.
         known_id: (m,) their samples; negative ones are left out.
         start: (num_groups + 1,) where each group's vectors begin in `known`.
+        first: Columns before the unit vectors; they are left out.
         within: Distances from here on need not be told apart, which is quicker with heads.
         heads: Of the (rows,) vectors.
         known_heads: Of the (m,) known ones.
@@ -286,7 +274,7 @@ def nearest_of_group(
         )
     if vectors.shape[1:] != known.shape[1:] or known.shape[:1] != known_id.shape:
         raise ValueError(
-            "vectors, known and known_id must be (rows, dim), (m, dim) and (m,), got "
+            "vectors, known and known_id must be (rows, columns), (m, columns) and (m,), got "
             f"{vectors.shape}, {known.shape} and {known_id.shape}."
         )
     if heads is None or known_heads is None:
@@ -309,6 +297,7 @@ def nearest_of_group(
         heads.rest,
         known_heads.head,
         known_heads.rest,
+        first,
         # What the product of two unit vectors is at that distance.
         max(-np.inf, 1.0 - 0.5 * within * within),
         out,
@@ -329,6 +318,7 @@ def _nearest_of_group(
     rest: Any,
     known_head: Any,
     known_rest: Any,
+    first: int,
     least: float,
     out: Any,
 ) -> None:
@@ -344,5 +334,5 @@ def _nearest_of_group(
                 # With some room for rounding.
                 if bound < max(best, least) - 1e-4:
                     continue
-            best = max(best, float(_dot(vectors[row], known[j])))
+            best = max(best, float(_dot(vectors[row, first:], known[j, first:])))
         out[i] = np.sqrt(max(0.0, 2.0 - 2.0 * best))

@@ -239,7 +239,7 @@ class Lane:
     def _offer(self, most: int) -> None:
         offered = self.intake.take(most)
         ids, count = offered.sample_id, len(offered.sample_id)
-        embedding = offered.x[:, -self._plan.store.shape[1] :]
+        embedding = np.ascontiguousarray(offered.x[:, -self._plan.store.shape[1] :])
         stratum = self._strata.assign(embedding, offered.source)
         clusters = len(self._strata.centroids)
         sums, counts = cluster_sums(embedding, stratum % clusters, clusters)
@@ -262,13 +262,12 @@ class Lane:
         """Book a batch: its samples leave the pool, their losses are awaited."""
         stratum, x = self.pool.ints("stratum")[slots], self.pool.x[slots]
         self.feedback.awaiting_trained.ask(self._composed, ids, x, weights)
-        unit = self.pool.unit[slots]
         if self._policy.looks_back:
-            self._recent.add(ids, stratum, x, self.pool.z[slots], unit)
+            self._recent.add(ids, stratum, x, self.pool.z[slots])
         self._chosen.add(self.pool.sketch[slots])
         self.progress.trained += self.progress.by_stratum(stratum)
         self._leave(slots)
-        self._judge.bring_near(ids, stratum, unit)
+        self._judge.bring_near(ids, stratum, x)
 
     def _drop(self, slots: IntArray) -> None:
         stratum = self.pool.ints("stratum")[slots]

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from slap_stream.choosing import mid_ranks
-from slap_stream.kernels import widen_halves
+from slap_stream.kernels import unit_rows, widen_halves
 from slap_stream.linear import (
     inverse_of_triangle,
     leading_directions,
@@ -26,7 +26,7 @@ from slap_stream.linear import (
 )
 from slap_stream.moments import Moments
 from slap_stream.rng import Purpose, generator
-from slap_stream.types import Float32Array, FloatArray, IntArray, Rows, State
+from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, Rows, State
 
 # Columns of a design row that come before the store's feature columns.
 INTERCEPT, LOG_LENGTH = 0, 1
@@ -49,7 +49,8 @@ SPARE_DIRECTIONS, DIRECTION_ROUNDS = 16, 4
 def design_rows(rows: Rows) -> Float32Array:
     """(n, 2 + num_features + dim) float32: intercept, log length, feature columns, embedding.
 
-    Values that are not finite become zero: one bad cell must not spoil a regression over all.
+    Embeddings are scaled to unit length. Values that are not finite become zero: one bad cell must
+    not spoil a regression over all.
     """
     return checked_rows(rows)[0]
 
@@ -58,16 +59,25 @@ def checked_rows(rows: Rows) -> tuple[Float32Array, int]:
     """Design rows, and how many of them held a value that is not finite."""
     num_features, dim = rows.feature.shape[1], rows.embedding.shape[1]
     table = np.empty((len(rows), NUM_OWN_COLUMNS + num_features + dim), np.float32)
-    half = rows.embedding.dtype == np.float16
     table[:, INTERCEPT] = 1.0
     table[:, LOG_LENGTH] = np.log1p(np.maximum(rows.length, 0))
-    table[:, NUM_OWN_COLUMNS : NUM_OWN_COLUMNS + num_features] = rows.feature
-    table[:, -dim:] = widen_halves(rows.embedding) if half else rows.embedding
-    fine = np.isfinite(table)
+    features = table[:, NUM_OWN_COLUMNS : NUM_OWN_COLUMNS + num_features]
+    features[:] = rows.feature
+    half = rows.embedding.dtype == np.float16
+    embedding = widen_halves(rows.embedding) if half else np.array(rows.embedding, np.float32)
+    spoilt = _clear_spoilt(features) | _clear_spoilt(embedding)
+    table[:, -dim:] = unit_rows(embedding)
+    return table, int(np.count_nonzero(spoilt))
+
+
+def _clear_spoilt(values: Float32Array) -> BoolArray:
+    """Set what is not finite to zero, in place; (n,) rows that held such values."""
+    fine = np.isfinite(values)
     if fine.all():
-        return table, 0
-    table[~fine] = 0.0
-    return table, int(np.count_nonzero(~fine.all(axis=1)))
+        return np.zeros(len(values), bool)
+    values[~fine] = 0.0
+    spoilt: BoolArray = ~fine.all(axis=1)
+    return spoilt
 
 
 @dataclass(kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from slap_stream.kernels import Heads, heads_of, nearest_of_group, unit_rows
+from slap_stream.kernels import Heads, heads_of, nearest_of_group
 from slap_stream.sorting import first_of_each, place_in_group, sort_candidates
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, State
 
@@ -50,14 +50,14 @@ class Reservoirs:
     Args:
         capacity: Candidates held at most.
         columns: Columns of a design row.
-        dim: Dimensions of the embedding, the last columns of a design row; 0: it is not kept.
+        dim: Dimensions of the unit embedding, the last columns of a design row; 0: it is not kept.
         metric_dim: Dimensions of the metric space.
         sketch_dim: Length of the gradient sketches that candidates carry; 0: they carry none.
 
     Attributes:
         x: (capacity, columns) float32 design rows.
-        unit: (capacity, dim) float32 unit embeddings.
-        heads: Their heads.
+        first_of_unit: Column in which the unit embedding begins.
+        heads: Heads of the unit embeddings.
         z: (capacity, metric_dim) float32 unit vectors of the metric space.
         sketch: (capacity, sketch_dim) float32 measured gradient sketches, zero where none was.
         data: (capacity,) arrays by the names in `COLUMNS`; `sample_id` is -1 where a slot is free.
@@ -67,10 +67,9 @@ class Reservoirs:
         self, *, capacity: int, columns: int, dim: int, metric_dim: int, sketch_dim: int = 0
     ) -> None:
         self.capacity = capacity
-        self._dim = dim
-        self.unit: Float32Array = np.zeros((capacity, dim), np.float32)
-        self.heads = heads_of(self.unit)
+        self.first_of_unit = columns - dim
         self.x: Float32Array = np.zeros((capacity, columns), np.float32)
+        self.heads = heads_of(self.unit)
         self.z: Float32Array = np.zeros((capacity, metric_dim), np.float32)
         self.sketch: Float32Array = np.zeros((capacity, sketch_dim), np.float32)
         self.data: dict[str, NDArray[np.generic]] = {
@@ -80,6 +79,11 @@ class Reservoirs:
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self.data["sample_id"] != EMPTY))
+
+    @property
+    def unit(self) -> Float32Array:
+        """(capacity, dim) unit embeddings, not a copy."""
+        return self.x[:, self.first_of_unit :]
 
     def slots(self) -> IntArray:
         """(n,) slots in use, ascending."""
@@ -115,7 +119,7 @@ class Reservoirs:
         slots = free[: len(x)]
         self.x[slots] = x
         self.sketch[slots] = 0.0
-        self._put_unit(slots, x)
+        self.heads.put(slots, heads_of(x[:, self.first_of_unit :]))
         self.floats("own_loss")[slots] = np.nan
         for name in COLUMNS:
             if name in columns:
@@ -123,11 +127,6 @@ class Reservoirs:
             elif name != "own_loss":
                 self.data[name][slots] = 0
         return slots
-
-    def _put_unit(self, slots: IntArray, x: Float32Array) -> None:
-        unit = unit_rows(x[:, x.shape[1] - self._dim :])
-        self.unit[slots] = unit
-        self.heads.put(slots, heads_of(unit))
 
     def measure(
         self,
@@ -205,7 +204,7 @@ class Reservoirs:
             self.data[name][slots] = np.asarray(state[name], dtype)
         self.x[slots] = x = rows_of(self.ints("sample_id")[slots])
         self.sketch[slots] = np.reshape(state["sketch"], (len(slots), self.sketch.shape[1]))
-        self._put_unit(slots, x)
+        self.heads.put(slots, heads_of(x[:, self.first_of_unit :]))
 
 
 class RecentlyTrained:
@@ -215,7 +214,7 @@ class RecentlyTrained:
         num_strata: Strata.
         per_stratum: Samples kept for each.
         columns: Columns of a design row.
-        dim: Dimensions of the embedding, the last columns of a design row.
+        dim: Dimensions of the unit embedding, the last columns of a design row.
         metric_dim: Dimensions of the metric space.
     """
 
@@ -223,23 +222,15 @@ class RecentlyTrained:
         self, *, num_strata: int, per_stratum: int, columns: int, dim: int, metric_dim: int
     ) -> None:
         self._per_stratum = per_stratum
-        self._dim = dim
+        self._first = columns - dim
         self.sample_id: IntArray = np.full((num_strata, per_stratum), EMPTY, np.int64)
         self.x: Float32Array = np.zeros((num_strata, per_stratum, columns), np.float32)
         self.z: Float32Array = np.zeros((num_strata, per_stratum, metric_dim), np.float32)
-        self.unit: Float32Array = np.zeros((num_strata, per_stratum, dim), np.float32)
-        self._heads = heads_of(self.unit.reshape(num_strata * per_stratum, dim))
+        self._heads = heads_of(np.zeros((num_strata * per_stratum, dim), np.float32))
         self.cursor: IntArray = np.zeros(num_strata, np.int64)
 
-    def add(
-        self,
-        sample_id: IntArray,
-        stratum: IntArray,
-        x: Float32Array,
-        z: Float32Array,
-        unit: Float32Array,
-    ) -> None:
-        """Remember (n,) samples in the order trained on: rows, metric vectors, unit embeddings."""
+    def add(self, sample_id: IntArray, stratum: IntArray, x: Float32Array, z: Float32Array) -> None:
+        """Remember (n,) samples in the order trained on: design rows and metric vectors."""
         order = np.argsort(stratum, kind="stable")
         count = np.bincount(stratum, minlength=len(self.cursor))
         place = np.empty_like(stratum)
@@ -249,10 +240,10 @@ class RecentlyTrained:
         kept = place >= 0
         if not kept.all():
             stratum, place, sample_id = stratum[kept], place[kept], sample_id[kept]
-            x, z, unit = x[kept], z[kept], unit[kept]
+            x, z = x[kept], z[kept]
         at = stratum, (self.cursor[stratum] + place) % self._per_stratum
-        self.sample_id[at], self.x[at], self.z[at], self.unit[at] = sample_id, x, z, unit
-        self._heads.put(at[0] * self._per_stratum + at[1], heads_of(unit))
+        self.sample_id[at], self.x[at], self.z[at] = sample_id, x, z
+        self._heads.put(at[0] * self._per_stratum + at[1], heads_of(x[:, self._first :]))
         written = np.minimum(count, self._per_stratum)
         self.cursor = (self.cursor + written) % self._per_stratum
 
@@ -278,7 +269,7 @@ class RecentlyTrained:
 
     def nearest_embedding(
         self,
-        unit: Float32Array,
+        x: Float32Array,
         at: IntArray,
         stratum: IntArray,
         sample_id: IntArray,
@@ -286,19 +277,21 @@ class RecentlyTrained:
         within: float = np.inf,
         heads: Heads | None = None,
     ) -> FloatArray:
-        """The same between unit embeddings: rows `at` (n,) of `unit` (rows, dim).
+        """The same between unit embeddings: those in rows `at` (n,) of `x` (rows, columns).
 
         The metric space says what teaches alike; only the embeddings tell copies apart from what
         is merely of the same kind. Distances beyond `within` may be given as inf, which is quicker
-        with the heads of `unit`.
+        with the heads of `x`.
         """
-        return self._nearest(self.unit, unit, at, stratum, sample_id, within, heads, self._heads)
+        return self._nearest(
+            self.x, x, at, stratum, sample_id, self._first, within, heads, self._heads
+        )
 
     def nearest_of_all(self, unit: Float32Array, sample_id: IntArray) -> FloatArray:
         """(n,) distance of (n, dim) unit embeddings to the nearest other one, whatever its stratum;
         inf where no other sample was trained on."""
         used = self.sample_id != EMPTY
-        return nearest_other(unit, sample_id, self.unit[used], self.sample_id[used])
+        return nearest_other(unit, sample_id, self.x[used][:, self._first :], self.sample_id[used])
 
     def _nearest(
         self,
@@ -307,6 +300,7 @@ class RecentlyTrained:
         at: IntArray,
         stratum: IntArray,
         sample_id: IntArray,
+        first: int = 0,
         within: float = np.inf,
         heads: Heads | None = None,
         known_heads: Heads | None = None,
@@ -317,9 +311,10 @@ class RecentlyTrained:
             at,
             sample_id,
             stratum,
-            known.reshape(-1, known.shape[2]),  # (strata * per_stratum, dim)
+            known.reshape(-1, known.shape[2]),  # (strata * per_stratum, columns)
             self.sample_id.reshape(-1),
             np.arange(0, len(self.sample_id) * per + 1, per),
+            first=first,
             within=within,
             heads=heads,
             known_heads=known_heads,
@@ -335,9 +330,7 @@ class RecentlyTrained:
         self.cursor[:] = np.asarray(state["cursor"], np.int64)
         used = self.sample_id != EMPTY
         self.x[used] = x = rows_of(self.sample_id[used])
-        unit = unit_rows(x[:, x.shape[1] - self._dim :])
-        self.unit[used] = unit
-        self._heads.put(np.flatnonzero(used), heads_of(unit))
+        self._heads.put(np.flatnonzero(used), heads_of(x[:, self._first :]))
 
 
 class SketchQueue:

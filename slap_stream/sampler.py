@@ -29,7 +29,7 @@ from slap_stream.types import FloatArray, IntArray, LaneExchange, ShardGate, Sta
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 
 
 class SlapSampler:

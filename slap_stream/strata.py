@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from slap_stream.kernels import sum_units_by_group, weigh
+from slap_stream.kernels import sum_by_group, weigh
 from slap_stream.rng import Purpose, generator
 from slap_stream.types import Float32Array, FloatArray, IntArray
 
@@ -122,8 +122,8 @@ class Strata:
 def cluster_sums(
     embedding: Float32Array, cluster: IntArray, num_clusters: int
 ) -> tuple[FloatArray, FloatArray]:
-    """Sums (clusters, dim) of unit embeddings by cluster, and counts (clusters,)."""
-    sums = sum_units_by_group(embedding, cluster, num_clusters)
+    """Sums (clusters, dim) of (n, dim) unit embeddings by cluster, and counts (clusters,)."""
+    sums = sum_by_group(embedding, cluster, num_clusters)
     return sums, np.bincount(cluster, minlength=num_clusters).astype(np.float64)
 
 

@@ -75,7 +75,7 @@ def gain(
         shared += max(0.0, cosine)
         nearest = min(nearest, math.sqrt(max(0.0, 2.0 - 2.0 * cosine)))
     return (
-        float(score[i]) - curvature * shared / batch_size + diversity * min(nearest / typical, cap)
+        float(score[i]) - curvature / batch_size * shared + diversity * min(nearest / typical, cap)
     )
 
 
@@ -327,11 +327,11 @@ def mid_ranks(ordered: Array, start: Array, group: Array, values: Array) -> list
     return result
 
 
-def sum_units_by_group(rows: Array, group: Array, num_groups: int) -> Array:
-    """Sums of the rows over their lengths, group by group."""
+def sum_by_group(rows: Array, group: Array, num_groups: int) -> Array:
+    """Sums of the rows, group by group."""
     out = np.zeros((num_groups, rows.shape[1]))
     for row, name in zip(rows.astype(float), group, strict=True):
-        out[name] += row / max(math.sqrt(sum(value * value for value in row)), 1e-12)
+        out[name] += row
     return out
 
 

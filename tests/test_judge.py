@@ -10,6 +10,7 @@ from slap_stream.appraisal import Appraiser
 from slap_stream.config import SlapConfig
 from slap_stream.evidence import NO_COPY
 from slap_stream.judge import Judge
+from slap_stream.kernels import unit_rows
 from slap_stream.learnability import LearnabilityModel
 from slap_stream.moments import Moments
 from slap_stream.policies import make_policy
@@ -44,7 +45,7 @@ class Lane:
     def offer(self, count: int, spread: float) -> None:
         """Candidates around one direction; the closer, the less apart they are."""
         x = np.ones((count, COLUMNS), np.float32)
-        x[:, 2:] += spread * self.rng.normal(size=(count, DIM))
+        x[:, 2:] = unit_rows(x[:, 2:] + spread * self.rng.normal(size=(count, DIM)))
         ids = np.arange(self.offered, self.offered + count)
         self.offered += count
         self.judge.watch(ids, x, ids % STRATA)
@@ -54,10 +55,10 @@ class Lane:
         """Some of the pool are trained on."""
         slots = self.rng.permutation(self.pool.slots())[:count]
         ids, stratum = self.pool.ints("sample_id")[slots], self.pool.ints("stratum")[slots]
-        x, unit = self.pool.x[slots], self.pool.unit[slots]
-        self.recent.add(ids, stratum, x, self.pool.z[slots], unit)
+        x = self.pool.x[slots]
+        self.recent.add(ids, stratum, x, self.pool.z[slots])
         self.pool.remove(slots)
-        self.judge.bring_near(ids, stratum, unit)
+        self.judge.bring_near(ids, stratum, x)
 
     def learn(self) -> None:
         """A refresh."""
@@ -73,7 +74,7 @@ class Lane:
         """Distances that the pool holds, and found anew, as far as they can tell a copy."""
         pool, slots = self.pool, self.pool.slots()
         found = self.recent.nearest_embedding(
-            pool.unit, slots, pool.ints("stratum")[slots], pool.ints("sample_id")[slots]
+            pool.x, slots, pool.ints("stratum")[slots], pool.ints("sample_id")[slots]
         )
         most = NO_COPY * self.appraiser.apart
         return np.minimum(pool.floats("distance")[slots], most), np.minimum(found, most)

@@ -24,7 +24,7 @@ from slap_stream.kernels import (
     heads_of,
     nearest_of_group,
     project,
-    sum_units_by_group,
+    sum_by_group,
     unit_rows,
     weigh,
     widen_halves,
@@ -142,16 +142,21 @@ def test_the_nearest_of_a_group_equals_its_twin(seed: int, dim: int, within: flo
     both = unit_vectors(seed, 32, dim, copies=True)
     both += rng.choice([0.0, 0.2]) * rng.normal(size=both.shape).astype(np.float32) / dim**0.5
     both = unit_rows(both)
+    # Other columns come first in a design row.
+    first = int(rng.integers(0, 3))
+    other = rng.normal(size=(len(both), first)).astype(np.float32)
+    both = np.concatenate([other, both], axis=1)
     vectors, known = both[:12], both[12:]
     at, ids = rng.permutation(12)[:9], rng.integers(0, 8, 9)
     group, known_id = rng.integers(0, 4, 9), rng.integers(-1, 8, 20)
     start = np.sort(np.append(rng.integers(0, 21, 3), [0, 20]))
     arguments = vectors, at, ids, group, known, known_id, start
-    expected = reference.nearest_of_group(*arguments)
-    exact = nearest_of_group(*arguments)
+    units = vectors[:, first:], known[:, first:]
+    expected = reference.nearest_of_group(units[0], at, ids, group, units[1], known_id, start)
+    exact = nearest_of_group(*arguments, first=first)
     np.testing.assert_allclose(exact**2, expected**2, atol=1e-5)
-    heads = {"heads": heads_of(vectors), "known_heads": heads_of(known)}
-    quick = nearest_of_group(*arguments, within=within, **heads)
+    heads = {"heads": heads_of(units[0]), "known_heads": heads_of(units[1])}
+    quick = nearest_of_group(*arguments, first=first, within=within, **heads)
     close = exact < within
     np.testing.assert_array_equal(quick[close], exact[close])
     assert np.all(quick[~close] >= within - 1e-3)
@@ -189,10 +194,10 @@ def test_mid_ranks_equal_their_twin(ranked: tuple[Array, Array], seed: int) -> N
 
 @QUICK
 @given(rows=st.integers(0, 9).flatmap(lambda n: tables(n, 3)), seed=seeds)
-def test_sums_of_units_equal_their_twin(rows: Array, seed: int) -> None:
+def test_sums_by_group_equal_their_twin(rows: Array, seed: int) -> None:
     group = np.random.default_rng(seed).integers(0, 4, len(rows))
-    sums = sum_units_by_group(rows, group, 5)
-    np.testing.assert_allclose(sums, reference.sum_units_by_group(rows, group, 5), atol=1e-12)
+    sums = sum_by_group(rows, group, 5)
+    np.testing.assert_allclose(sums, reference.sum_by_group(rows, group, 5), atol=1e-12)
 
 
 @QUICK

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slap_stream.kernels import unit_rows
 from slap_stream.learnability import (
     INTERCEPT,
     LOG_LENGTH,
@@ -83,9 +84,12 @@ def test_design_rows_are_finite_whatever_the_store_holds(columns: dict[str, Arra
     assert np.isfinite(x).all()
     assert np.all(x[:, INTERCEPT] == 1.0)
     np.testing.assert_allclose(x[:, LOG_LENGTH], np.log1p(np.maximum(columns["length"], 0)), 1e-6)
-    for name, part in (("feature", x[:, 2 : 2 + features]), ("embedding", x[:, 2 + features :])):
-        raw = columns[name].astype(np.float32)
-        np.testing.assert_array_equal(part, np.where(np.isfinite(raw), raw, 0.0))
+    feature, embedding = (
+        np.where(np.isfinite(raw), raw, 0.0)
+        for raw in (columns[name].astype(np.float32) for name in ("feature", "embedding"))
+    )
+    np.testing.assert_array_equal(x[:, 2 : 2 + features], feature)
+    np.testing.assert_array_equal(x[:, 2 + features :], unit_rows(embedding))
 
 
 def test_a_linear_map_is_recovered_out_of_sample() -> None:

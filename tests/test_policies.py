@@ -62,7 +62,7 @@ def recent_of(num_strata: int, z: Array | None = None, stratum: Array | None = N
     if z is not None and stratum is not None:
         x = np.zeros((len(z), EMBEDDING_DIM), np.float32)
         x[:, :METRIC_DIM] = z
-        recent.add(10_000 + np.arange(len(z)), stratum, x, z, x)
+        recent.add(10_000 + np.arange(len(z)), stratum, x, z)
     return recent
 
 
