@@ -14,9 +14,14 @@ from slap_stream.learnability import LearnabilityModel
 from slap_stream.plan import LanePlan
 from slap_stream.policies import Policy
 from slap_stream.reservoir import Reservoirs
+from slap_stream.rng import Purpose, uniforms
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
+
+# Losses of trained samples that are learnt from between two refreshes, over all lanes, on average:
+# ten refreshes of them, and of what was probed, are many for each column of a design row.
+TRAINED_PER_REFRESH = 1024
 
 
 class LaneFeedback:
@@ -47,6 +52,9 @@ class LaneFeedback:
         judge: Judge,
     ) -> None:
         self._model, self._pool, self._judge = model, pool, judge
+        self._seed = plan.config.seed
+        trained = plan.batch_size * plan.num_lanes * plan.config.probe_every
+        self._share = min(1.0, TRAINED_PER_REFRESH / trained)
         self._learns = policy.uses_losses or policy.needs_losses
         self.awaiting_trained, self.awaiting_probed = Awaiting(plan.patience), Awaiting(2)
         self.answers = Answers(columns=plan.columns, sketch_dim=plan.config.sketch_dim)
@@ -71,17 +79,30 @@ class LaneFeedback:
         self._pool.measure(ids, losses, sketches, norms, since=self._judge.refreshes)
 
     def take_trained(self, ids: IntArray, x: Float32Array, losses: FloatArray) -> None:
-        """Take in the losses of (n,) samples that were trained on, with rows x (n, columns)."""
+        """Take in the losses of (n,) samples that were trained on, with rows x (n, columns).
+
+        Where there are more than are needed, some are drawn to be learnt from.
+        """
         fine = self._finite(ids, losses)
         if not fine.all():
             ids, x, losses = ids[fine], x[fine], losses[fine]
         if not self._learns:
             return
-        self.answers.add(ids, x, losses)
+        if self._share < 1.0:
+            drawn = self._drawn(ids)
+            self.answers.add(ids[drawn], x[drawn], losses[drawn])
+        else:
+            self.answers.add(ids, x, losses)
         if self._model.fitted and len(ids):
             p = weigh(x, self._model.prediction[:1])[:, 0].astype(np.float64)
             sums = [len(p), p.sum(), losses.sum(), p @ p, losses @ losses, p @ losses]
             self.agreement += np.asarray(sums, np.float64)
+
+    def _drawn(self, ids: IntArray) -> BoolArray:
+        """(n,) who of (n,) samples is learnt from; does not depend on which come together."""
+        refreshes = self._judge.refreshes
+        draws = uniforms(self._seed, Purpose.LOSSES, refreshes, ids, np.zeros_like(ids))
+        return draws < self._share
 
     def _finite(self, ids: IntArray, losses: FloatArray) -> BoolArray:
         """(n,) finite losses; the others are counted and their samples withdrawn."""

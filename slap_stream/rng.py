@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     CORPUS_PLACES = 12
     SUBSET = 13
     METRIC = 14
+    LOSSES = 15
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:
