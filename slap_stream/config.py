@@ -93,7 +93,7 @@ class SlapConfig:
     mismatch_weight: float = 2.0
     curvature: float = 0.25
     diversity: float = 0.25
-    shortlist: int = 3
+    shortlist: int = 2
     recent_per_stratum: int = 256
     on_bad_shard: OnBadShard = "raise"
 

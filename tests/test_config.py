@@ -123,7 +123,7 @@ def test_differences_name_old_and_new() -> None:
     assert SlapConfig(seed=3).differences(saved) == [
         "keep: 0.5 -> 0.7",
         "seed: 0 -> 3",
-        "shortlist: None -> 3",
+        "shortlist: None -> 2",
     ]
 
 
