@@ -31,12 +31,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("datasets", "mixed", False),
     ],
 )
-def test_an_arm_delivers_what_it_should(data: Path, arm: str, kind: str, remote: bool) -> None:
+def test_an_arm_delivers_what_it_should(
+    data: Path, tmp_path: Path, arm: str, kind: str, remote: bool
+) -> None:
     corpus = corpora.write_corpus(data, kind, SAMPLES)
     if arm in arms.EXTRAS:
         arms.prepare_extra(arm, corpus, kind, SAMPLES)
     run = arms.Run(
-        arm=arm, corpus=str(corpus), kind=kind, remote=remote, num_workers=0, seconds=60.0
+        arm=arm,
+        corpus=str(corpus),
+        kind=kind,
+        remote=remote,
+        num_workers=0,
+        seconds=60.0,
+        cache=str(tmp_path),
     )
     found = arms.measure(run)
     # The first batch is not counted; slap trains on whole batches of 70 %.
@@ -78,9 +86,15 @@ def test_a_dataset_that_collides_with_anothers_name_is_made_again(
     monkeypatch.setattr(arms.time, "sleep", lambda seconds: None)
     corpus = str(corpora.write_corpus(data, "short", SAMPLES))
     run = arms.Run(
-        arm="stock", corpus=corpus, kind="short", remote=True, num_workers=0, seconds=1.0
+        arm="stock",
+        corpus=corpus,
+        kind="short",
+        remote=True,
+        num_workers=0,
+        seconds=1.0,
+        cache=str(tmp_path),
     )
-    assert arms._dataset(run, str(tmp_path)).num_samples == SAMPLES
+    assert arms._dataset(run).num_samples == SAMPLES
     assert len(tries) == 2
 
 

@@ -15,8 +15,9 @@ import importlib.util
 import itertools
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,10 @@ def measure(run: arms.Run) -> dict[str, Any]:
     Raises:
         ChildProcessError: If it fails.
     """
-    return in_own_process(run.arm, __file__, ["--run", json.dumps(asdict(run))])
+    # Not the run's own: threads of it may still download when it wants to remove what it has.
+    with tempfile.TemporaryDirectory(prefix="bench-cache-") as cache:
+        given = json.dumps(asdict(replace(run, cache=cache)))
+        return in_own_process(run.arm, __file__, ["--run", given])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

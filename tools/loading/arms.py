@@ -39,6 +39,7 @@ class Run:
         latency_seconds: Time that every download from the remote takes at least.
         step_seconds: Time that every batch is trained on elsewhere, on an accelerator, while this
             process has nothing to do; it is not counted.
+        cache: Empty directory, for what is copied from a remote.
     """
 
     arm: str
@@ -49,6 +50,7 @@ class Run:
     seconds: float
     latency_seconds: float = 0.0
     step_seconds: float = 0.0
+    cache: str = ""
 
 
 @dataclass(slots=True)
@@ -99,7 +101,7 @@ def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
     return {"input_ids": torch.from_numpy(np.stack([sample["input_ids"] for sample in batch]))}
 
 
-def _dataset(run: Run, cache: str, **options: Any) -> Any:
+def _dataset(run: Run, **options: Any) -> Any:
     from streaming import Stream, StreamingDataset
 
     class SlowStream(Stream):
@@ -111,7 +113,7 @@ def _dataset(run: Run, cache: str, **options: Any) -> Any:
         # Anew each time: a dataset writes into its streams.
         where: dict[str, Any] = {"local": run.corpus}
         if run.remote:
-            where = {"streams": [SlowStream(remote=run.corpus, local=cache)]}
+            where = {"streams": [SlowStream(remote=run.corpus, local=run.cache)]}
         try:
             return StreamingDataset(**where, batch_size=BATCH_SIZE, **options)
         except FileExistsError:
@@ -123,22 +125,22 @@ def _dataset(run: Run, cache: str, **options: Any) -> Any:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _stock(run: Run, cache: str, selecting: Clock) -> Iterator[Any]:
+def _stock(run: Run, selecting: Clock) -> Iterator[Any]:
     from streaming import StreamingDataLoader
 
     yield from StreamingDataLoader(
-        _dataset(run, cache, shuffle=True),
+        _dataset(run, shuffle=True),
         batch_size=BATCH_SIZE,
         num_workers=run.num_workers,
         collate_fn=collate,
     )
 
 
-def _slap_stream(run: Run, cache: str, selecting: Clock, *, config: Any) -> Iterator[Any]:
+def _slap_stream(run: Run, selecting: Clock, *, config: Any) -> Iterator[Any]:
     from slap_stream import SlapDataLoader
 
     loader = SlapDataLoader(
-        _dataset(run, cache),
+        _dataset(run),
         BATCH_SIZE,
         embeddings=f"{run.corpus}/embeddings.zarr",
         config=config,
@@ -159,27 +161,27 @@ def _slap_stream(run: Run, cache: str, selecting: Clock, *, config: Any) -> Iter
             loader.observe(batch["sample_id"], losses[batch["sample_id"].numpy()])
 
 
-def _uniform(run: Run, cache: str, selecting: Clock) -> Iterator[Any]:
+def _uniform(run: Run, selecting: Clock) -> Iterator[Any]:
     from slap_stream import SlapConfig
 
     config = SlapConfig(policy="uniform", keep=1.0)
-    return _slap_stream(run, cache, selecting, config=config)
+    return _slap_stream(run, selecting, config=config)
 
 
-def _slap(run: Run, cache: str, selecting: Clock) -> Iterator[Any]:
+def _slap(run: Run, selecting: Clock) -> Iterator[Any]:
     from slap_stream import SlapConfig
 
-    return _slap_stream(run, cache, selecting, config=SlapConfig(keep=0.7))
+    return _slap_stream(run, selecting, config=SlapConfig(keep=0.7))
 
 
-def _reading(run: Run, cache: str, selecting: Clock) -> Iterator[Any]:
+def _reading(run: Run, selecting: Clock) -> Iterator[Any]:
     """What slap_stream reads with, on batches that are known in advance."""
     from torch.utils.data import DataLoader
 
     from slap_stream.order import LaneOrder, ShardTable
     from slap_stream.shards import ShardView, shard_table
 
-    dataset = _dataset(run, cache)
+    dataset = _dataset(run)
     order = LaneOrder(
         ShardTable.of(shard_table(dataset).sizes),
         seed=0,
@@ -198,7 +200,7 @@ def _reading(run: Run, cache: str, selecting: Clock) -> Iterator[Any]:
     )
 
 
-def _litdata(run: Run, cache: str, selecting: Clock) -> Iterator[Any]:
+def _litdata(run: Run, selecting: Clock) -> Iterator[Any]:
     import litdata
 
     yield from litdata.StreamingDataLoader(
@@ -209,7 +211,7 @@ def _litdata(run: Run, cache: str, selecting: Clock) -> Iterator[Any]:
     )
 
 
-def _datasets(run: Run, cache: str, selecting: Clock) -> Iterator[Any]:
+def _datasets(run: Run, selecting: Clock) -> Iterator[Any]:
     import datasets
     from torch.utils.data import DataLoader
 
@@ -225,7 +227,7 @@ def _datasets(run: Run, cache: str, selecting: Clock) -> Iterator[Any]:
     )
 
 
-ARMS: dict[str, Callable[[Run, str, Clock], Iterator[Any]]] = {
+ARMS: dict[str, Callable[[Run, Clock], Iterator[Any]]] = {
     "stock": _stock,
     "uniform": _uniform,
     "slap": _slap,
@@ -292,23 +294,22 @@ def measure(run: Run) -> dict[str, float]:
 
     selecting, training = Clock(), Clock()
     count = steps = 0
-    with tempfile.TemporaryDirectory(prefix="bench-cache-") as cache:
-        made = time.perf_counter()
-        batches = ARMS[run.arm](run, cache, selecting)
-        next(batches)
-        started, cpu = time.perf_counter(), time.process_time()
-        selected, waited = selecting.seconds, selecting.waited_seconds
-        for batch in batches:
-            count += len(next(iter(batch.values())))
-            steps += 1
-            if time.perf_counter() - started > run.seconds:
-                break
-            training.around(time.sleep)(run.step_seconds)
-        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-        seconds -= training.seconds
-        selected = selecting.seconds - selected
-        waited = selecting.waited_seconds - waited
-        batches.close()  # type: ignore[attr-defined]
+    made = time.perf_counter()
+    batches = ARMS[run.arm](run, selecting)
+    next(batches)
+    started, cpu = time.perf_counter(), time.process_time()
+    selected, waited = selecting.seconds, selecting.waited_seconds
+    for batch in batches:
+        count += len(next(iter(batch.values())))
+        steps += 1
+        if time.perf_counter() - started > run.seconds:
+            break
+        training.around(time.sleep)(run.step_seconds)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    seconds -= training.seconds
+    selected = selecting.seconds - selected
+    waited = selecting.waited_seconds - waited
+    batches.close()  # type: ignore[attr-defined]
     return {
         "samples": count,
         "samples_per_second": count / seconds,
