@@ -33,11 +33,13 @@ from slap_stream import (
     SlapDataLoader,
     per_sample_loss,
 )
-from slap_stream.chat import ChatCollator, encode
+from slap_stream.cli import convert, embed
+from slap_stream.cli.command_line import CommandLine, ended, real, share, to_write, whole
 from slap_stream.errors import CorpusError
-from slap_stream.shards import corpus_size, iter_corpus
-from slap_stream.tools import convert, embed
-from slap_stream.tools.command_line import CommandLine, ended, real, share, to_write, whole
+from slap_stream.shards.index import corpus_size
+from slap_stream.shards.reader import iter_corpus
+from slap_stream.text.chat import encode
+from slap_stream.text.collate import ChatCollator
 
 BATCH_SIZE = 16
 EPOCHS = 4

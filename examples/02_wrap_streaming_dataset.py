@@ -22,9 +22,9 @@ from streaming import StreamingDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slap_stream import LearnabilityProbe, SlapConfig, SlapDataLoader, per_sample_loss
-from slap_stream.chat import ChatCollator
-from slap_stream.shards import corpus_columns
-from slap_stream.tools.command_line import CommandLine, ended, real, share, to_write, whole
+from slap_stream.cli.command_line import CommandLine, ended, real, share, to_write, whole
+from slap_stream.shards.index import corpus_columns
+from slap_stream.text.collate import ChatCollator
 
 
 def collate_text(

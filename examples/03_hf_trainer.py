@@ -27,11 +27,12 @@ from transformers import (
 )
 
 from slap_stream import SlapConfig
-from slap_stream.chat import ChatCollator
+from slap_stream.cli import convert, embed
+from slap_stream.cli.command_line import CommandLine, ended, share, to_write, whole
 from slap_stream.integrations.transformers import SlapTrainer
-from slap_stream.shards import corpus_size, iter_corpus
-from slap_stream.tools import convert, embed
-from slap_stream.tools.command_line import CommandLine, ended, share, to_write, whole
+from slap_stream.shards.index import corpus_size
+from slap_stream.shards.reader import iter_corpus
+from slap_stream.text.collate import ChatCollator
 
 BATCH_SIZE = 16
 MAX_TOKENS = 128

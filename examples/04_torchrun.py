@@ -29,9 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slap_stream import LearnabilityProbe, SlapConfig, SlapDataLoader, per_sample_loss
-from slap_stream.chat import ChatCollator
-from slap_stream.tools import convert, embed
-from slap_stream.tools.command_line import CommandLine, ended, share, to_write, whole
+from slap_stream.cli import convert, embed
+from slap_stream.cli.command_line import CommandLine, ended, share, to_write, whole
+from slap_stream.text.collate import ChatCollator
 
 # Fixed for a run, like the number of lanes; each process takes its part of the batch.
 GLOBAL_BATCH, LANES = 16, 4

@@ -24,11 +24,11 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from slap_stream.chat import DEFAULT_CHAT_TEMPLATE
-from slap_stream.converting.inputs import cut, find_inputs
-from slap_stream.converting.readers import read
-from slap_stream.converting.records import COLUMNS, RecordDropped, normalise
+from slap_stream.corpus.inputs import cut, find_inputs
+from slap_stream.corpus.readers import read
+from slap_stream.corpus.records import COLUMNS, RecordDropped, normalise
 from slap_stream.errors import CorpusError
+from slap_stream.text.chat import DEFAULT_CHAT_TEMPLATE
 
 Record = dict[str, Any]
 MAX_FILE_BYTES = 200_000

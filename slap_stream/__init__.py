@@ -1,4 +1,14 @@
-"""slap_stream: decide, while a language model trains, which samples are worth a training step."""
+"""slap_stream: decide, while a language model trains, which samples are worth a training step.
+
+One folder a stage, in the order in which data flows:
+
+    text -> corpus -> embeddings -> shards -> selection -> loader -> your training step
+                                                  ^                        |
+                                                  +------- probe <---------+
+
+`core` holds what all of them use, `integrations` other libraries' training loops, `cli` the command
+lines. Each folder's `__init__` says what comes in, what goes out, and which file to open for what.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +17,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slap_stream.config import SlapConfig
-    from slap_stream.embeddings import EmbeddingStore
-    from slap_stream.loader import SlapDataLoader
-    from slap_stream.probe import LearnabilityProbe, per_sample_loss
-    from slap_stream.sampler import SlapSampler
+    from slap_stream.embeddings.store import EmbeddingStore
+    from slap_stream.loader.loader import SlapDataLoader
+    from slap_stream.probe.probe import LearnabilityProbe
+    from slap_stream.probe.readout import per_sample_loss
+    from slap_stream.selection.sampler import SlapSampler
+    from slap_stream.shards.opening import one_at_a_time
+    from slap_stream.text.collate import ChatCollator
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChatCollator",
     "EmbeddingStore",
     "LearnabilityProbe",
     "SlapConfig",
     "SlapDataLoader",
     "SlapSampler",
+    "one_at_a_time",
     "per_sample_loss",
 ]
 
 # Resolved on first use: importing the package must not import torch, streaming, zarr or numba.
 _HOME = {
-    "EmbeddingStore": "embeddings",
-    "LearnabilityProbe": "probe",
+    "ChatCollator": "text.collate",
+    "EmbeddingStore": "embeddings.store",
+    "LearnabilityProbe": "probe.probe",
     "SlapConfig": "config",
-    "SlapDataLoader": "loader",
-    "SlapSampler": "sampler",
-    "per_sample_loss": "probe",
+    "SlapDataLoader": "loader.loader",
+    "SlapSampler": "selection.sampler",
+    "one_at_a_time": "shards.opening",
+    "per_sample_loss": "probe.readout",
 }
 
 

@@ -27,7 +27,7 @@ OnBadShard = Literal["raise", "skip"]
 # Policies whose sources measure every candidate.
 _MEASURING = ("max_loss", "rho_loss", "greats", "divbs", "uds")
 _WEIGHTS = ("copy_weight", "mismatch_weight", "curvature", "diversity")
-_FLOATS = ("keep_min", "probe_fraction", "forgetting", "temperature", "rank_cap", *_WEIGHTS)
+_FLOATS = ("keep_min", "probe_fraction", "decay", "temperature", "rank_cap", *_WEIGHTS)
 RANK_WEIGHT, RANK_WEIGHT_WITH_REFERENCE = 0.1, 2.0
 
 
@@ -55,7 +55,7 @@ class SlapConfig:
         metric_dim: Dimensions of the learned metric space, in which batches are made diverse.
         warmup_losses: Losses that must have been seen before a batch is composed by them; until
             then batches are drawn uniformly at the same `keep`.
-        forgetting: Factor on the old statistics at every refresh, in (0, 1].
+        decay: Factor on the old statistics at every refresh, in (0, 1].
         temperature: Utilities are divided by this before the Gumbel noise is added.
         rank_weight: Weight of the rank of the length-residual loss inside the stratum, or of what
             it is above a reference model's where the embeddings have `reference_loss`. None: 0.1,
@@ -85,7 +85,7 @@ class SlapConfig:
     sketch_dim: int = 512
     metric_dim: int = 64
     warmup_losses: int = 256
-    forgetting: float = 0.9
+    decay: float = 0.9
     temperature: float = 0.25
     rank_weight: float | None = None
     rank_cap: float = 0.9
@@ -155,7 +155,7 @@ class SlapConfig:
                 f"probe_fraction must be in [0, 0.15], got {self.probe_fraction!r}; probing more "
                 f"costs more than selection saves (only {', '.join(_MEASURING)} may)."
             )
-        for name in ("keep_min", "forgetting", "rank_cap"):
+        for name in ("keep_min", "decay", "rank_cap"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} must be in (0, 1], got {getattr(self, name)!r}.")
         if not self.temperature > 0.0:

@@ -14,6 +14,14 @@ Float32Array = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 State = dict[str, Any]
 
+# Label of a token that the model is not to learn, as torch's and transformers' losses have it.
+IGNORED_LABEL = -100
+
+# Feature column with the probability that the target belongs to another prompt.
+MISMATCH_COLUMN = "mismatch"
+# Feature column with the losses of a model that was trained on clean data.
+REFERENCE_COLUMN = "reference_loss"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:

@@ -45,7 +45,7 @@ WEIGHTS = ["rank_weight", "copy_weight", "mismatch_weight", "curvature", "divers
         ("pool_batches", 1, "pool_batches must be at least 2, got 1; .* nothing to choose from"),
         ("probe_fraction", 0.16, r"probe_fraction must be in \[0, 0\.15\], got 0\.16; probing"),
         ("probe_fraction", -0.1, r"probe_fraction must be in \[0, 0\.15\], got -0\.1"),
-        ("forgetting", 0.0, r"forgetting must be in \(0, 1\], got 0\.0"),
+        ("decay", 0.0, r"decay must be in \(0, 1\], got 0\.0"),
         ("seed", 2**63, r"seed must be below 2\*\*63, got 9223372036854775808"),
         ("rank_cap", 1.1, r"rank_cap must be in \(0, 1\], got 1\.1"),
         ("temperature", 0.0, r"temperature must be positive, got 0\.0; a small one"),
@@ -86,7 +86,7 @@ def test_the_weight_of_the_rank_follows_the_reference_unless_it_is_given() -> No
 
 def test_the_ends_of_every_range_are_allowed() -> None:
     SlapConfig(**WHOLE, **dict.fromkeys(WEIGHTS, 0.0))
-    SlapConfig(keep=1, keep_min=1.0, probe_fraction=0.15, forgetting=1.0, rank_cap=1.0)
+    SlapConfig(keep=1, keep_min=1.0, probe_fraction=0.15, decay=1.0, rank_cap=1.0)
 
 
 def test_only_slap_finds_out_how_much_to_keep() -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from slap_stream.shards import open_writer
-from slap_stream.tools import embed
+from slap_stream.cli import embed
+from slap_stream.shards.writer import open_writer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -149,7 +149,7 @@ def test_someone_elses_shards_are_trained_on_and_resumed(
 ) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tests.test_chat import CHATML, byte_level
+    from tests.text.test_chat import CHATML, byte_level
 
     shards, model = tmp_path / "shards", tmp_path / "model"
     with open_writer(shards, {"body": "str", "label": "int"}, shard_bytes=4_000) as writer:

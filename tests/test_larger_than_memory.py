@@ -35,7 +35,7 @@ def write_corpus(path: Path, least_bytes: int) -> int:
 
 def test_trains_on_a_corpus_half_as_large_again_as_its_memory(tmp_path: Path) -> None:
     records = write_corpus(tmp_path / "corpus.jsonl", 3 * LIMIT_BYTES // 2)
-    script = Path(__file__).parent / "limited_run.py"
+    script = Path(__file__).parent / "helpers" / "limited_run.py"
     result = subprocess.run(
         [sys.executable, str(script), str(tmp_path), str(LIMIT_BYTES)],
         capture_output=True,

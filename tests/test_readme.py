@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from slap_stream.cli import convert, embed
 from tests.test_training import folder  # noqa: F401  (a fixture)
-from tools import convert, embed
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PARSERS = {"slap-convert": convert.parser, "slap-embed": embed.parser}

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slap_stream import LearnabilityProbe, SlapDataLoader, per_sample_loss
-from slap_stream.chat import ChatCollator
+from slap_stream.cli import convert, embed
+from slap_stream.text.collate import ChatCollator
 from tests.laws import as_json, config_of
-from tools import convert, embed
 
 BATCH = 8
 # Of 206 candidates 0.7 are kept: 18 batches an epoch. One cut lies between the two epochs.

@@ -1,1 +1,11 @@
-"""Training loops of other libraries that slap_stream plugs into."""
+"""Training loops of other libraries that slap_stream plugs into.
+
+transformers.py  `SlapTrainer`: Hugging Face's Trainer
+"""
+
+from __future__ import annotations
+
+# What other folders may import, by module; tests/test_architecture.py holds it.
+EXPORTS = {
+    "transformers": ("SlapTrainer",),
+}

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from slap_stream.chat import ChatCollator
 from slap_stream.config import SlapConfig
+from slap_stream.core.state_bytes import from_bytes, to_bytes
 from slap_stream.errors import ConfigError, StateError
-from slap_stream.loader import SAMPLE_ID, SlapDataLoader
-from slap_stream.probe import LearnabilityProbe, per_sample_loss
-from slap_stream.shards import shard_table
-from slap_stream.state_bytes import from_bytes, to_bytes
+from slap_stream.loader.loader import SAMPLE_ID, SlapDataLoader
+from slap_stream.probe.probe import LearnabilityProbe
+from slap_stream.probe.readout import per_sample_loss
+from slap_stream.shards.view import dataset_shards
+from slap_stream.text.collate import ChatCollator
 
 STATE_FILE = "slap_stream.state"
 METRICS_PREFIX = "slap/"
@@ -35,7 +36,7 @@ class SlapTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     On several devices (one process each, DDP) every process composes its part of the batches.
 
     A checkpoint holds the loader's state, of all ranks, in `slap_stream.state` (to be read with
-    `slap_stream.state_bytes.from_bytes`), and `resume_from_checkpoint` goes on exactly, on as many
+    `slap_stream.core.state_bytes`), and `resume_from_checkpoint` goes on exactly, on as many
     devices or, with as large a global batch, on others; `ignore_data_skip` has no meaning here.
     Batches are always whole, as with `dataloader_drop_last`, and have one row per sample: there is
     no packing. The columns that a `ChatCollator` reads are never removed. The loader's metrics go
@@ -409,7 +410,7 @@ def _check_arguments(args: TrainingArguments) -> None:
 
 
 def _check_dataset(dataset: Any, embeddings: Any, args: TrainingArguments) -> None:
-    shard_table(dataset)
+    dataset_shards(dataset)
     if embeddings is None:
         raise ConfigError(
             "embeddings must be given with a train_dataset, got None; slap-embed makes them."

@@ -1,0 +1,148 @@
+"""Command lines of all tools: arguments that are checked, errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from slap_stream.errors import SlapStreamError
+
+WRONG_ARGUMENT, INTERRUPTED = 2, 130
+# What a process that was interrupted may take to put away what it made.
+_SECONDS_TO_END = 10.0
+
+
+class CommandLine(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, and nothing else."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program."""
+        self.exit(WRONG_ARGUMENT, f"{self.prog}: {message.rstrip('.')}; see --help.\n")
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an argument that counts something, such as 4 or 1e9."""
+
+    def number(text: str) -> int:
+        value = _number(text)
+        if not (value >= least and value == int(value)):
+            raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
+        return int(value)
+
+    return number
+
+
+def real(least: float, *, above: bool = False) -> Callable[[str], float]:
+    """The type of an argument that measures something: at least, or above, a bound."""
+
+    def number(text: str) -> float:
+        value = _number(text)
+        if not (value > least or (value == least and not above)):
+            sign = ">" if above else ">="
+            raise argparse.ArgumentTypeError(f"must be a number {sign} {least:g}, got {text!r}")
+        return value
+
+    return number
+
+
+def share(text: str) -> float:
+    """The type of an argument that is a part of a whole."""
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    """NaN for what is no finite number: it is neither above nor below anything."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def device(text: str) -> str:
+    """The type of an argument that names one of torch's devices, which is here."""
+    import torch
+
+    try:
+        found = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"must be one of torch's, got {text!r}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"must be here, got {text!r} on a machine with {torch.cuda.device_count()} GPUs that "
+            "torch can use; leave it out, or say cpu"
+        )
+    return text
+
+
+def directory(text: str) -> Path:
+    """The type of an argument that names a directory to read from."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"must be a directory, got {text!r}")
+    return Path(text)
+
+
+def to_write(text: str) -> Path:
+    """The type of an argument that names a directory to write to, made when it is needed."""
+    path = Path(text)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise argparse.ArgumentTypeError(
+            f"must be a directory, new or old, that may be written to, got {text!r}"
+        )
+    return path
+
+
+def ended(program: str, run: Callable[[], int], *, interrupted: str = "interrupted") -> int:
+    """Run a tool to its end; what it must expect to go wrong is told in one line.
+
+    Returns:
+        The exit status: 1 after an error, 130 after an interrupt.
+    """
+    try:
+        return run()
+    except (SlapStreamError, OSError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if interrupted:
+            print(f"{program}: {interrupted}.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def in_own_process(name: str, module: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Run a module in a process of its own; what its last line says in JSON.
+
+    Raises:
+        ChildProcessError: If it fails, with what it said last.
+    """
+    # Warnings of libraries are no part of what is measured.
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as child:
+        try:
+            said, complaint = child.communicate()
+        except BaseException:
+            # A terminal interrupts all of its processes; only this one may have been, too.
+            try:
+                child.communicate(timeout=_SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                child.kill()
+            raise
+    if child.returncode:
+        raise ChildProcessError(
+            f"{name} must run to its end, ended with {child.returncode}: "
+            f"{complaint.strip()[-2000:] or 'it said nothing'}"
+        )
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return found

@@ -1,0 +1,102 @@
+"""Convert a corpus: INPUT... -> MDS shards in OUT, shuffled. The last line printed is JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+
+from slap_stream.cli.command_line import CommandLine, ended, to_write
+from slap_stream.corpus.convert import SHARD_BYTES, ConvertReport, convert
+from slap_stream.corpus.records import KNOWN_SHAPES
+
+_SHOWN_SOURCES = 10
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    line = CommandLine(
+        prog="slap-convert",
+        description=__doc__,
+        epilog=f"Records may be {'; '.join(KNOWN_SHAPES)}. Run the same command again to go on "
+        "with a conversion that was cut off.",
+    )
+    line.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help=".jsonl (plain, .gz, .zst), .parquet, a dataset saved to disk, a directory of files",
+    )
+    line.add_argument("out", metavar="OUT", type=to_write, help="directory of the corpus")
+    line.add_argument("--tokenizer", help="path or name; writes tokens instead of messages")
+    line.add_argument("--max-length", type=int, help="tokens kept of a record; default: all")
+    line.add_argument("--seed", type=int, default=0, help="of the shuffle")
+    line.add_argument("--num-workers", type=int, help="processes; default: one per core")
+    line.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="default %(default)s")
+    line.add_argument(
+        "--source-field",
+        default="source",
+        help="field that names a record's source (default source); '': each input is a source",
+    )
+    line.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+    return line
+
+
+def run(arguments: argparse.Namespace, command: str) -> ConvertReport:
+    """Convert as the command line says."""
+    # Not on top: worker processes import this module again, and reading needs no streaming.
+    from slap_stream.shards.writer import open_writer
+
+    return convert(
+        arguments.inputs,
+        arguments.out,
+        open_writer=open_writer,
+        tokenizer=arguments.tokenizer,
+        max_length=arguments.max_length,
+        seed=arguments.seed,
+        num_workers=arguments.num_workers,
+        shard_bytes=arguments.shard_bytes,
+        source_field=arguments.source_field or None,
+        progress=False if arguments.quiet else None,
+        command=command,
+    )
+
+
+def describe(report: ConvertReport) -> str:
+    """What was kept and what was dropped, for people."""
+    lines = [f"{report.num_samples:>9,}  samples in {report.out}"]
+    largest = sorted(report.counts.items(), key=lambda item: (-item[1], item[0]))
+    lines += [f"{count:>9,}    {source}" for source, count in largest[:_SHOWN_SOURCES]]
+    if len(largest) > _SHOWN_SOURCES:
+        rest = sum(count for _, count in largest[_SHOWN_SOURCES:])
+        lines.append(f"{rest:>9,}    in {len(largest) - _SHOWN_SOURCES} more sources")
+    if report.truncated:
+        lines.append(f"{report.truncated:>9,}  cut to max_length")
+    for reason, count in report.dropped.items():
+        lines.append(f"{count:>9,}  dropped: {reason}, as in {', '.join(report.examples[reason])}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `slap-convert`."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(given)
+
+    def run_and_tell() -> int:
+        report = run(arguments, shlex.join(["slap-convert", *given]))
+        if not arguments.quiet:
+            print(describe(report))
+        # There may be thousands of sources; corpus.json names them.
+        summary = report.to_dict() | {"num_sources": len(report.counts)}
+        del summary["counts"]
+        print(json.dumps(summary))
+        return 0
+
+    hint = "interrupted; run the same command to go on"
+    return ended("slap-convert", run_and_tell, interrupted=hint)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

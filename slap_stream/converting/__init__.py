@@ -1,1 +1,0 @@
-"""Parts of `corpus`: records of any known shape, read, shuffled and tokenised."""

@@ -1,0 +1,23 @@
+"""Records of any known shape -> one shuffled corpus of MDS shards.
+
+in   JSONL, Parquet, datasets saved to disk
+out  shards, index.json and corpus.json in one directory
+
+convert.py     `convert`: the stages below, in order; goes on where it was cut off
+inputs.py      which files there are, of what kind, and in which pieces they are read
+readers.py     a piece of a file, row by row
+records.py     a row in any known shape to messages, or the reason why it is dropped
+tokenising.py  messages to token ids
+shuffle.py     rows scattered over parts on disk, each part then put in its order
+tally.py       what was kept, by source, and what was dropped, by reason
+work_dir.py    what is done of an unfinished conversion
+"""
+
+from __future__ import annotations
+
+# What other folders may import, by module; tests/test_architecture.py holds it.
+EXPORTS = {
+    "convert": ("SHARD_BYTES", "ConvertReport", "convert"),
+    "records": ("KNOWN_SHAPES",),
+    "tokenising": ("find_tokenizer",),
+}

@@ -1,0 +1,361 @@
+"""Inputs of any known kind to one shuffled corpus of MDS shards; can be cut off and started again.
+
+All work happens in a hidden folder of the output directory until it is done: `plan.json` (what is
+asked for), one manifest per piece of the inputs, one per part of the corpus. What has a manifest is
+never done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from slap_stream import __version__
+from slap_stream.core.files import write_json
+from slap_stream.core.processes import usable_cores
+from slap_stream.corpus.inputs import Input, cut, find_inputs, peek
+from slap_stream.corpus.readers import Piece
+from slap_stream.corpus.records import RecordDropped, normalise
+from slap_stream.corpus.shuffle import (
+    GatherJob,
+    OpenWriter,
+    ScatterJob,
+    gather,
+    part_manifest,
+    part_name,
+    piece_manifest,
+    scatter,
+)
+from slap_stream.corpus.tally import Tally
+from slap_stream.corpus.tokenising import find_tokenizer, load_tokenizer, tokenizer_digest
+from slap_stream.corpus.work_dir import WORK_NAME, claimed, run_missing
+from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.shards.index import INDEX_NAME, merge_indexes
+from slap_stream.text.chat import encode
+
+CORPUS_NAME = "corpus.json"
+# Smaller than streaming's 64 MiB: a block of the sampler is 8 shards, whose embeddings are in
+# memory and whose shards are at hand together.
+SHARD_BYTES = 16 << 20
+
+_PLAN_VERSION = 1
+_SHARDS_PER_PART = 4
+_MAX_PARTS = 512
+# A small corpus is still cut into some parts, so that it can be written by several processes.
+_SMALL_PARTS, _SMALL_PART_BYTES = 8, 1 << 20
+# Below this much text, starting processes takes longer than the work.
+_ALONE_BYTES = 128 << 20
+_ALONE_BYTES_TOKENISED = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertReport:
+    """What `convert` made, and what it left out.
+
+    Attributes:
+        out: Directory of the corpus.
+        format: Whether samples hold messages or tokens.
+        num_samples: In the corpus.
+        counts: Samples per source.
+        dropped: Records left out, per reason.
+        examples: A few of the places of dropped records per reason: `file:line` (from 1) or, in
+            tables, `file[row]` (from 0).
+        truncated: Samples cut to max_length.
+        num_pieces: Pieces that the inputs were read in.
+        num_parts: Parts that the corpus was written in.
+        resumed: Pieces and parts that an earlier run had done.
+        seconds: Taken by this run.
+    """
+
+    out: str
+    format: Literal["messages", "tokens"]
+    num_samples: int
+    counts: dict[str, int]
+    dropped: dict[str, int]
+    examples: dict[str, list[str]]
+    truncated: int
+    num_pieces: int
+    num_parts: int
+    resumed: int = 0
+    seconds: float = field(default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict, ready for JSON."""
+        return asdict(self)
+
+
+def convert(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    open_writer: OpenWriter,
+    tokenizer: str | Path | None = None,
+    max_length: int | None = None,
+    seed: int = 0,
+    num_workers: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    source_field: str | None = "source",
+    progress: bool | None = None,
+    command: str | None = None,
+) -> ConvertReport:
+    """Convert inputs to one corpus of MDS shards, shuffled across all of them.
+
+    The order depends on the inputs and the seed only. Memory depends neither on the size of the
+    inputs nor on that of their files; a copy of the text lies in `out` until the end. A call that
+    was cut off, by whatever, goes on when it is made again; one that had ended returns its report.
+
+    Args:
+        inputs: JSON lines (plain, gz, zst), Parquet files, Hugging Face datasets saved to disk,
+            or directories of such files; see `records.KNOWN_SHAPES` for what they may hold.
+        out: Directory of the corpus, new or empty or left by the same call.
+        open_writer: `slap_stream.shards.writer.open_writer`.
+        tokenizer: Path or name of a Hugging Face tokenizer; None keeps messages.
+        max_length: Tokens kept of a record, from its start; None keeps all.
+        seed: Of the shuffle.
+        num_workers: Processes; None means one per core, or none but this for little text.
+        shard_bytes: Size above which a new shard is started.
+        source_field: Field that names a record's source; None: all of an input is one source.
+        progress: Whether to show a bar on stderr; None means if that is a terminal.
+        command: What to write into corpus.json as the command that made it.
+
+    Raises:
+        ConfigError: If an option is out of range.
+        CorpusError: If an input cannot be used, nothing is left of the inputs, or `out` holds
+            something else.
+    """
+    started = time.monotonic()
+    _check(tokenizer, max_length, seed, num_workers, shard_bytes)
+    found = find_inputs(inputs)
+    pieces_of = [cut(entry) for entry in found]
+    name = None if tokenizer is None else find_tokenizer(tokenizer)
+    _try_first_records(found, pieces_of, name, max_length, source_field)
+
+    text_bytes = sum(entry.text_bytes for entry in found)
+    num_parts = _num_parts(text_bytes, shard_bytes)
+    plan: dict[str, Any] = {
+        "plan_version": _PLAN_VERSION,
+        "inputs": [entry.fingerprint() for entry in found],
+        "tokenizer": name,
+        "tokenizer_digest": None if name is None else tokenizer_digest(name),
+        "max_length": max_length,
+        "seed": seed,
+        "shard_bytes": shard_bytes,
+        "source_field": source_field,
+        "num_parts": num_parts,
+    }
+    out = Path(out)
+    earlier = _finished(out, plan)
+    if earlier is not None:
+        return earlier
+    if num_workers is None:
+        few = text_bytes < (_ALONE_BYTES if name is None else _ALONE_BYTES_TOKENISED)
+        num_workers = 1 if few else usable_cores()
+
+    pieces = [piece for group in pieces_of for piece in group]
+    with claimed(out, plan) as work_dir:
+        scatter_jobs = [
+            ScatterJob(
+                piece=piece,
+                number=number,
+                num_parts=num_parts,
+                seed=seed,
+                source_field=source_field,
+                work_dir=work_dir,
+            )
+            for number, piece in enumerate(pieces)
+        ]
+        read = run_missing(
+            scatter,
+            scatter_jobs,
+            [piece.num_bytes for piece in pieces],
+            lambda job: piece_manifest(work_dir, job.number),
+            num_workers=num_workers,
+            bar_options=_bar_options("read", "B", progress),
+        )
+        dropped = Tally.total(read.manifests)
+        first_rows = _first_rows(pieces_of, read.manifests)
+        name_place = _place_namer(pieces, first_rows)
+        _require_samples(dropped, name_place, work_dir)
+
+        gather_jobs = [
+            GatherJob(
+                number=number,
+                stems=tuple(piece.stem for piece in pieces),
+                first_rows=first_rows,
+                seed=seed,
+                tokenizer=name,
+                max_length=max_length,
+                open_writer=open_writer,
+                shard_bytes=shard_bytes,
+                work_dir=work_dir,
+                out=out,
+            )
+            for number in range(num_parts)
+        ]
+        part_sizes = [manifest["part_sizes"] for manifest in read.manifests]
+        written = run_missing(
+            gather,
+            gather_jobs,
+            [sum(sizes[number] for sizes in part_sizes) for number in range(num_parts)],
+            lambda job: part_manifest(work_dir, out, job.number),
+            num_workers=num_workers,
+            bar_options=_bar_options("write", " records", progress),
+        )
+        tally = Tally.total(written.manifests)
+        tally.add_dropped(dropped)
+        _require_samples(tally, name_place, work_dir)
+        parts = [out / part_name(n) for n, part in enumerate(written.manifests) if part["files"]]
+        report = ConvertReport(
+            out=str(out),
+            format="messages" if name is None else "tokens",
+            num_samples=tally.counts.total(),
+            counts=dict(sorted(tally.counts.items())),
+            dropped=dict(sorted(tally.dropped.items())),
+            examples=tally.name_places(name_place),
+            truncated=tally.truncated,
+            num_pieces=len(pieces),
+            num_parts=len(parts),
+            resumed=read.resumed + written.resumed,
+            seconds=round(time.monotonic() - started, 3),
+        )
+        _describe(report, plan, command)
+        # Last: a directory with an index is a whole corpus.
+        merge_indexes(out, parts)
+        shutil.rmtree(work_dir)
+    return report
+
+
+def _check(
+    tokenizer: Any, max_length: int | None, seed: int, num_workers: int | None, shard_bytes: int
+) -> None:
+    if max_length is not None and tokenizer is None:
+        raise ConfigError(
+            f"max_length must be None without a tokenizer, got {max_length!r}; it counts tokens."
+        )
+    _require_whole("seed", seed, 0)
+    _require_whole("shard_bytes", shard_bytes, 1)
+    if max_length is not None:
+        _require_whole("max_length", max_length, 2)
+    if num_workers is not None:
+        _require_whole("num_workers", num_workers, 0)
+
+
+def _require_whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be a whole number >= {least}, got {value!r}.")
+
+
+def _num_parts(text_bytes: int, shard_bytes: int) -> int:
+    by_size = -(-text_bytes // (_SHARDS_PER_PART * shard_bytes))
+    return max(1, min(by_size, _MAX_PARTS), min(text_bytes // _SMALL_PART_BYTES, _SMALL_PARTS))
+
+
+def _try_first_records(
+    found: Sequence[Input],
+    pieces_of: Sequence[Sequence[Piece]],
+    tokenizer: str | None,
+    max_length: int | None,
+    source_field: str | None,
+) -> None:
+    """Find out on a few records what would fail on all, before any work is done."""
+    for entry, pieces in zip(found, pieces_of, strict=True):
+        failure: CorpusError | None = None
+        for fields in peek(entry, pieces):
+            try:
+                messages = normalise(fields, source_field=source_field).messages
+                if tokenizer is not None:
+                    encode(load_tokenizer(tokenizer), messages, max_length=max_length)
+            except RecordDropped:
+                continue
+            except CorpusError as error:
+                failure = error
+            else:
+                break
+        else:
+            if failure is not None:
+                raise CorpusError(
+                    f"tokenizer must fit the records of {str(entry.path)!r}, got {tokenizer!r}, "
+                    f"which fits none of the first: {failure}"
+                ) from failure
+
+
+def _describe(report: ConvertReport, plan: Mapping[str, Any], command: str | None) -> None:
+    """Write down beside the shards what they are."""
+    described = report.to_dict() | {
+        "tokenizer": plan["tokenizer"],
+        "max_length": plan["max_length"],
+        "seed": plan["seed"],
+        "version": __version__,
+        "command": command,
+        "plan_digest": _digest(plan),
+    }
+    # The corpus may be moved.
+    del described["out"]
+    write_json(Path(report.out) / CORPUS_NAME, described)
+
+
+def _finished(out: Path, plan: Mapping[str, Any]) -> ConvertReport | None:
+    """The report of the same call, if it has ended."""
+    described = out / CORPUS_NAME
+    if not (out / INDEX_NAME).is_file() or not described.is_file():
+        return None
+    saved = json.loads(described.read_text("utf-8"))
+    if saved.get("plan_digest") != _digest(plan):
+        return None
+    shutil.rmtree(out / WORK_NAME, ignore_errors=True)
+    names = [name for name in ConvertReport.__dataclass_fields__ if name != "out"]
+    report = {name: saved[name] for name in names}
+    report["resumed"] = saved["num_pieces"] + saved["num_parts"]
+    return ConvertReport(out=str(out), **report)
+
+
+def _bar_options(stage: str, unit: str, progress: bool | None) -> dict[str, Any]:
+    hidden = None if progress is None else not progress
+    return {"desc": stage, "unit": unit, "unit_scale": True, "disable": hidden}
+
+
+def _first_rows(
+    pieces_of: Sequence[Sequence[Piece]], manifests: Sequence[Mapping[str, Any]]
+) -> tuple[int, ...]:
+    """(num_pieces,) rows of its input before each piece."""
+    rows = iter([manifest["tally"]["rows"] for manifest in manifests])
+    first_rows: list[int] = []
+    for pieces in pieces_of:
+        before = 0
+        for _ in pieces:
+            first_rows.append(before)
+            before += next(rows)
+    return tuple(first_rows)
+
+
+def _require_samples(tally: Tally, name_place: Callable[[int, int], str], work_dir: Path) -> None:
+    if tally.counts:
+        return
+    examples = tally.name_places(name_place)
+    reasons = [f"{reason}: {n} ({examples[reason][0]})" for reason, n in tally.dropped.items()]
+    # Trying again would change nothing, so that it is not worth being kept.
+    shutil.rmtree(work_dir)
+    raise CorpusError(
+        f"inputs must hold at least one record that can be used, got none; left out were "
+        f"{'; '.join(reasons) or 'no records at all'}."
+    )
+
+
+def _place_namer(pieces: Sequence[Piece], first_rows: Sequence[int]) -> Callable[[int, int], str]:
+    def name(piece: int, row: int) -> str:
+        number = first_rows[piece] + row
+        path = pieces[piece].path
+        table = pieces[piece].kind in ("parquet", "arrow")
+        return f"{path}[{number}]" if table else f"{path}:{number + 1}"
+
+    return name
+
+
+def _digest(plan: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()

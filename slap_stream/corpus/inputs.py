@@ -1,0 +1,214 @@
+"""Inputs of a corpus: found by their names, cut into pieces, looked into before all work."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+from slap_stream.corpus.readers import Kind, Piece, batch_bytes, explained, read, row_group_bytes
+from slap_stream.corpus.records import COLUMNS, KNOWN_SHAPES, has_known_shape
+from slap_stream.errors import CorpusError
+
+PIECE_BYTES = 64 << 20
+_PEEKED_ROWS = 16
+# Text per byte on disk: a guess, which only decides into how many parts a corpus is cut.
+_EXPANSION: dict[Kind, int] = {"lines": 1, "gz": 4, "zst": 5, "parquet": 2, "arrow": 1}
+_COMPRESSIONS: tuple[tuple[str, Kind], ...] = (("", "lines"), (".gz", "gz"), (".zst", "zst"))
+_SUFFIXES: dict[str, Kind] = {
+    f".{name}{end}": kind for end, kind in _COMPRESSIONS for name in ("jsonl", "ndjson", "json")
+} | {".parquet": "parquet"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Input:
+    """One input of a corpus.
+
+    Attributes:
+        path: As it was named.
+        stem: Name, unique among the inputs.
+        kind: How its files are read.
+        files: In the order of their rows; several only for a saved dataset.
+    """
+
+    path: Path
+    stem: str
+    kind: Kind
+    files: tuple[Path, ...]
+
+    @property
+    def text_bytes(self) -> int:
+        """Size of what it holds when uncompressed, about."""
+        return sum(file.stat().st_size for file in self.files) * _EXPANSION[self.kind]
+
+    def fingerprint(self) -> list[str | int]:
+        """What changes when the input does: its name, the sizes and times of its files."""
+        stats = [file.stat() for file in self.files]
+        return [self.stem, *(n for stat in stats for n in (stat.st_size, stat.st_mtime_ns))]
+
+
+def find_inputs(paths: Sequence[str | Path]) -> list[Input]:
+    """Find out what the inputs are, without opening data files.
+
+    Args:
+        paths: Files, datasets saved to disk, or directories of files.
+
+    Raises:
+        CorpusError: If one does not exist or is of no known format, or two are the same.
+    """
+    found = [entry for path in paths for entry in _expand(Path(path))]
+    if not found:
+        raise CorpusError("inputs must hold at least one file, got []; name what to convert.")
+    counts = Counter(path.resolve() for path, _, _ in found)
+    twice = [str(path) for path, count in counts.items() if count > 1]
+    if twice:
+        raise CorpusError(
+            f"inputs must be different files, got {twice[:5]!r} ({len(twice)} in all) more than "
+            "once; copies would be trained on twice."
+        )
+    stems = _unique_stems([path for path, _, _ in found])
+    return [
+        Input(path=path, stem=stem, kind=kind, files=files)
+        for stem, (path, kind, files) in zip(stems, found, strict=True)
+    ]
+
+
+def cut(entry: Input) -> list[Piece]:
+    """Cut an input into pieces of about `PIECE_BYTES`, where its format allows.
+
+    Raises:
+        CorpusError: If a file cannot be read.
+    """
+    pieces: list[Piece] = []
+    for file in entry.files:
+        with explained(file):
+            size = file.stat().st_size
+            if entry.kind == "lines":
+                bounds = [*range(0, size, PIECE_BYTES), size]
+                weights = [stop - start for start, stop in pairwise(bounds)]
+            elif entry.kind == "parquet":
+                bounds, weights = _group(row_group_bytes(file))
+            elif entry.kind == "arrow":
+                bounds, weights = _group(batch_bytes(file))
+            else:
+                bounds, weights = [0, size], [size]
+        pieces += [
+            Piece(
+                path=str(file),
+                kind=entry.kind,
+                stem=entry.stem,
+                start=start,
+                stop=stop,
+                num_bytes=size * weight // max(sum(weights), 1),
+            )
+            for (start, stop), weight in zip(pairwise(bounds), weights, strict=True)
+        ]
+    return pieces
+
+
+def peek(entry: Input, pieces: Sequence[Piece]) -> list[Mapping[str, Any]]:
+    """The first records of an input that are of a known shape; none only if it has no rows.
+
+    Raises:
+        CorpusError: If a file cannot be read, or none of the first records is of a known shape.
+    """
+    rows: list[Any] = []
+    if pieces:
+        with closing(read(pieces[0], COLUMNS)) as reader:
+            rows = [row for row in islice(reader, _PEEKED_ROWS) if row is not None]
+    known = [row for row in rows if has_known_shape(row)]
+    if rows and not known:
+        raise CorpusError(
+            f"records must have one of the known shapes, got {_describe(rows[0])} at the start of "
+            f"{str(entry.path)!r}; known shapes are {'; '.join(KNOWN_SHAPES)}."
+        )
+    return known
+
+
+def _describe(row: Any) -> str:
+    if isinstance(row, Mapping):
+        return f"the fields {sorted(map(str, row))[:20]!r}"
+    # Both reasons that occur here are what a JSON array over the whole file gives.
+    return f"a {row} (one record per line is wanted; jq -c '.[]' unfolds an array)"
+
+
+Found = tuple[Path, Kind, tuple[Path, ...]]
+
+
+def _expand(path: Path) -> list[Found]:
+    known = ", ".join(sorted(_SUFFIXES))
+    if not path.exists():
+        raise CorpusError(f"inputs must exist, got {str(path)!r}; check the path.")
+    if path.is_file():
+        kind = _SUFFIXES.get(_suffix(path))
+        if kind is None:
+            raise CorpusError(
+                f"inputs must be datasets saved to disk or files that end in one of {known}, "
+                f"got {str(path)!r}; write it as JSON lines first."
+            )
+        return [(path, kind, (path,))]
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
+        if len(splits) != 1:
+            raise CorpusError(
+                f"inputs must be one split of a dataset each, got {str(path)!r} with the splits "
+                f"{splits!r}; name the directory of the split."
+            )
+        path = path / splits[0]
+    if (path / "state.json").is_file():
+        state = json.loads((path / "state.json").read_text("utf-8"))
+        if state.get("_indices_data_files"):
+            raise CorpusError(
+                f"inputs must be saved without an index mapping, got {str(path)!r}; load it, call "
+                "flatten_indices() and save it again."
+            )
+        return [(path, "arrow", tuple(path / file["filename"] for file in state["_data_files"]))]
+    files = sorted(file for file in path.iterdir() if _suffix(file) in _SUFFIXES)
+    if not files:
+        raise CorpusError(
+            f"inputs must be files or datasets saved to disk, got the directory {str(path)!r}, "
+            f"which is no such dataset and holds no file that ends in one of {known}."
+        )
+    return [found for file in files for found in _expand(file)]
+
+
+def _suffix(path: Path) -> str:
+    return "".join(path.suffixes[-2:]) if path.suffix in (".gz", ".zst") else path.suffix
+
+
+def _unique_stems(paths: Sequence[Path]) -> list[str]:
+    """File names without suffix; where two are alike, with the folders that tell them apart."""
+    parts = []
+    for path in paths:
+        *folders, name = path.resolve().parts
+        parts.append((*folders, name.removesuffix(_suffix(path))))
+    # Same folder, other suffix: only the whole name tells them apart.
+    counts = Counter(parts)
+    parts = [
+        (*part[:-1], path.name) if counts[part] > 1 else part
+        for path, part in zip(paths, parts, strict=True)
+    ]
+    depths = [1] * len(parts)
+    while True:
+        stems = ["/".join(part[-depth:]) for part, depth in zip(parts, depths, strict=True)]
+        seen = Counter(stems)
+        depths = [d + (seen[stem] > 1) for d, stem in zip(depths, stems, strict=True)]
+        if max(seen.values()) == 1:
+            return stems
+
+
+def _group(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Bounds and bytes of runs of units that hold about `PIECE_BYTES` each."""
+    bounds, weights, weight = [0], [], 0
+    for number, size in enumerate(sizes, start=1):
+        weight += size
+        if weight >= PIECE_BYTES or number == len(sizes):
+            bounds.append(number)
+            weights.append(weight)
+            weight = 0
+    return bounds, weights

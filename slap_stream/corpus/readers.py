@@ -1,0 +1,234 @@
+"""Pieces of input files, read row by row: lines (plain, gz, zst), Parquet, Arrow streams."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+from slap_stream.corpus.records import DropReason, RecordDropped, parse_line
+from slap_stream.errors import CorpusError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from _typeshed import WriteableBuffer
+
+Kind = Literal["lines", "gz", "zst", "parquet", "arrow"]
+Row = Mapping[str, Any] | DropReason | None
+"""A record; or why it cannot be read; or None for a blank line, which is counted and no record."""
+
+MAX_RECORD_BYTES = 64 << 20
+_REPORT_LINES = 256
+# Tables become Python objects so many rows at a time.
+_SLICE_ROWS = 64
+# A chunk this small expands to at most 128 MiB, however well it was compressed.
+_ZSTD_CHUNK_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A part of an input that can be read apart from the others.
+
+    Attributes:
+        path: File that it lies in.
+        kind: How that file is read.
+        stem: Name of the input: source of the records that name none, and start of their ids.
+        start: First byte (lines), row group (Parquet) or record batch (Arrow).
+        stop: Half-open end in the same unit; compressed files are read from end to end.
+        num_bytes: On disk, about; for the progress bar.
+    """
+
+    path: str
+    kind: Kind
+    stem: str
+    start: int
+    stop: int
+    num_bytes: int
+
+
+def read(
+    piece: Piece, columns: Sequence[str], advance: Callable[[int], None] | None = None
+) -> Generator[Row, None, None]:
+    """Read the rows of a piece, one at a time; the n-th that it yields is row n of the piece.
+
+    Args:
+        piece: What to read.
+        columns: Fields to read, where the format allows to leave out others.
+        advance: Called now and then with the bytes of the piece that are done.
+
+    Raises:
+        CorpusError: If the file is damaged; a single bad line is no such damage.
+    """
+
+    def report(num_bytes: float) -> None:
+        if advance is not None:
+            advance(min(int(num_bytes), piece.num_bytes))
+
+    with explained(piece.path):
+        if piece.kind == "parquet":
+            yield from _table_rows(_parquet_batches(piece, columns, report))
+        elif piece.kind == "arrow":
+            yield from _table_rows(_arrow_batches(piece, columns, report))
+        else:
+            yield from _line_rows(piece, report)
+
+
+@contextmanager
+def explained(path: str | Path) -> Iterator[None]:
+    """Name the file in the errors that reading it raises.
+
+    Raises:
+        CorpusError: Instead of the error of the file system, of a compression or of a table.
+    """
+    import zstandard
+    from pyarrow.lib import ArrowException
+
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError, ArrowException) as error:
+        raise CorpusError(
+            f"inputs must be whole and readable, got {str(path)!r}, where reading failed with "
+            f"{type(error).__name__}: {error}; fetch or write the file again."
+        ) from error
+
+
+def row_group_bytes(path: Path) -> list[int]:
+    """Bytes of each row group of a Parquet file, uncompressed."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as table:
+        groups = table.metadata
+        return [groups.row_group(n).total_byte_size for n in range(groups.num_row_groups)]
+
+
+def batch_bytes(path: Path) -> list[int]:
+    """Bytes of each record batch of an Arrow stream."""
+    import pyarrow as pa
+
+    # Mapped: the batches are found without reading what they hold.
+    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as batches:
+        return [batch.nbytes for batch in batches]
+
+
+def _line_rows(piece: Piece, report: Callable[[float], None]) -> Iterator[Row]:
+    with open(piece.path, "rb") as raw, _decompressed(raw, piece.kind) as stream:
+        if piece.start:
+            # The line that holds the byte before belongs to the piece before.
+            raw.seek(piece.start - 1)
+            _skip_line(raw)
+        number = 0
+        while piece.kind != "lines" or raw.tell() < piece.stop:
+            line = stream.readline(MAX_RECORD_BYTES)
+            if not line:
+                break
+            if number == 0 and piece.start == 0:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
+                _skip_line(stream)
+                yield DropReason.TOO_LARGE
+            else:
+                yield _parse(line)
+            number += 1
+            if number % _REPORT_LINES == 0:
+                report(raw.tell() - piece.start)
+
+
+def _decompressed(raw: BinaryIO, kind: Kind) -> BinaryIO | gzip.GzipFile | io.BufferedReader:
+    if kind == "gz":
+        return gzip.GzipFile(fileobj=raw)
+    if kind == "zst":
+        return io.BufferedReader(_ZstdStream(raw), buffer_size=1 << 17)
+    return raw
+
+
+def _skip_line(stream: BinaryIO | gzip.GzipFile | io.BufferedReader) -> None:
+    while (rest := stream.readline(1 << 20)) and not rest.endswith(b"\n"):
+        pass
+
+
+def _parse(line: bytes) -> Row:
+    if not line.strip():
+        return None
+    try:
+        value = parse_line(line)
+    except RecordDropped as dropped:
+        return dropped.reason
+    return value if isinstance(value, Mapping) else DropReason.NOT_AN_OBJECT
+
+
+def _table_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
+    for batch in batches:
+        for start in range(0, batch.num_rows, _SLICE_ROWS):
+            yield from batch.slice(start, _SLICE_ROWS).to_pylist()
+
+
+def _parquet_batches(
+    piece: Piece, columns: Sequence[str], report: Callable[[float], None]
+) -> Iterator[pa.RecordBatch]:
+    import pyarrow.parquet as pq
+
+    # Buffered and not pre-buffered: pages are read as they are needed, not whole row groups.
+    with pq.ParquetFile(piece.path, pre_buffer=False, buffer_size=1 << 20) as table:
+        groups = range(piece.start, piece.stop)
+        present = [name for name in columns if name in table.schema_arrow.names]
+        total = sum(table.metadata.row_group(group).num_rows for group in groups)
+        done = 0
+        for batch in table.iter_batches(
+            batch_size=4 * _SLICE_ROWS, row_groups=list(groups), columns=present, use_threads=False
+        ):
+            yield batch
+            done += batch.num_rows
+            report(piece.num_bytes * done / total)
+
+
+def _arrow_batches(
+    piece: Piece, columns: Sequence[str], report: Callable[[float], None]
+) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+
+    with pa.memory_map(piece.path) as source, pa.ipc.open_stream(source) as batches:
+        present = [name for name in columns if name in batches.schema.names]
+        for number in range(piece.stop):
+            batch = batches.read_next_batch()
+            if number >= piece.start:
+                yield batch.select(present)
+                report(piece.num_bytes * (number + 1 - piece.start) / (piece.stop - piece.start))
+
+
+class _ZstdStream(io.RawIOBase):
+    """Zstandard frames, decompressed; unlike the library's own stream it notices a cut-off end."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._raw = raw
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        while not self._ready:
+            chunk = b""
+            if self._frame is not None and self._frame.eof:
+                chunk, self._frame = self._frame.unused_data, None
+            chunk = chunk or self._raw.read(_ZSTD_CHUNK_BYTES)
+            if not chunk:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a compressed frame")
+                return 0
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            self._ready = self._frame.decompress(chunk)
+        view = memoryview(buffer).cast("B")
+        count = min(len(view), len(self._ready))
+        view[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count

@@ -1,0 +1,29 @@
+"""Texts -> embeddings.zarr, and any range of its rows.
+
+in   a corpus of MDS shards, an encoder
+out  embeddings.zarr: row i holds embedding, length, features and source of sample i
+
+embed.py         `embed`: block by block, over processes; goes on where it was cut off
+corpus_texts.py  any range of a corpus as text samples
+encoders.py      texts to vectors: hashed n-grams, or a Hugging Face model (pretrained.py)
+features.py      cheap columns that say much about a sample
+pairing.py       the column `mismatch`: does a target belong to another prompt?
+reference.py     the column `reference_loss`: what another model loses on a sample
+layout.py        shape, columns and origin of a store
+store.py         `EmbeddingStore`: the store itself; the only importer of zarr
+plain_rows.py    rows of an uncompressed store without Zarr, for speed
+rows.py          arrays in memory and several stores as one row store
+journal.py       which blocks are done
+"""
+
+from __future__ import annotations
+
+# What other folders may import, by module; tests/test_architecture.py holds it.
+EXPORTS = {
+    "store": ("EmbeddingStore", "StackedStore", "open_embeddings"),
+    "rows": ("as_row_store", "take"),
+    "corpus_texts": ("CorpusTexts", "describe_corpus"),
+    "embed": ("EmbedReport", "embed", "source_names"),
+    "encoders": ("open_encoder",),
+    "reference": ("ReferenceLoss",),
+}

@@ -1,0 +1,128 @@
+"""Losses of a reference model: the part of a loss that no training takes away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from slap_stream.embeddings.pretrained import load_pretrained, pad, token_batches
+from slap_stream.errors import ConfigError
+from slap_stream.text.chat import encode
+from slap_stream.text.sample import TextSample
+from slap_stream.types import REFERENCE_COLUMN, Float32Array
+
+# Logits held at once, whatever the vocabulary: 64 MiB in float32 on a CPU, where larger ones cost
+# more in fresh memory than they save, and half a gigabyte in bfloat16 elsewhere.
+LOGITS_PER_BATCH = (2**24, 2**28)
+# Of these, as many are widened to float32 at once.
+_LOSS_ROWS = 1_024
+
+
+class ReferenceLoss:
+    """Mean loss over a sample's supervised tokens under a Hugging Face causal model.
+
+    Args:
+        path: Directory (or hub name) of the model and its tokenizer.
+        device: torch device; None means the GPU if there is one.
+        max_tokens: Tokens read of each sample.
+        tokenizer: Directory of the tokenizer that made the corpus's `input_ids`, if it is
+            tokenised; its vocabulary must be the model's.
+
+    Raises:
+        ConfigError: If the path holds no model, or its vocabulary is not the corpus's.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        device: str | None = None,
+        *,
+        max_tokens: int = 1_024,
+        tokenizer: str | None = None,
+    ) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        loaded = load_pretrained(AutoModelForCausalLM, path, device)
+        self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        self._path, self._version = path, loaded.version
+        own = getattr(self._model.config, "max_position_embeddings", None) or max_tokens
+        self._max_tokens = min(max_tokens, int(own))
+        if tokenizer is not None:
+            theirs = AutoTokenizer.from_pretrained(tokenizer).get_vocab()
+            if theirs != self._tokenizer.get_vocab():
+                raise ConfigError(
+                    f"reference model must share the corpus's vocabulary, got {path!r} with "
+                    f"{len(self._tokenizer)} tokens against {len(theirs)}; convert without "
+                    "tokenizer, or take a model of the same family."
+                )
+
+    @property
+    def name(self) -> str:
+        """Path of the model."""
+        return self._path
+
+    @property
+    def version(self) -> str:
+        """Digest of configuration and weights, precision and window."""
+        return f"{self._version}-{self._max_tokens}"
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """`reference_loss`."""
+        return (REFERENCE_COLUMN,)
+
+    def columns(self, samples: Sequence[TextSample]) -> Float32Array:
+        """Losses of n samples.
+
+        Returns:
+            (n, 1) nats per supervised token; 0 for a sample that has none within the window, for
+            which a training loss is 0 too.
+        """
+        encoded = [self._encoded(sample) for sample in samples]
+        losses = np.zeros((len(samples), 1), dtype=np.float32)
+        lengths = np.array([len(ids) for ids, _ in encoded])
+        logits = LOGITS_PER_BATCH[self._model.device.type != "cpu"]
+        budget = max(1, logits // int(self._model.config.vocab_size))
+        for batch in token_batches(lengths, budget):
+            losses[batch, 0] = self._losses([encoded[at] for at in batch])
+        return losses
+
+    def _encoded(self, sample: TextSample) -> tuple[list[int], list[bool]]:
+        if sample.input_ids is not None and sample.supervised is not None:
+            ids, marks = sample.input_ids.tolist(), sample.supervised.tolist()
+        elif sample.messages is not None:
+            tokens = encode(self._tokenizer, sample.messages, max_length=self._max_tokens)
+            ids, marks = tokens.input_ids, tokens.supervised
+        else:
+            raise ConfigError(
+                "sample must have messages or input_ids, got neither; read it with CorpusTexts."
+            )
+        return ids[: self._max_tokens], marks[: self._max_tokens]
+
+    def _losses(self, batch: Sequence[tuple[list[int], list[bool]]]) -> Float32Array:
+        """(batch,) mean losses."""
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        input_ids, mask = pad([ids for ids, _ in batch])
+        marked, _ = pad([marks for _, marks in batch])
+        # A token is predicted at the position before it.
+        wanted = marked[:, 1:].bool()
+        device = self._model.device
+        with torch.inference_mode():
+            logits = self._model(
+                input_ids=input_ids.to(device), attention_mask=mask.to(device)
+            ).logits[:, :-1]
+            at = wanted.nonzero()  # (supervised, 2)
+            labels = input_ids[:, 1:][wanted].to(device)
+            each = torch.zeros(len(at))
+            for start in range(0, len(at), _LOSS_ROWS):
+                rows = at[start : start + _LOSS_ROWS].to(device)
+                picked = logits[rows[:, 0], rows[:, 1]].float()
+                each[start : start + len(rows)] = cross_entropy(
+                    picked, labels[start : start + len(rows)], reduction="none"
+                ).cpu()
+        total = torch.zeros(len(batch)).index_add_(0, at[:, 0], each)
+        mean: Float32Array = (total / wanted.sum(1).clamp(min=1)).numpy()
+        return mean

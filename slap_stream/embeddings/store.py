@@ -1,0 +1,450 @@
+"""`embeddings.zarr`: embeddings, lengths, features and sources; row i belongs to sample id i."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from slap_stream.core.files import file_digest
+from slap_stream.embeddings.journal import Journal
+from slap_stream.embeddings.layout import FORMAT, FORMAT_VERSION, StoreLayout
+from slap_stream.embeddings.plain_rows import COMPLETE, plain_rows
+from slap_stream.embeddings.rows import ArrayStore, ReadsIds, RowSlices, StackedStore
+from slap_stream.errors import AlignmentError, CorpusError
+from slap_stream.types import Rows, RowStore
+
+__all__ = [
+    "ArrayStore",
+    "EmbeddingStore",
+    "EmbeddingWriter",
+    "StackedStore",
+    "StoreLayout",
+    "file_digest",
+    "open_embeddings",
+]
+
+logger = logging.getLogger(__name__)
+
+JOURNAL = "journal.jsonl"
+
+
+class EmbeddingWriter:
+    """Writes a store block by block, in any order, from any number of processes.
+
+    The store grows in a folder beside its final name (`NAME.partial`) and is moved when it is
+    whole, so that what has the final name can always be used. A block is journaled after it is
+    written; after a kill, blocks that the journal lacks are written again. Pickles, so that worker
+    processes can `write`; only the process that is inside `open` takes note.
+
+    State, all on disk: the arrays, their attributes, and the journal of the blocks done.
+
+    Args:
+        path: Where the finished store will be.
+        layout: What is written; a half-written store of another layout is refused.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], layout: StoreLayout) -> None:
+        self._path = Path(path)
+        self._layout = layout
+        self._partial = self._path.with_name(self._path.name + ".partial")
+        self._growing = self._partial / "store"
+
+    @property
+    def layout(self) -> StoreLayout:
+        """What is written."""
+        return self._layout
+
+    def is_finished(self) -> bool:
+        """Whether the store is there already, whole.
+
+        Raises:
+            CorpusError: If a store of another layout is there.
+        """
+        if not self._path.exists():
+            return False
+        different = self._layout.differences(EmbeddingStore(self._path).attributes)
+        if different:
+            raise CorpusError(
+                f"embeddings must not exist yet or have the same settings, got {str(self._path)!r} "
+                f"with another {', '.join(different)}; pass overwrite to replace them."
+            )
+        return True
+
+    @contextmanager
+    def open(self, *, overwrite: bool = False) -> Iterator[tuple[list[int], Journal]]:
+        """Create the store or go on with a half-written one; finish it at the end of the `with`.
+
+        Args:
+            overwrite: Replace a finished store, and a half-written one of another layout.
+
+        Yields:
+            Blocks that are still to be written, and the journal that each is added to, as
+            `{"block": index}`, after it was written.
+
+        Raises:
+            CorpusError: If something else is in the way, another process is writing, or blocks
+                are missing at the end.
+        """
+        if self._path.exists() and not overwrite:
+            raise CorpusError(
+                f"embeddings must not exist yet, got {str(self._path)!r}; pass overwrite to "
+                "replace them."
+            )
+        self._refuse_what_is_not_ours()
+        blocks = set(range(self._layout.num_blocks))
+        with Journal(self._partial / JOURNAL) as journal:
+            self._begin(journal, overwrite=overwrite)
+            yield sorted(blocks - _blocks_done(journal)), journal
+            missing = blocks - _blocks_done(journal)
+            if missing:
+                raise CorpusError(
+                    f"all {len(blocks)} blocks must be written, got {len(missing)} missing; run "
+                    "again to go on."
+                )
+            if self._path.exists():
+                shutil.rmtree(self._path)
+            self._growing.rename(self._path)
+            (self._partial / JOURNAL).unlink()
+            self._partial.rmdir()
+
+    def note(self, **attributes: Any) -> None:
+        """Put down further attributes, of kinds that JSON has, of the store being written."""
+        zarr.open_group(self._growing, mode="r+", zarr_format=3).attrs.update(attributes)
+
+    def _refuse_what_is_not_ours(self) -> None:
+        """Only what a writer of this class made is ever deleted.
+
+        Raises:
+            CorpusError: If the store's place, or that of the half-written one, holds something
+                else.
+        """
+        if self._path.exists() and not _is_store(self._path):
+            raise CorpusError(
+                f"embeddings must not replace anything but embeddings, got {str(self._path)!r}, "
+                "which slap-embed did not make; choose another place."
+            )
+        inside = {path.name for path in self._partial.glob("*")}
+        foreign = sorted(inside - {JOURNAL, self._growing.name})
+        if foreign or (inside and JOURNAL not in inside):
+            raise CorpusError(
+                f"half-written embeddings go to {str(self._partial)!r}, which must be free, got "
+                f"{sorted(inside)[:5]} there; choose another place or move them away."
+            )
+
+    def _begin(self, journal: Journal, *, overwrite: bool) -> None:
+        """Find arrays of the same layout, or make them."""
+        lines = journal.lines()
+        if lines and self._growing.exists():
+            different = self._layout.differences(lines[0])
+            if not different:
+                return
+            if not overwrite:
+                raise CorpusError(
+                    "half-written embeddings must have been begun with the same settings, got "
+                    f"{str(self._partial)!r} with another {', '.join(different)}; pass overwrite "
+                    "to begin again."
+                )
+        journal.clear()
+        if self._growing.exists():
+            shutil.rmtree(self._growing)
+        self._create()
+        # Last: a kill before this line leaves no header, and the arrays are made again.
+        journal.append(self._layout.attributes())
+
+    def _create(self) -> None:
+        layout = self._layout
+        group = zarr.create_group(
+            self._growing, zarr_format=3, attributes=layout.attributes(), overwrite=False
+        )
+        rows, chunk = layout.rows_per_shard, layout.rows_per_chunk
+        columns: dict[str, tuple[str, tuple[int, ...]]] = {
+            "embedding": ("float16", (layout.dim,)),
+            "length": ("int32", ()),
+        }
+        if layout.feature_names:
+            columns["feature"] = ("float16", (len(layout.feature_names),))
+        if layout.source_names:
+            columns["source"] = ("int16", ())
+        for name, (dtype, tail) in columns.items():
+            group.create_array(
+                name,
+                shape=(layout.num_samples, *tail),
+                dtype=dtype,
+                chunks=(chunk, *tail),
+                shards=(rows, *tail),
+                # Half floats hardly compress, the rest is little, and what is plain is read fast.
+                compressors=None,
+                attributes={COMPLETE: True},
+            )
+
+    def write(self, block: int, rows: Rows) -> None:
+        """Write one whole block; note it in the journal afterwards.
+
+        Raises:
+            CorpusError: If the rows are not as many as the block has, or hold what is not finite.
+        """
+        start, stop = self._layout.block(block)
+        expected = {
+            "embedding": (stop - start, self._layout.dim),
+            "length": (stop - start,),
+            "feature": (stop - start, len(self._layout.feature_names)),
+            "source": (stop - start,),
+        }
+        # An array takes its setting when it is opened.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            group = zarr.open_group(self._growing, mode="r+", zarr_format=3)
+            arrays = {name: array for name, array in group.arrays() if name in expected}
+        for name, shape in expected.items():
+            values = np.asarray(getattr(rows, name))
+            if values.shape != shape:
+                raise CorpusError(
+                    f"{name} of block {block} must have shape {shape!r}, got {values.shape!r}; "
+                    "one row per sample of the block."
+                )
+            if name in arrays:
+                arrays[name][start:stop] = (
+                    _half(name, values, start) if values.ndim == 2 else values
+                )
+
+
+def _blocks_done(journal: Journal) -> set[int]:
+    return {line["block"] for line in journal.lines()[1:]}
+
+
+def _half(name: str, values: NDArray[Any], start: int) -> NDArray[np.float16]:
+    """As float16; what is not finite, or becomes so, is refused by sample id."""
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    bad = np.flatnonzero(~np.isfinite(half).all(axis=1))
+    if len(bad):
+        raise CorpusError(
+            f"{name} must be finite and below 65504 in size, got other values for samples "
+            f"{(bad[:5] + start).tolist()} ({len(bad)} in this block); check the encoder or the "
+            "reference model on them, in float32."
+        )
+    return half
+
+
+def _is_store(path: Path) -> bool:
+    """Whether a finished store of any version is there, read without opening it."""
+    try:
+        described = json.loads((path / "zarr.json").read_text())
+        return bool(described["attributes"]["format"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+class EmbeddingStore(ReadsIds):
+    """A finished `embeddings.zarr`, read by contiguous ranges; pickles as its path.
+
+    Args:
+        path: Directory of the Zarr group.
+
+    Raises:
+        AlignmentError: If there is no finished store.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        partial = self._path.with_name(self._path.name + ".partial")
+        if not self._path.exists():
+            half = f" ({partial.name} is half-written)" if partial.exists() else ""
+            raise AlignmentError(
+                f"embeddings must be an existing embeddings.zarr, got {str(self._path)!r}, which "
+                f"does not exist{half}; run slap-embed on the corpus."
+            )
+        try:
+            group = zarr.open_group(self._path, mode="r", zarr_format=3)
+        except (FileNotFoundError, ValueError) as error:
+            raise AlignmentError(self._not_a_store(str(error))) from error
+        self._attributes: dict[str, Any] = dict(group.attrs)
+        if self._attributes.get("format_version") != FORMAT_VERSION:
+            raise AlignmentError(
+                self._not_a_store(
+                    f"format_version {self._attributes.get('format_version')!r}, not "
+                    f"{FORMAT_VERSION}"
+                )
+            )
+        try:
+            self._open(dict(group.arrays()))
+        except AlignmentError:
+            raise
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise AlignmentError(self._not_a_store(f"{type(error).__name__}: {error}")) from error
+
+    def _open(self, arrays: dict[str, Any]) -> None:
+        names, features = self._attributes["source_names"], self._attributes["feature_names"]
+        needed = {"embedding": True, "length": True, "source": names, "feature": features}
+        for name, wanted in needed.items():
+            if wanted and name not in arrays:
+                raise AlignmentError(self._not_a_store(f"no array {name}"))
+        plain = {name: plain_rows(self._path / name) for name in arrays}
+        slow = [name for name, rows in plain.items() if rows is None]
+        if slow:
+            logger.info(
+                "%s of %s are packed, and read by Zarr, which takes 1 to 2 ms a read; slap-embed "
+                "now writes them plain.",
+                ", ".join(sorted(slow)),
+                self._path,
+            )
+        columns: dict[str, Any] = {name: plain[name] or array for name, array in arrays.items()}
+        self._store = ArrayStore(
+            columns["embedding"],
+            lengths=columns["length"],
+            features=columns.get("feature"),
+            feature_names=features,
+            source_names=None,
+        )
+        self._sources: RowSlices | None = columns.get("source")
+        self._source_names = tuple(names) or ("all",)
+
+    def _not_a_store(self, reason: str) -> str:
+        return (
+            f"embeddings must be a Zarr group that slap-embed made, got {str(self._path)!r} "
+            f"({reason}); run slap-embed on the corpus."
+        )
+
+    def __reduce__(self) -> tuple[type[EmbeddingStore], tuple[Path]]:
+        # Handles of Zarr belong to the process that opened them.
+        return EmbeddingStore, (self._path,)
+
+    @property
+    def path(self) -> Path:
+        """Directory of the Zarr group."""
+        return self._path
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(num_samples, dim)."""
+        return self._store.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the embeddings: float16."""
+        return self._store.dtype
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of the feature columns, in order."""
+        return self._store.feature_names
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources; `all` if the dataset has none."""
+        return self._source_names
+
+    @property
+    def thread_safe(self) -> bool:
+        """Several threads may read at the same time."""
+        return True
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """All that the group says about itself; see `StoreLayout.attributes`."""
+        return dict(self._attributes)
+
+    @property
+    def length_unit(self) -> str:
+        """`tokens`, or `characters / 4`."""
+        return str(self._attributes["length_unit"])
+
+    @property
+    def index_digest(self) -> str:
+        """`file_digest` of the index.json of the dataset that was embedded."""
+        return str(self._attributes["index_digest"])
+
+    @property
+    def encoder(self) -> dict[str, Any]:
+        """Name, version and dimension of the encoder."""
+        return dict(self._attributes["encoder"])
+
+    def verify(self, index_digest: str, num_samples: int) -> None:
+        """Refuse a dataset that these are not the embeddings of.
+
+        Args:
+            index_digest: `file_digest` of the dataset's index.json.
+            num_samples: Samples of the dataset.
+
+        Raises:
+            AlignmentError: If the number of rows or the digest differs.
+        """
+        if self.shape[0] != num_samples:
+            raise AlignmentError(
+                f"embeddings must have one row per sample, {num_samples}, got {self.shape[0]} in "
+                f"{str(self._path)!r}; run slap-embed on this dataset again."
+            )
+        if self.index_digest != index_digest:
+            raise AlignmentError(
+                f"embeddings must be made from the dataset whose index.json has SHA-256 "
+                f"{index_digest[:12]}..., got {str(self._path)!r} made from "
+                f"{self.index_digest[:12]}...; run slap-embed on this dataset again."
+            )
+
+    def read(self, start: int, stop: int) -> Rows:
+        """Rows `start` to `stop` (half-open), one contiguous read per array.
+
+        Raises:
+            IndexError: If the range leaves the store.
+            AlignmentError: If a file of the store is gone or damaged.
+        """
+        try:
+            rows = self._store.read(start, stop)
+            if self._sources is None:
+                return rows
+            source = np.asarray(self._sources[start:stop], dtype=np.int16)
+        except AlignmentError:
+            raise
+        except ValueError as error:  # what Zarr says of packed columns that are damaged
+            raise AlignmentError(
+                f"embeddings must be read as they were written, got rows {start} to {stop} of "
+                f"{str(self._path)!r} of which Zarr says: {error}; run slap-embed again."
+            ) from error
+        return Rows(
+            embedding=rows.embedding, length=rows.length, feature=rows.feature, source=source
+        )
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        """(rows, dim) embeddings of a contiguous slice."""
+        return self._store[rows]
+
+
+def open_embeddings(embeddings: Any) -> RowStore:
+    """A row store from what a user hands over.
+
+    Args:
+        embeddings: Path of an `embeddings.zarr`, a row store, an array (or anything with `shape`,
+            `dtype` and row slices), or a list of those, one per stream, in stream order.
+
+    Raises:
+        TypeError: If it is none of these.
+        AlignmentError: If a path holds no finished store, or stores do not fit together.
+    """
+    if isinstance(embeddings, str | os.PathLike):
+        return EmbeddingStore(embeddings)
+    if hasattr(embeddings, "read") and hasattr(embeddings, "source_names"):
+        store: RowStore = embeddings
+        return store
+    if hasattr(embeddings, "shape") and hasattr(embeddings, "dtype"):
+        return ArrayStore(embeddings)
+    if isinstance(embeddings, Sequence) and embeddings:
+        if any(isinstance(item, int | float) for item in embeddings):
+            raise TypeError(
+                "embeddings must be a path, a store, an array or a list of those, got a list of "
+                "numbers; pass a NumPy array."
+            )
+        stores = [open_embeddings(item) for item in embeddings]
+        return stores[0] if len(stores) == 1 else StackedStore(stores)
+    raise TypeError(
+        "embeddings must be a path, a store, an array or a non-empty list of those, got "
+        f"{type(embeddings).__name__}; pass embeddings.zarr as slap-embed made it."
+    )

@@ -1,1 +1,0 @@
-"""Parts of `embeddings` and `encoders`: texts, feature columns, the layout of the store."""

@@ -1,0 +1,20 @@
+"""Batches of sample ids -> collated batches, on every rank; feedback on its way back.
+
+in   a `StreamingDataset`, `embeddings.zarr`, a collate function; losses
+out  batches for the training step; checkpoints; metrics
+
+loader.py       `SlapDataLoader`: torch's DataLoader over a sampler
+pending.py      batches that are composed and not delivered yet
+ranks.py        what ranks tell each other
+state.py        a checkpoint of all ranks
+checks.py       settings and data that do not fit together
+workers.py      what is said when a worker process dies
+status_line.py  a line of log, now and then
+"""
+
+from __future__ import annotations
+
+# What other folders may import, by module; tests/test_architecture.py holds it.
+EXPORTS = {
+    "loader": ("SAMPLE_ID", "SlapDataLoader"),
+}

@@ -1,0 +1,123 @@
+"""Refusals before any work is done: settings and data that do not fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from slap_stream.config import SlapConfig
+from slap_stream.embeddings.store import StackedStore
+from slap_stream.errors import AlignmentError, ConfigError
+from slap_stream.shards.settings import min_cache_bytes
+from slap_stream.types import IntArray, RowStore
+
+
+def check_arguments(
+    config: Any, num_workers: Any, prefetch_factor: Any, collate_fn: Any
+) -> SlapConfig:
+    """Refuse arguments of another kind than they must be; the settings.
+
+    Raises:
+        ConfigError: If one is.
+    """
+    if not isinstance(config, SlapConfig | None):
+        raise ConfigError(
+            f"config must be a SlapConfig, got {config!r}; write config=SlapConfig(keep=0.7)."
+        )
+    for name, value, least in (
+        ("num_workers", num_workers, 0),
+        ("prefetch_factor", 1 if prefetch_factor is None else prefetch_factor, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} must be a whole number >= {least}, got {value!r}.")
+    if collate_fn is not None and not callable(collate_fn):
+        raise ConfigError(
+            f"collate_fn must be a function of a list of samples, got {collate_fn!r}."
+        )
+    return config or SlapConfig()
+
+
+def check_batch_size(batch_size: int, dataset: Any) -> None:
+    """Refuse a batch size that is not the dataset's.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if dataset.batch_size is not None and dataset.batch_size != batch_size:
+        raise ConfigError(
+            f"batch_size must be the dataset's, {dataset.batch_size}, got {batch_size!r}; give "
+            "both the same."
+        )
+
+
+def prefetch_within(num_workers: int, prefetch_factor: int | None, lookahead: int) -> int | None:
+    """Batches that each worker works ahead, None without workers.
+
+    Raises:
+        ConfigError: If they would work on batches that are not composed yet.
+    """
+    if not num_workers:
+        return None
+    if prefetch_factor is None:
+        # All but one, which is composed in the background.
+        prefetch_factor = max(1, min(2, (lookahead - 1) // num_workers))
+    if prefetch_factor * num_workers > lookahead:
+        raise ConfigError(
+            f"prefetch_factor * num_workers must be at most lookahead = {lookahead}, got "
+            f"{prefetch_factor} * {num_workers}; raise SlapConfig(lookahead=...)."
+        )
+    return prefetch_factor
+
+
+def check_alignment(
+    store: RowStore, digests: Sequence[str], sizes: IntArray, stream_of_shard: IntArray
+) -> None:
+    """Refuse embeddings that do not describe a dataset's samples.
+
+    Args:
+        store: The embeddings.
+        digests: Of each stream's index.
+        sizes: (num_shards,) samples of each shard.
+        stream_of_shard: (num_shards,) stream of each.
+
+    Raises:
+        AlignmentError: If digests or counts differ.
+    """
+    samples = np.bincount(stream_of_shard, weights=sizes, minlength=len(digests)).astype(int)
+    if isinstance(store, StackedStore) and len(store.stores) == len(digests):
+        parts: Sequence[RowStore] = store.stores
+    elif len(digests) == 1 or not hasattr(store, "verify"):
+        parts, digests, samples = [store], [digests[0]], np.array([samples.sum()])
+    else:
+        raise AlignmentError(
+            f"embeddings must be a list of {len(digests)} stores, one per stream in their order, "
+            "got one store."
+        )
+    for part, digest, count in zip(parts, digests, samples, strict=True):
+        verify = getattr(part, "verify", None)
+        if verify is not None:
+            verify(digest, int(count))
+        elif part.shape[0] != count:
+            raise AlignmentError(
+                f"embeddings must have one row per sample, got {part.shape[0]} rows for {count} "
+                "samples; make them again for this dataset."
+            )
+
+
+def check_cache_limit(dataset: Any, shards_at_hand: int, ranks_on_node: int) -> None:
+    """Refuse a `cache_limit` that cannot hold what the lanes of a node work on at a time.
+
+    Raises:
+        ConfigError: If it is smaller; says what it takes.
+    """
+    if dataset.cache_limit:
+        needed = min_cache_bytes(dataset, shards_at_hand, ranks_on_node)
+        if dataset.cache_limit < needed:
+            raise ConfigError(
+                f"cache_limit must be at least {needed} bytes, got {dataset.cache_limit!r}: the "
+                f"lanes of each rank, of which this node has {ranks_on_node}, work on "
+                f"{shards_at_hand} shards at a time; raise it, or lower num_lanes or "
+                "shards_per_block."
+            )

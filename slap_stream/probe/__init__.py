@@ -1,0 +1,19 @@
+"""Losses and gradient sketches of a few candidates, read at the output head of the model.
+
+in   a model, collated batches of candidates
+out  losses, gradient sketches and the head's second moment
+
+probe.py          `LearnabilityProbe`: when, how many, and where the answers go
+head.py           where the output head is, and how a model is called quietly
+readout.py        losses and gradients of a batch, from one forward
+sketch.py         TensorSketch of a sample's gradient
+second_moment.py  our approximation of the Hessian: Adam's second moment, factored
+"""
+
+from __future__ import annotations
+
+# What other folders may import, by module; tests/test_architecture.py holds it.
+EXPORTS = {
+    "probe": ("LearnabilityProbe",),
+    "readout": ("per_sample_loss",),
+}

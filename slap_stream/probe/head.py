@@ -1,0 +1,288 @@
+"""A model's output head: where it is, what enters and leaves it, and quiet calls of the model.
+
+A hook on the head catches what enters it while the root module runs, so that the head's weights
+are at hand (also where they are gathered for the call only), and hands it a single token to work
+on: the model's own logits of all tokens are never made.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slap_stream.errors import HeadError
+
+# Attributes that hold the head in models which do not say so through get_output_embeddings().
+_HEAD_NAMES = ("lm_head", "output_layer", "embed_out", "transformer.output_layer")
+# Ours, or the labels, or what would hide tokens from the head.
+_NOT_INPUTS = frozenset(
+    {"labels", "sample_id", "logits_to_keep", "num_logits_to_keep", "num_items_in_batch"}
+)
+CURE = (
+    "pass head= (the module that makes the logits) and, unless the model takes input_ids and makes "
+    "logits as a causal language model does, loss_fn=(model, batch) -> (batch,) losses"
+)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DDP, DataParallel and torch.compile wrappers; FSDP stays, it gathers."""
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while True:
+        if isinstance(model, parallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def find_head(model: nn.Module, head: nn.Module | None) -> nn.Module:
+    """The module that turns hidden states into logits.
+
+    Raises:
+        HeadError: If `head` is no part of the model, or none was given and none is found.
+    """
+    if head is not None:
+        if not any(module is head for module in model.modules()):
+            raise HeadError(
+                f"head must be a submodule of the model, got {type(head).__name__}; hooks on "
+                "another module would never be called."
+            )
+        return head
+    ask = getattr(model, "get_output_embeddings", None)
+    found = ask() if callable(ask) else None
+    if isinstance(found, nn.Module):
+        return found
+    for name in _HEAD_NAMES:
+        owner: Any = model
+        for part in name.split("."):
+            owner = getattr(owner, part, None)
+        if isinstance(owner, nn.Module):
+            return owner
+    raise HeadError(f"{type(model).__name__} has no output head that can be found; {CURE}.")
+
+
+def head_weight(head: nn.Module) -> nn.Parameter | None:
+    """The (vocabulary, hidden) parameter of the head, also inside adapters; None if it has none."""
+    active = getattr(head, "active_adapter", None)
+    copies = getattr(head, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict) and isinstance(active, str) and active in copies:
+        head = copies[active]  # a peft head that is trained in full, as a copy
+    weight = getattr(head, "weight", None)  # a peft LoRA layer answers with its base layer's
+    return weight if isinstance(weight, nn.Parameter) else None
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what FSDP2 has gathered for the root's forward.
+
+    It waits for a backward otherwise, with the root's own weights, the head's among them, in memory
+    and in the place of those that the optimizer knows.
+    """
+    give_back = getattr(model, "reshard", None)
+    if callable(give_back):
+        give_back()
+
+
+def find_body(model: nn.Module) -> nn.Module | None:
+    """The module whose output enters the head, for models that never call their head."""
+    inner = getattr(model, "get_base_model", None)
+    base = getattr(inner() if callable(inner) else model, "base_model", None)
+    return base if isinstance(base, nn.Module) and base is not model else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogitTransform:
+    """What a model does to the head's output before the loss: cap * tanh(scale * z / cap).
+
+    Attributes:
+        scale: Factor on the head's output.
+        cap: Soft cap, or None.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> LogitTransform:
+        """Read it from the model's configuration (Gemma, Cohere, Granite, Falcon-H1, ...)."""
+        config = getattr(model, "config", None)
+        text_config = getattr(config, "get_text_config", None)
+        if callable(text_config):
+            config = text_config()
+
+        def number(name: str) -> float | None:
+            value = getattr(config, name, None)
+            plain = isinstance(value, int | float) and not isinstance(value, bool)
+            return float(value) if plain and value else None
+
+        scale = number("logit_scale") or number("lm_head_multiplier") or 1.0
+        scale /= number("logits_scaling") or 1.0
+        cap = number("final_logit_softcapping") or number("logits_soft_cap")
+        return cls(scale=scale, cap=cap or number("output_logit_soft_cap"))
+
+    def apply_(self, logits: Tensor) -> Tensor | None:
+        """Transform logits in place.
+
+        Returns:
+            The derivative, of the same shape and without the scale; None where it is 1.
+        """
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.cap is None:
+            return None
+        logits.div_(self.cap).tanh_()
+        slope = 1.0 - logits * logits
+        logits.mul_(self.cap)
+        return slope
+
+
+def accepted(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the names that the model's forward takes, an adapter's base model's for an adapter.
+
+    A forward that names nothing but **kwargs takes all of them.
+    """
+    inner = getattr(model, "get_base_model", None)
+    forward = (inner() if callable(inner) else model).forward
+    parameters = inspect.signature(forward).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        return list(names) if inspect.Parameter.VAR_KEYWORD in kinds else []
+    return [name for name in names if name in parameters]
+
+
+def call_inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """The entries of a collated batch that the model's forward takes, labels left out.
+
+    Raises:
+        HeadError: If the batch is no mapping, so that nobody knows how to call the model.
+    """
+    if not isinstance(batch, Mapping):
+        raise HeadError(
+            f"batch must be a mapping with input_ids and labels, got {type(batch).__name__}; {CURE}"
+            "."
+        )
+    inputs = {key: batch[key] for key in accepted(model, batch) if key not in _NOT_INPUTS}
+    if hasattr(model, "config") and accepted(model, ["use_cache"]):
+        inputs["use_cache"] = False  # nobody asks for the keys and values of a probe
+    return inputs
+
+
+def run_to_head(
+    model: nn.Module,
+    head: nn.Module,
+    inputs: Mapping[str, Any],
+    consume: Callable[[Tensor], None],
+) -> Any:
+    """Call the root module and hand what enters its head to `consume`.
+
+    Args:
+        model: Root module, unwrapped by `unwrap`.
+        head: Its head; within `consume`, `head.forward` may be called and its weights are there.
+        inputs: Keyword arguments of the call.
+        consume: Receives (batch, tokens, hidden), or whatever layout the head works on.
+
+    Returns:
+        The model's output, whose logits are of one token only where the head was called.
+
+    Raises:
+        HeadError: If nothing entered the head and no body's output could be caught either.
+    """
+    calls = 0
+    body_output: list[Any] = []
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise HeadError(f"head must be called once in a forward, got another call; {CURE}.")
+        name, hidden = (None, args[0]) if args else next(iter(kwargs.items()))
+        consume(hidden)
+        if hidden.ndim != 3:
+            return None
+        one = hidden[:, -1:]
+        return ((one, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: one})
+
+    body = find_body(model)
+    handles = [head.register_forward_pre_hook(enter, with_kwargs=True)]
+    if body is not None:
+        handles.append(body.register_forward_hook(lambda *call: body_output.append(call[2])))
+    try:
+        output = model(**inputs)
+        if not calls:
+            # Heads that are never called (fused losses use their weight): the body's output is
+            # what would have entered.
+            if not body_output:
+                raise HeadError(
+                    f"head must be called by the model's forward, got no call of "
+                    f"{type(head).__name__}; {CURE}."
+                )
+            found = body_output[-1]
+            found = getattr(found, "last_hidden_state", found)
+            consume(found if isinstance(found, Tensor) else found[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output
+
+
+@contextmanager
+def gradients_from_head(head: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Inside: a forward records gradients from the head's output on, and from nowhere earlier.
+
+    Yields:
+        A list that receives, for each call of the head, what entered and what left it; what left
+        it requires grad, the graph of what entered it was never made.
+    """
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        entered = args[0] if args else next(iter(kwargs.values()))
+        output = output.detach().requires_grad_(True)
+        calls.append((entered, output))
+        # From here to the loss the graph is needed; the caller's no_grad was for the body.
+        torch.set_grad_enabled(True)
+        return output
+
+    handle = head.register_forward_hook(leave, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            yield calls
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def quiet(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside: evaluation mode. Afterwards: every module's mode and all RNG states as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with every tensor in it on the device; other values as they are."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        moved = [to_device(value, device) for value in batch]
+        return moved if isinstance(batch, list) else tuple(moved)
+    return batch

@@ -1,0 +1,36 @@
+"""Candidates -> batches of sample ids; losses and gradient sketches come back.
+
+in   how many samples each shard has; rows of embeddings; losses and sketches
+out  lists of sample ids, one a batch; candidates whose loss would tell most
+
+sampler.py        `SlapSampler`: this rank's lanes, and all that a loader may ask of them
+lane.py           one lane: candidates in, batches out, step by step
+  order.py        which candidates come when, block by block
+  intake.py       the rows of a block, read once
+  strata.py       source x embedding cluster
+  pool.py         candidates that wait, and what was trained on lately
+  scoring.py      what each pooled candidate is worth
+  schedule.py     how many slots each stratum has, and when the pool fills and drains
+  composer.py     which candidates make the next batch, which leave, which are probed
+  batch_kernels.py  its compiled inner loops
+  repeats.py      samples that an epoch offers more than once
+  policies/       the rules themselves
+questions.py      losses that were asked for, over the lanes of a rank
+  awaiting.py     whom a lane waits for
+  feedback.py     what has come back to a lane
+shared.py         what all lanes share: strata, loss model, keep
+  loss_model.py   losses and gradients as the embeddings predict them
+  moments.py      the sums that it is solved from
+refresh.py        sums over lanes and ranks, every few steps
+state.py          does a saved state fit this run
+metrics.py        counts over lanes
+"""
+
+from __future__ import annotations
+
+# What other folders may import, by module; tests/test_architecture.py holds it.
+EXPORTS = {
+    "sampler": ("SlapSampler",),
+    "state": ("check_ranks_agree", "require_keys"),
+    "shared": ("sum_in_order",),
+}

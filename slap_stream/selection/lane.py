@@ -1,0 +1,410 @@
+"""One lane: candidate order -> strata -> reservoirs -> policy -> lane batches.
+
+A plain state machine without threads, torch or files of its own: what it does next follows from its
+state, the shared model and the store.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from slap_stream.core.rng import gumbels
+from slap_stream.errors import ShardError
+from slap_stream.selection.awaiting import Awaiting
+from slap_stream.selection.composer import Composer
+from slap_stream.selection.feedback import Answers, LaneFeedback
+from slap_stream.selection.intake import Intake
+from slap_stream.selection.loss_model import NUM_OWN_COLUMNS, LossModel
+from slap_stream.selection.policies import Policy, Uds
+from slap_stream.selection.policies.base import SketchPolicy, sees_vectors
+from slap_stream.selection.pool import Pool, RecentlyTrained, SketchQueue
+from slap_stream.selection.schedule import Keep, LanePlan, LaneProgress
+from slap_stream.selection.scoring import Scorer, Yardsticks
+from slap_stream.selection.strata import Strata, cluster_sums
+from slap_stream.types import Float32Array, FloatArray, IntArray, ShardGate, State
+
+_Part = Pool | RecentlyTrained | SketchQueue | Yardsticks | Awaiting | Answers
+
+# Samples trained on lately, over all strata; bounds the lane's memory where strata are many.
+MAX_RECENT = 2048
+# Gradient sketches remembered of the samples chosen last, where the policy asks for them.
+CHOSEN_SKETCHES = 1024
+
+
+class Lane:
+    """Composes one lane's batches.
+
+    Its state: position in the epoch; candidates of each stratum offered, trained and pruned; the
+    pool; samples trained on lately; questions asked and answers since the last refresh.
+
+    Args:
+        index: Which lane, in [0, num_lanes).
+        plan: What all lanes have in common.
+        policy: Rule that picks a batch.
+        strata: Shared strata; whoever owns them moves them.
+        model: Shared model; whoever owns it refreshes it.
+        keep: Shared fraction that is kept; likewise.
+        gate: Who makes sure that shards are on disk before their candidates are offered.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        plan: LanePlan,
+        policy: Policy,
+        strata: Strata,
+        model: LossModel,
+        keep: Keep,
+        gate: ShardGate | None = None,
+    ) -> None:
+        config = plan.config
+        # Where nobody will look at them, candidates leave their vectors behind.
+        vectors = sees_vectors(policy)
+        self._columns = plan.columns if vectors else NUM_OWN_COLUMNS
+        shape = {
+            "columns": self._columns,
+            "dim": plan.store.shape[1] if vectors else 0,
+            "metric_dim": model.metric.shape[1],
+        }
+        self.index = index
+        self._plan, self._policy, self._strata = plan, policy, strata
+        self._model, self._keep = model, keep
+        self.progress = LaneProgress(num_strata=strata.num_strata)
+        self.intake = Intake(
+            plan.table,
+            plan.store,
+            gate,
+            {
+                "seed": config.seed,
+                "lane": index,
+                "num_lanes": plan.num_lanes,
+                "shards_per_block": config.shards_per_block,
+                "min_block": plan.pool_size,
+            },
+        )
+        sketch_dim = config.sketch_dim if isinstance(policy, SketchPolicy) else 0
+        self.pool = Pool(capacity=plan.pool_size, sketch_dim=sketch_dim, **shape)
+        remembered = CHOSEN_SKETCHES if isinstance(policy, Uds) else 0
+        self._chosen = SketchQueue(length=remembered, sketch_dim=sketch_dim)
+        per_stratum = min(config.recent_per_stratum, max(1, MAX_RECENT // strata.num_strata))
+        self._recent = RecentlyTrained(
+            num_strata=strata.num_strata,
+            per_stratum=per_stratum,
+            **shape,
+        )
+        self._yardsticks = Yardsticks(
+            model, plan.store.feature_names, columns=shape["columns"], dim=shape["dim"]
+        )
+        self._scorer = Scorer(
+            policy,
+            model,
+            self.pool,
+            self._recent,
+            self._yardsticks,
+            measured_for_good=config.measures_all,
+        )
+        self.feedback = LaneFeedback(plan, policy, model, self.pool, self._scorer)
+        self._centroid_sum = np.zeros(strata.centroids.shape)
+        self._centroid_count = np.zeros(len(strata.centroids))
+        self._composed = 0
+        self._composer = Composer(
+            index,
+            plan,
+            policy,
+            model,
+            keep,
+            intake=self.intake,
+            pool=self.pool,
+            recent=self._recent,
+            chosen=self._chosen,
+            yardsticks=self._yardsticks,
+            progress=self.progress,
+        )
+        # Composed and not taken yet: another lane of the rank could not compose its batch.
+        self._ready: IntArray | None = None
+        # Where an error has ended the offering of candidates before a batch.
+        self._unfinished: tuple[int, bool] | None = None
+        # Of candidates that left since the last refresh: sum of their worth, and how many.
+        self._left_worth, self._left_count = 0.0, 0
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Begin an epoch; what was learnt about the data stays."""
+        self.progress.begin(epoch)
+        self._probed = 0
+        self.pool.clear()
+        self.intake.start_epoch(epoch)
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates of this lane in an epoch."""
+        return self.intake.order.num_candidates
+
+    @property
+    def counters(self) -> Counter[str]:
+        """Losses that came back, candidates withdrawn for theirs, samples repeated in a batch."""
+        return self.feedback.counters
+
+    @property
+    def gauges(self) -> dict[str, float]:
+        """Learnability of the batch compared last, and of a uniformly drawn one."""
+        return self._composer.gauges
+
+    def prepare(self) -> None:
+        """Have the next lane batch ready, unless it is; after an error it may be called again.
+
+        If so many candidates were withdrawn that what is left does not fill a batch, it is the last
+        one again: all ranks must take as many steps, and they agree on where the epoch ends at
+        refreshes only.
+
+        Raises:
+            ShardError: If a shard cannot be fetched and bad shards are not to be skipped, or if
+                nothing is left for a first batch.
+        """
+        if self._ready is None:
+            batch = self._compose()
+            self._ready = self._repeat_batch() if batch is None else batch
+
+    def take(self) -> IntArray:
+        """The (batch_size,) sample ids of the batch that is ready."""
+        assert self._ready is not None, "prepare comes before take"
+        batch, self._ready = self._ready, None
+        return batch
+
+    def _compose(self) -> IntArray | None:
+        """The next batch's (batch_size,) sample ids; None if there are not as many left."""
+        size = self._plan.batch_size
+        if self._unfinished is None:
+            self._refill(self._plan.offered_before(self.progress.part, self.num_candidates))
+        else:
+            self._refill(*self._unfinished)
+        slots, open_ = self._composer.open_slots()
+        while np.count_nonzero(open_) < size and self._refill(self.intake.position + size, True):
+            slots, open_ = self._composer.open_slots()
+        if len(slots) < size:
+            return None
+        if np.count_nonzero(open_) < size:
+            # A sample repeated in nearly every batch of a tiny epoch cannot leave another way.
+            self.counters["repeats_in_batch"] += size - int(np.count_nonzero(open_))
+            open_ = np.ones(len(slots), bool)
+        chosen = self._composer.choose(slots, open_)
+        ids = self.pool.columns.sample_id[chosen].copy()
+        end = self._plan.after(self.progress.part, self._keep.value)
+        self._train(chosen, ids, self._composer.loss_weights(slots, chosen))
+        self._drop(self._composer.leaving(end))
+        self.progress.advance(end)
+        self._composed += 1
+        return ids
+
+    def _repeat_batch(self) -> IntArray:
+        """(batch_size,) sample ids of the last batch, which stands in for one more."""
+        last = self.feedback.awaiting_trained.last()
+        if last is None:
+            raise ShardError(
+                f"lane {self.index} must have candidates for a first batch, got "
+                f"{len(self.pool)} after {self.intake.withdrawn} were withdrawn; fetch the bad "
+                "shards again."
+            )
+        self.counters["batches_repeated"] += 1
+        self.feedback.awaiting_trained.ask(self._composed, *last)
+        self.progress.advance(self._plan.after(self.progress.part, self._keep.value))
+        self._composed += 1
+        return last[0].copy()
+
+    def _refill(self, target: int, force: bool = False) -> bool:
+        """Offer candidates up to `target` of the lane's order; whether any was taken.
+
+        A block begins only when no candidate of two blocks before it is left in the pool, unless
+        there is no other way to fill a batch.
+        """
+        intake, before = self.intake, self.intake.position
+        self._unfinished = target, force
+        target = min(target, self.num_candidates)
+        while intake.position < target:
+            room = self.pool.capacity - len(self.pool)
+            next_block = intake.next_block
+            if not room:
+                break
+            if next_block != intake.block_index and not force:
+                blocks = self.pool.columns.block[self.pool.slots()]
+                if np.any(blocks <= next_block - 2):
+                    break
+            self._offer(min(room, target - intake.position))
+        self._unfinished = None
+        return intake.position > before
+
+    def _offer(self, most: int) -> None:
+        offered = self.intake.take(most)
+        ids, count = offered.sample_id, len(offered.sample_id)
+        embedding = np.ascontiguousarray(offered.x[:, -self._plan.store.shape[1] :])
+        stratum = self._strata.assign(embedding, offered.source)
+        clusters = len(self._strata.centroids)
+        sums, counts = cluster_sums(embedding, stratum % clusters, clusters)
+        self._centroid_sum += sums
+        self._centroid_count += counts
+        self._scorer.watch(ids, offered.x, stratum)
+        slots = self.pool.offer(
+            offered.x[:, : self._columns],
+            sample_id=ids,
+            occurrence=offered.occurrence,
+            block=np.full(count, offered.block),
+            stratum=stratum,
+            offered_at=np.arange(count) + int(self.progress.offered.sum()),
+            gumbel=gumbels(self._plan.config.seed, self.progress.epoch, ids, offered.occurrence),
+        )
+        self._scorer.score(slots, offered.x)
+        self.progress.offered += self.progress.by_stratum(stratum)
+
+    def _train(self, slots: IntArray, ids: IntArray, weights: FloatArray) -> None:
+        """Book a batch: its samples leave the pool, their losses are awaited."""
+        stratum, x = self.pool.columns.stratum[slots], self.pool.x[slots]
+        self.feedback.awaiting_trained.ask(self._composed, ids, x, weights)
+        if self._policy.looks_back:
+            self._recent.add(ids, stratum, x, self.pool.z[slots])
+        self._chosen.add(self.pool.sketch[slots])
+        self.progress.trained += self.progress.by_stratum(stratum)
+        self._leave(slots)
+        self._scorer.bring_near(ids, stratum, x)
+
+    def _drop(self, slots: IntArray) -> None:
+        stratum = self.pool.columns.stratum[slots]
+        self.progress.pruned += self.progress.by_stratum(stratum)
+        self._leave(slots)
+
+    def _leave(self, slots: IntArray) -> None:
+        """Free slots of candidates that were trained on or pruned, and book their worth."""
+        weight = self.pool.columns.worth[slots]
+        self.progress.worth += np.bincount(
+            self.pool.columns.stratum[slots], weights=weight, minlength=self.progress.num_strata
+        )
+        self._left_worth += float(weight.sum())
+        self._left_count += len(slots)
+        self.pool.remove(slots)
+
+    def probe_candidates(self, count: int) -> IntArray:
+        """Choose candidates whose losses would tell most.
+
+        Args:
+            count: How many; ids repeat if the pool holds fewer, and are those of the last batch if
+                it holds none.
+
+        Returns:
+            (count,) sample ids; their losses are awaited.
+
+        Raises:
+            ValueError: If no batch was composed yet.
+        """
+        last = self.feedback.awaiting_trained.last()
+        if len(self.pool) or last is None:
+            slots = np.resize(self._composer.choose_probes(count), count)
+            ids, x = self.pool.columns.sample_id[slots], self.pool.x[slots]
+        else:
+            # Withdrawals have emptied it; the other ranks forward now, and so must this one.
+            at = np.resize(np.arange(len(last[0])), count)
+            ids, x = last[0][at], last[1][at]
+        due, pooled = self._due_probes(self._plan.table.num_candidates // self._plan.num_lanes)
+        # What left the pool before it could be probed cannot be made up for.
+        self._probed += count + max(0, due - pooled)
+        self.feedback.awaiting_probed.ask(self._composed, ids, x)
+        return ids
+
+    def probe_budget(self, candidates: int) -> int:
+        """Probes due now for a lane with so many candidates; the smallest lane's count makes it
+        equal on all lanes."""
+        progress = self.progress
+        if not 0 < progress.part < self._plan.parts:
+            return 0
+        return max(0, min(self._due_probes(candidates)))
+
+    def _due_probes(self, candidates: int) -> tuple[int, int]:
+        """Candidates that are still to be probed, and those that are in the pool, of a lane with so
+        many candidates in all."""
+        plan, progress = self._plan, self.progress
+        offered = plan.offered_before(progress.before, candidates)
+        due = int(plan.config.probe_fraction * offered) - self._probed
+        return due, plan.pooled_after(progress.before, progress.part, candidates)
+
+    def set_target(self, sketch: Float32Array | None) -> None:
+        """Aim batches at the (sketch_dim,) mean gradient sketch of a target set, or at none."""
+        self._composer.target = sketch
+
+    def statistics(self) -> State:
+        """Sums since the last refresh, float64; those of all lanes can be added in lane order."""
+        return {
+            "lane": self.index,
+            "moments": self.feedback.answers.moments().to_dict(),
+            "centroid_sum": self._centroid_sum.copy(),
+            "centroid_count": self._centroid_count.copy(),
+            "left_worth": self._left_worth,
+            "left_count": self._left_count,
+        }
+
+    def refresh(self) -> None:
+        """Scorer everything anew: model and strata have just been refreshed."""
+        self.feedback.refresh(self._plan.config.decay)
+        self._centroid_sum[:] = 0.0
+        self._centroid_count[:] = 0.0
+        self._left_worth, self._left_count = 0.0, 0
+        if self._scorer.refresh():
+            self._composer.compare = self._model.fitted
+
+    def state_dict(self) -> State:
+        """All that the next batches follow from, besides the shared model; only reads."""
+        return {
+            "lane": self.index,
+            "ready": None if self._ready is None else self._ready.copy(),
+            "unfinished": self._unfinished,
+            "progress": self.progress.state_dict(),
+            "left_worth": self._left_worth,
+            "left_count": self._left_count,
+            "probed": self._probed,
+            "refreshes": self._scorer.refreshes,
+            "reach": self._scorer.reach,
+            "composed": self._composed,
+            "compare": self._composer.compare,
+            "agreement": self.feedback.agreement.copy(),
+            "counters": dict(self.counters),
+            "gauges": dict(self._composer.gauges),
+            "centroid_sum": self._centroid_sum.copy(),
+            "centroid_count": self._centroid_count.copy(),
+            **{name: part.state_dict() for name, part in self._parts().items()},
+            "intake": self.intake.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from a saved state; model and strata must have been loaded before."""
+        ready, unfinished = state["ready"], state["unfinished"]
+        self._ready = None if ready is None else np.array(ready, np.int64)
+        self._unfinished = None if unfinished is None else (int(unfinished[0]), bool(unfinished[1]))
+        self.progress.load_state_dict(state["progress"])
+        self._left_worth, self._left_count = float(state["left_worth"]), int(state["left_count"])
+        self._probed, self._scorer.refreshes = int(state["probed"]), int(state["refreshes"])
+        self._scorer.reach = float(state["reach"])
+        self._composed = int(state["composed"])
+        self._composer.compare = bool(state["compare"])
+        self.feedback.agreement = np.array(state["agreement"], np.float64)
+        self.feedback.counters = Counter(state["counters"])
+        self._composer.gauges = dict(state["gauges"])
+        self._centroid_sum = np.array(state["centroid_sum"], np.float64)
+        self._centroid_count = np.array(state["centroid_count"], np.float64)
+        self.intake.load_state_dict(state["intake"], self.progress.epoch)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name], self._rows_of)
+        self._scorer.project_again()
+
+    def _rows_of(self, ids: IntArray) -> Float32Array:
+        """(n, columns) what the lane keeps of the design rows of (n,) sample ids."""
+        return self.intake.rows_of(ids)[:, : self._columns]
+
+    def _parts(self) -> dict[str, _Part]:
+        return {
+            "pool": self.pool,
+            "recent": self._recent,
+            "chosen": self._chosen,
+            "yardsticks": self._yardsticks,
+            "awaiting_trained": self.feedback.awaiting_trained,
+            "awaiting_probed": self.feedback.awaiting_probed,
+            "answers": self.feedback.answers,
+        }

@@ -1,0 +1,58 @@
+"""Counts over the lanes of a rank, as flat numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from slap_stream.selection.lane import Lane
+from slap_stream.selection.schedule import LanePlan
+
+
+def count_lanes(lanes: Sequence[Lane]) -> dict[str, float]:
+    """Counts of this epoch over these lanes, and how well losses were predicted lately.
+
+    `batch_learnability` and `uniform_learnability` are there once two batches were compared.
+    """
+    result = {
+        "offered": float(sum(int(lane.progress.offered.sum()) for lane in lanes)),
+        "trained": float(sum(int(lane.progress.trained.sum()) for lane in lanes)),
+        "pruned": float(sum(int(lane.progress.pruned.sum()) for lane in lanes)),
+        "pooled": float(sum(len(lane.pool) for lane in lanes)),
+        "withdrawn": float(
+            sum(lane.intake.withdrawn + lane.counters["withdrawn"] for lane in lanes)
+        ),
+        "nonfinite_rows": float(sum(lane.intake.nonfinite_rows for lane in lanes)),
+    }
+    for name in ("observed", "nonfinite", "repeats_in_batch", "batches_repeated"):
+        result[name] = float(sum(lane.counters[name] for lane in lanes))
+    total = sum((lane.feedback.agreement for lane in lanes), np.zeros(6))
+    result["prediction_correlation"] = _correlation(*total.tolist())
+    for name in ("batch_learnability", "uniform_learnability"):
+        known = [lane.gauges[name] for lane in lanes if name in lane.gauges]
+        if known:
+            result[name] = float(np.mean(known))
+    return result
+
+
+def shards_needed(lanes: Sequence[Lane], plan: LanePlan) -> int:
+    """Shards that these lanes need on disk at a time: of the two blocks that are pooled, and of
+    those that batches composed ahead may still be of (or the next one, later on)."""
+    config, shards = plan.config, 0
+    keep = config.keep_min if config.keep == "auto" else config.keep
+    for lane in lanes:
+        order = lane.intake.order
+        smallest = int(np.diff(order.block_start)[:-1].min(initial=order.num_candidates))
+        batches = smallest * keep / plan.batch_size
+        ahead = max(1, math.ceil(config.lookahead / batches))
+        shards += (2 + ahead) * order.visits_per_block
+    return min(shards, len(plan.table.sizes))
+
+
+def _correlation(n: float, p: float, y: float, pp: float, yy: float, py: float) -> float:
+    if n < 2:
+        return 0.0
+    spread = (pp - p * p / n) * (yy - y * y / n)
+    return (py - p * y / n) / spread**0.5 if spread > 1e-12 else 0.0

@@ -1,0 +1,204 @@
+"""The interface of policies: what one is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from slap_stream.config import SlapConfig
+from slap_stream.core.sorting import first_of_each, sort_candidates
+from slap_stream.selection.pool import RecentlyTrained
+from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolView:
+    """Candidates that may enter a batch, as parallel arrays.
+
+    Attributes:
+        sample_id: (n,) sample ids, all different.
+        occurrence: (n,) which copy of the sample each is.
+        stratum: (n,) strata.
+        offered_at: (n,) number of candidates that the lane was offered before.
+        gumbel: (n,) noise of the candidate in this epoch.
+        loss: (n,) predicted loss, or the candidate's own where it was probed lately.
+        utility: (n,) utility u as `Policy.utility` made it.
+        z: Makes the (m, metric_dim) float32 unit vectors of the metric space of (m,) positions.
+        recent: What was trained on lately, by stratum.
+        typical: Typical distance to the nearest neighbour of the same stratum.
+        epoch: Epoch that the batch belongs to.
+        embedding: Makes the (n, dim) float32 unit embeddings.
+        measured: Makes (n,) whether a candidate's loss was measured.
+        sketch: Makes the (n, sketch_dim) float32 measured gradient sketches, zero where there is
+            none; without columns unless the policy is a `SketchPolicy`.
+        nuclear_norm: Makes the (n,) measured nuclear norms of the logits, 0 where there is none.
+        chosen: Makes the (m, sketch_dim) float32 sketches of what was chosen last, oldest first;
+            without rows unless the policy is `Uds`.
+        reference_loss: Makes the (n,) losses of the reference model.
+        target: (sketch_dim,) float32 mean gradient sketch of a target set, if one was given.
+        rng: Makes the generator of this batch.
+
+    What is made costs a copy, so only policies that need it call for it.
+    """
+
+    sample_id: IntArray
+    occurrence: IntArray
+    stratum: IntArray
+    offered_at: IntArray
+    gumbel: FloatArray
+    loss: FloatArray
+    utility: FloatArray
+    z: Callable[[IntArray], Float32Array]
+    recent: RecentlyTrained
+    typical: float
+    epoch: int
+    embedding: Callable[[], Float32Array]
+    measured: Callable[[], BoolArray]
+    sketch: Callable[[], Float32Array]
+    nuclear_norm: Callable[[], FloatArray]
+    chosen: Callable[[], Float32Array]
+    reference_loss: Callable[[], FloatArray]
+    target: Float32Array | None
+    rng: Callable[[], np.random.Generator]
+
+    def __len__(self) -> int:
+        return len(self.sample_id)
+
+
+class Policy(Protocol):
+    """A pure rule; all state lives in the lane.
+
+    Attributes:
+        proportional: Whether strata get slots in proportion to what was offered. If not, quotas
+            are ignored and only their sum counts.
+        needs_losses: Whether batches are drawn uniformly until losses can be predicted.
+        uses_losses: Whether it is told losses, ranks and the metric space once these are known.
+        weighs_evidence: Whether what can be spared is told, and yields its strata's slots.
+        looks_back: Whether it compares candidates with what was trained on lately.
+    """
+
+    proportional: bool
+    needs_losses: bool
+    uses_losses: bool
+    weighs_evidence: bool
+    looks_back: bool
+
+    def utility(
+        self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
+    ) -> FloatArray:
+        """What one candidate is worth on its own, before noise.
+
+        Args:
+            rank: (n,) rank in [0, 1] of the excess loss inside the stratum.
+            loss: (n,) predicted loss.
+            copy: (n,) likelihood of being a near-copy of what was trained on lately.
+            mismatch: (n,) probability that the target belongs to another prompt.
+        """
+        ...
+
+    def score(self, view: PoolView) -> FloatArray:
+        """(n,) the one number that decides: the lowest are pruned."""
+        ...
+
+    def select(self, view: PoolView, quota: IntArray) -> IntArray:
+        """(sum of quota,) positions in the view, all different.
+
+        Args:
+            view: Candidates to choose from.
+            quota: (num_strata,) slots of each stratum, each at most what the view has of it.
+        """
+        ...
+
+
+def sees_vectors(policy: Policy) -> bool:
+    """Whether a policy, or what is learnt for it, looks at embeddings, features or losses."""
+    return policy.needs_losses or policy.uses_losses or policy.weighs_evidence or policy.looks_back
+
+
+class PlainPolicy:
+    """What the policies share that weigh nothing up one candidate at a time."""
+
+    proportional = False
+    needs_losses = False
+    uses_losses = False
+    weighs_evidence = False
+    looks_back = False
+
+    def utility(
+        self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
+    ) -> FloatArray:
+        """Zero: a batch is chosen by other numbers."""
+        return np.zeros(len(rank))
+
+
+class SlidingPolicy(PlainPolicy):
+    """What the policies share that choose from a window of the candidates offered last."""
+
+    def score(self, view: PoolView) -> FloatArray:
+        """How late a candidate was offered: what was not chosen in time leaves, oldest first."""
+        return view.offered_at.astype(np.float64)
+
+
+class SketchPolicy(SlidingPolicy):
+    """What the policies share that compare the candidates' own gradient sketches.
+
+    Candidates without one come last, oldest first: nothing else that is known of them is of the
+    same kind.
+    """
+
+    needs_losses = True
+
+    def select(self, view: PoolView, quota: IntArray) -> IntArray:
+        """The measured candidates that `pick` takes, then the others."""
+        slots = int(quota.sum())
+        # By identity, so that neither ties nor rounding depend on where a candidate lies.
+        order: IntArray = np.lexsort((view.occurrence, view.sample_id))
+        sketch = view.sketch()[order].astype(np.float64)
+        measured = np.any(sketch != 0.0, axis=1)
+        known, others = order[measured], order[~measured]
+        others = others[np.argsort(view.offered_at[others], kind="stable")]
+        count = min(slots, len(known))
+        picked = self.pick(view, known, sketch[measured], count) if count else known[:0]
+        return np.concatenate([known[picked], others[: slots - count]])
+
+    def pick(self, view: PoolView, known: IntArray, sketch: FloatArray, count: int) -> IntArray:
+        """(count,) positions in `known`, all different.
+
+        Args:
+            view: Candidates to choose from.
+            known: (n,) positions in the view of those that were measured.
+            sketch: (n, sketch_dim) their gradient sketches, none of them zero.
+            count: How many to pick, from 1 to n.
+        """
+        raise NotImplementedError
+
+
+def recency(view: PoolView) -> FloatArray:
+    """(n,) in [0, 1): the later a candidate was offered, the higher."""
+    late: FloatArray = view.offered_at / (1.0 + view.offered_at.max(initial=0))
+    return late
+
+
+def top_of_each_stratum(score: FloatArray, view: PoolView, quota: IntArray) -> IntArray:
+    """The highest scores of each stratum, as many as its quota (or all there are)."""
+    order = sort_candidates(-score, view.sample_id, view.occurrence, group=view.stratum)
+    return first_of_each(view.stratum[order], quota, order)
+
+
+def top(
+    score: FloatArray, view: PoolView, count: int, *, last: BoolArray | bool = False
+) -> IntArray:
+    """The highest scores over all strata; those in `last` (n,) only after all others."""
+    later = np.broadcast_to(last, score.shape)
+    order: IntArray = np.lexsort((view.occurrence, view.sample_id, -score, later))
+    return order[:count]
+
+
+def unmeasured(view: PoolView, config: SlapConfig) -> BoolArray:
+    """(n,) candidates whose loss is only predicted so far, where each is going to be measured."""
+    if config.probe_fraction < 1.0:
+        return np.zeros(len(view), bool)
+    return ~view.measured()

@@ -1,0 +1,329 @@
+"""The schedule of a run: lanes, epochs, batches, slots of each stratum, how the pool fills."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+
+from slap_stream.config import SlapConfig
+from slap_stream.errors import AlignmentError, ConfigError
+from slap_stream.selection.batch_kernels import fill_largest
+from slap_stream.selection.order import ShardTable
+from slap_stream.types import FloatArray, IntArray, RowStore, State
+
+# Batches, beyond the lookahead, for which a trained sample's loss is still accepted.
+FEEDBACK_PATIENCE = 16
+# Parts of an epoch for each candidate of a lane, where the number of batches is not known in
+# advance.
+PARTS_PER_CANDIDATE = 2**20
+
+
+def steps_of_epoch(num_candidates: int, global_batch: int, keep: float) -> int:
+    """floor(keep * N / B), with `keep` taken as the decimal number that was written."""
+    return int(Fraction(repr(float(keep))) * num_candidates // global_batch)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanePlan:
+    """What all lanes of a run have in common.
+
+    An epoch is divided into equal parts, and a batch moves every lane on by the same number of
+    them, so that lanes of unequal size end together. With a fixed `keep` a part is a batch; with
+    "auto" parts are fine, and a batch takes the more of them the less is kept.
+
+    Attributes:
+        table: The dataset's shards.
+        store: Embeddings, lengths, features and sources by sample id.
+        config: Settings.
+        num_lanes: Lanes of the run.
+        batch_size: Samples of a lane batch.
+        parts: Parts of an epoch.
+    """
+
+    table: ShardTable
+    store: RowStore
+    config: SlapConfig
+    num_lanes: int
+    batch_size: int
+    parts: int
+
+    @property
+    def least_stride(self) -> int:
+        """Parts of a batch when everything is kept: the fewest that hold a batch in any lane."""
+        if self.config.keep != "auto":
+            return 1
+        return self.batch_size * PARTS_PER_CANDIDATE
+
+    @property
+    def max_steps(self) -> int:
+        """Batches of an epoch; with "auto", the most there can be."""
+        return self.parts // self.least_stride
+
+    def stride(self, keep: float) -> int:
+        """Parts that a batch takes while this fraction is kept."""
+        return 1 if self.config.keep != "auto" else int(self.least_stride / keep)
+
+    def after(self, part: int, keep: float) -> int:
+        """Where the epoch is after a batch; what is too little for another one goes with it."""
+        end = part + self.stride(keep)
+        return end if self.parts - end >= self.least_stride else self.parts
+
+    def steps_left(self, part: int, keep: float) -> int:
+        """Batches from here on, if `keep` stays."""
+        return -(-(self.parts - part) // self.stride(keep))
+
+    @property
+    def pool_size(self) -> int:
+        """Candidates in a lane's pool.
+
+        That is `pool_batches` batches, or twice a step's intake where a small `keep` makes that
+        more; and never more than the largest lane has.
+        """
+        largest = -(-self.table.num_candidates // self.num_lanes)
+        intake = self.leaving_most(self.config.keep_min, largest)
+        return min(largest, max(self.config.pool_batches * self.batch_size, 2 * intake))
+
+    def leaving_most(self, keep: float, candidates: int) -> int:
+        """Most candidates that leave a lane with so many at a batch."""
+        return -(-candidates * self.stride(keep) // self.parts)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a design row."""
+        return 2 + len(self.store.feature_names) + self.store.shape[1]
+
+    @property
+    def patience(self) -> int:
+        """Batches for which a trained sample's loss is accepted after it was composed."""
+        return self.config.lookahead + max(FEEDBACK_PATIENCE, 2 * self.config.probe_every)
+
+    def offered_before(self, part: int, candidates: int) -> int:
+        """Candidates that a lane with so many was offered when it composes a batch here.
+
+        The pool is filled first, then kept level, and drained last.
+        """
+        return min(candidates, self.pool_size + part * candidates // self.parts)
+
+    def pooled_after(self, part: int, end: int, candidates: int) -> int:
+        """Candidates left in the pool after the batch from here to `end`, before a refill."""
+        return self.offered_before(part, candidates) - end * candidates // self.parts
+
+
+def plan_run(
+    table: ShardTable,
+    store: RowStore,
+    config: SlapConfig,
+    *,
+    num_lanes: int,
+    batch_size: int,
+    world_size: int,
+) -> LanePlan:
+    """Cut a run into lanes and batches.
+
+    Args:
+        table: The dataset's shards.
+        store: Embeddings, lengths, features and sources by sample id.
+        config: Settings.
+        num_lanes: Lanes of the run.
+        batch_size: Samples of a rank's batch.
+        world_size: Ranks.
+
+    Raises:
+        ConfigError: If lanes, ranks and batch do not fit together, or an epoch is too short.
+        AlignmentError: If the store does not have one row per sample.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size must be a positive whole number, got {batch_size!r}.")
+    if num_lanes % world_size:
+        raise ConfigError(
+            f"num_lanes must be a multiple of the world size {world_size}, got {num_lanes}; each "
+            "rank hosts as many lanes as the others."
+        )
+    global_batch = batch_size * world_size
+    if global_batch % num_lanes:
+        raise ConfigError(
+            f"the global batch must be divisible by num_lanes, got {batch_size} * {world_size} "
+            f"samples and {num_lanes} lanes; each lane composes an equal part of it."
+        )
+    if store.shape[0] != table.num_samples:
+        raise AlignmentError(
+            f"embeddings must have one row per sample, got {store.shape[0]} rows for "
+            f"{table.num_samples} samples; make them again for this dataset."
+        )
+    name, keep = "keep", config.keep
+    if keep == "auto":
+        name, keep = "keep_min", config.keep_min
+    steps = steps_of_epoch(table.num_candidates, global_batch, keep)
+    if not steps:
+        raise ConfigError(
+            f"{name} * candidates must fill a global batch of {global_batch}, got {keep} * "
+            f"{table.num_candidates}; use a smaller batch or more data."
+        )
+    if table.max_occurrences > steps:
+        raise ConfigError(
+            "a sample must not be offered more often than an epoch has batches, got "
+            f"{table.max_occurrences} times in {steps} batches; lower `repeat`."
+        )
+    return LanePlan(
+        table=table,
+        store=store,
+        config=config,
+        num_lanes=num_lanes,
+        batch_size=global_batch // num_lanes,
+        # Those of the smallest lane, so that everyone has a batch left at every batch.
+        parts=PARTS_PER_CANDIDATE * (table.num_candidates // num_lanes)
+        if config.keep == "auto"
+        else steps,
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class LaneProgress:
+    """How far a lane is in its epoch.
+
+    Attributes:
+        num_strata: Strata.
+        epoch: Epoch.
+        step: Batches composed in it.
+        part: Parts of it that are done.
+        before: The same before the last batch.
+        offered: (num_strata,) candidates offered so far.
+        trained: (num_strata,) samples composed into batches so far.
+        pruned: (num_strata,) candidates pruned so far.
+        worth: (num_strata,) sum over trained and pruned ones of the probability that the
+            candidate was not dispensable.
+    """
+
+    num_strata: int
+    epoch: int = 0
+    step: int = 0
+    part: int = 0
+    before: int = 0
+    offered: IntArray = field(init=False)
+    trained: IntArray = field(init=False)
+    pruned: IntArray = field(init=False)
+    worth: FloatArray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begin(self.epoch)
+
+    def begin(self, epoch: int) -> None:
+        """Begin an epoch."""
+        self.epoch = epoch
+        self.step = self.part = self.before = 0
+        self.offered, self.trained, self.pruned = np.zeros((3, self.num_strata), np.int64)
+        self.worth = np.zeros(self.num_strata)
+
+    def advance(self, part: int) -> None:
+        """A batch has been composed; the epoch is now at this part."""
+        self.step += 1
+        self.before, self.part = self.part, part
+
+    def by_stratum(self, stratum: IntArray) -> IntArray:
+        """(num_strata,) how many of (n,) strata are each."""
+        return np.bincount(stratum, minlength=self.num_strata)
+
+    def state_dict(self) -> State:
+        """All of it."""
+        return {name: getattr(self, name) for name in _COUNTERS} | {
+            name: getattr(self, name).copy() for name in (*_COUNTS, "worth")
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a saved state."""
+        for name in _COUNTERS:
+            setattr(self, name, int(state[name]))
+        for name in _COUNTS:
+            setattr(self, name, np.array(state[name], np.int64))
+        self.worth = np.array(state["worth"], np.float64)
+
+
+_COUNTERS = ("epoch", "step", "part", "before")
+_COUNTS = ("offered", "trained", "pruned")
+
+
+class Keep:
+    """The fraction that is kept: as configured, or what is not shown to be dispensable.
+
+    State: how many candidates have left the lanes lately, and how many of them were worth keeping.
+
+    Attributes:
+        value: The fraction now in force; one for all lanes.
+    """
+
+    def __init__(self, config: SlapConfig) -> None:
+        self._config = config
+        self._worth = self._count = 0.0
+        self.value = 1.0 if config.keep == "auto" else float(config.keep)
+
+    @property
+    def dispensable(self) -> float:
+        """Share of the candidates lately that was held dispensable."""
+        return 1.0 - self._worth / self._count if self._count else 0.0
+
+    def refresh(self, worth: float, count: float) -> None:
+        """Take in the sum of the worth of so many candidates that left since the last refresh."""
+        self._worth = self._worth * self._config.decay + worth
+        self._count = self._count * self._config.decay + count
+        if self._config.keep == "auto" and self._count:
+            self.value = float(np.clip(1.0 - self.dispensable, self._config.keep_min, 1.0))
+
+    def state_dict(self) -> State:
+        """Sums and the fraction."""
+        return {"worth": self._worth, "count": self._count, "value": self.value}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a saved state."""
+        self._worth, self._count = float(state["worth"]), float(state["count"])
+        self.value = float(state["value"])
+
+
+def claims_of(offered: IntArray, worth: FloatArray, keep: float) -> FloatArray:
+    """How much of each stratum is to be trained on, up to a common factor.
+
+    What is dispensable has no claim: a stratum of copies yields its slots to others. But no
+    stratum claims more than was offered from it: where more is kept than is worth keeping, the
+    rest is shared out in proportion to what was held dispensable.
+
+    Args:
+        offered: (num_strata,) candidates offered so far this epoch.
+        worth: (num_strata,) sum over these of 1 - the probability of being dispensable.
+        keep: Fraction of the candidates that is trained on.
+
+    Returns:
+        (num_strata,) claims, each between `worth` and `offered`; `offered` if nothing is
+        dispensable.
+    """
+    dispensable = offered - worth
+    total = float(dispensable.sum())
+    pruned = (1.0 - keep) * float(offered.sum())
+    return offered - dispensable * (min(1.0, pruned / total) if total > 0.0 else 1.0)
+
+
+def apportion(
+    claims: FloatArray | IntArray, had: IntArray, stock: IntArray, slots: int
+) -> IntArray:
+    """Give slots, in a batch or among what is pruned, to the strata that are owed most.
+
+    A stratum is owed its share of the claims, times all slots given out after this, minus what it
+    had. Working from totals rather than from the batch alone means that rounding never
+    accumulates: at the end of an epoch a stratum is within about one sample of its share, stock
+    permitting.
+
+    Args:
+        claims: (num_strata,) non-negative, any scale: what the strata have a right to.
+        had: (num_strata,) slots given to each so far this epoch.
+        stock: (num_strata,) candidates at hand.
+        slots: Slots to give.
+
+    Returns:
+        (num_strata,) quotas summing to `slots`.
+
+    Raises:
+        ValueError: If there is less stock than slots.
+    """
+    share = claims / max(1e-12, float(claims.sum()))
+    deficit = share * float(int(had.sum()) + slots) - had
+    return fill_largest(deficit, stock, slots)

@@ -1,0 +1,185 @@
+"""State that the lanes of a run share: loss model, strata, and the fraction that is kept.
+
+All ranks have the same: it changes at refreshes only, by sums over all lanes. One of them solves
+for regression and metric, and has the sums behind them; the others follow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from slap_stream.config import SlapConfig
+from slap_stream.errors import ConfigError
+from slap_stream.selection.loss_model import (
+    INTERCEPT,
+    LOG_LENGTH,
+    NUM_OWN_COLUMNS,
+    LossModel,
+)
+from slap_stream.selection.moments import Moments
+from slap_stream.selection.schedule import Keep, LanePlan
+from slap_stream.selection.strata import Strata
+from slap_stream.types import REFERENCE_COLUMN, Float32Array, FloatArray, State
+
+MOMENTS = "moments"
+COUNTS = ("centroid_sum", "centroid_count", "left_worth", "left_count")
+
+
+class StatisticsLayout:
+    """Where each part of a lane's statistics lies in the vector.
+
+    Args:
+        example: Any lane's statistics; the shapes are those of the run and never change.
+
+    Attributes:
+        size: Numbers in the vector; depends on embedding, feature, cluster and sketch dimensions,
+            not on how many samples there are.
+    """
+
+    def __init__(self, example: State) -> None:
+        self._shapes = {name: np.shape(part) for name, part in _parts(example).items()}
+        sizes = [int(np.prod(shape)) for shape in self._shapes.values()]
+        self._bounds = np.concatenate([[0], np.cumsum(sizes)])
+        self.size = int(self._bounds[-1])
+
+    def pack(self, statistics: State) -> FloatArray:
+        """(size,) numbers of a lane's statistics; nested lists serve as arrays."""
+        parts = _parts(statistics)
+        vector: FloatArray = np.concatenate(
+            [np.ravel(np.asarray(parts[name], np.float64)) for name in self._shapes]
+        )
+        return vector
+
+    def unpack(self, vector: FloatArray) -> State:
+        """Inverse of `pack`; without the lane's number, because the vector may be a sum."""
+        parts = {
+            name: vector[self._bounds[place] : self._bounds[place + 1]].reshape(shape).copy()
+            for place, (name, shape) in enumerate(self._shapes.items())
+        }
+        counts = {name: parts.pop(name) for name in COUNTS}
+        return {MOMENTS: parts, **counts}
+
+
+def _parts(statistics: State) -> dict[str, Any]:
+    return {**statistics[MOMENTS], **{name: statistics[name] for name in COUNTS}}
+
+
+def sum_in_order(rows: FloatArray) -> FloatArray:
+    """(size,) sum of (lanes, size) rows, first to last.
+
+    NumPy's own sum may add in pairs, depending on the shape.
+    """
+    total: FloatArray = rows[0].copy()
+    for row in rows[1:]:
+        total += row
+    return total
+
+
+# Feature columns that, with the length of the whole sample, say how long its target is: a mean
+# loss over few tokens is another thing than one over many.
+LENGTH_FEATURES = ("target_share",)
+
+
+class Shared:
+    """Regression and metric, strata and keep, made for a run and refreshed together.
+
+    Args:
+        plan: How the run is cut.
+
+    Attributes:
+        model: Losses and gradients as predicted from embeddings and columns.
+        strata: Who belongs to which stratum.
+        keep: Fraction that is kept.
+        seeded: Whether the strata have centroids.
+
+    Raises:
+        ConfigError: If the policy needs a column that the store lacks.
+    """
+
+    def __init__(self, plan: LanePlan) -> None:
+        config, store = plan.config, plan.store
+        if config.policy == "rho_loss" and REFERENCE_COLUMN not in store.feature_names:
+            raise ConfigError(
+                "policy='rho_loss' needs the feature column reference_loss, got "
+                f"{', '.join(store.feature_names) or 'no columns'}; embed with --reference-model."
+            )
+        self._config: SlapConfig = config
+        column_of = {
+            name: NUM_OWN_COLUMNS + place for place, name in enumerate(store.feature_names)
+        }
+        self.model = LossModel(
+            columns=plan.columns,
+            dim=store.shape[1],
+            metric_dim=config.metric_dim,
+            sketch_dim=config.sketch_dim,
+            warmup_losses=config.warmup_losses,
+            length_columns=[INTERCEPT, LOG_LENGTH]
+            + [column_of[name] for name in LENGTH_FEATURES if name in column_of],
+            reference_column=column_of.get(REFERENCE_COLUMN),
+        )
+        self.strata = Strata(
+            num_sources=len(store.source_names),
+            num_clusters=config.num_clusters,
+            pool_size=plan.pool_size,
+            dim=store.shape[1],
+        )
+        self.keep = Keep(config)
+        self.seeded = False
+
+    def seed(self, embedding: Float32Array) -> None:
+        """Place the centroids, from (n, dim) embeddings of lane 0's first block."""
+        self.strata.seed(embedding, self._config.seed)
+        self.seeded = True
+
+    def learn(self, sums: State) -> None:
+        """Take in statistics summed over all lanes, as `Lane.statistics` names them."""
+        self.model.refresh([Moments.from_dict(sums[MOMENTS])], self._config.decay)
+        self._take_counts(sums)
+
+    def lesson(self, sums: State) -> State:
+        """What others have to be told, who are to `follow`; only reads.
+
+        Args:
+            sums: That this has learnt from just now.
+        """
+        return {"solution": self.model.solution(), **{name: sums[name] for name in COUNTS}}
+
+    def follow(self, lesson: State) -> None:
+        """Take over what another rank has learnt."""
+        self.model.follow(lesson["solution"])
+        self._take_counts(lesson)
+
+    def _take_counts(self, sums: State) -> None:
+        decay = self._config.decay
+        self.strata.move(sums["centroid_sum"], sums["centroid_count"], decay)
+        self.keep.refresh(float(sums["left_worth"]), float(sums["left_count"]))
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers, the same on every rank."""
+        return {
+            "keep": self.keep.value,
+            "dispensable": self.keep.dispensable,
+            "strata": float(self.strata.num_strata),
+            "strata_by_source": float(self.strata.by_source),
+            "fitted": float(self.model.fitted),
+            "metric_from_sketches": float(self.model.metric_from_sketches),
+            "loss_noise": self.model.noise,
+        }
+
+    def state_dict(self) -> State:
+        """All of it; only reads."""
+        return {
+            "seeded": self.seeded,
+            "model": self.model.state_dict(),
+            "strata": self.strata.state_dict(),
+            "keep": self.keep.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over a saved state; the caller has checked that it fits."""
+        self.seeded = bool(state["seeded"])
+        self.model.load_state_dict(state["model"])
+        self.strata.load_state_dict(state["strata"])
+        self.keep.load_state_dict(state["keep"])

@@ -1,1 +1,0 @@
-"""Parts of `shards`: what a dataset asks for, and shards fetched, verified and read."""

@@ -1,0 +1,30 @@
+"""Sample ids -> samples, out of MDS shards that may lie far away.
+
+in   a `StreamingDataset`, or a directory with an index.json; sample ids
+out  samples; shards fetched and verified before anybody asks for their samples
+
+view.py      `ShardView`: a dataset as samples by id, for torch's DataLoader
+read.py      samples by id, a shard at a time, through memory maps that stay open
+decode.py    samples from their bytes
+settings.py  what a dataset's settings ask for, or a refusal by name
+fetch.py     `ShardFetcher`: shards ahead of the sampler, in threads
+cache.py     one shard on local disk: fetched, verified, thrown away
+index.py     index.json: read, written, merged
+writer.py    samples to shards
+reader.py    raw samples of a local corpus, in order
+opening.py   datasets of several jobs on one machine, made one after the other
+library.py   all that we use of mosaicml-streaming; its only importer
+"""
+
+from __future__ import annotations
+
+# What other folders may import, by module; tests/test_architecture.py holds it.
+EXPORTS = {
+    "view": ("ShardView", "dataset_shards"),
+    "fetch": ("ShardFetcher",),
+    "settings": ("index_digests", "launched_ranks", "min_cache_bytes", "processes_per_node"),
+    "index": ("INDEX_NAME", "corpus_columns", "corpus_size", "merge_indexes"),
+    "reader": ("iter_corpus",),
+    "writer": ("open_writer",),
+    "opening": ("one_at_a_time",),
+}

@@ -1,0 +1,198 @@
+"""A dataset as samples by id, for torch's DataLoader and for the probe."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from slap_stream.errors import ConfigError
+from slap_stream.shards.cache import ShardCache
+from slap_stream.shards.decode import SampleDecoder
+from slap_stream.shards.library import (
+    MDSReader,
+    Reader,
+    StreamingDataset,
+    coder_of,
+)
+from slap_stream.shards.read import OpenShards, SampleGroups
+from slap_stream.shards.settings import (
+    DatasetShards,
+    plan_shards,
+)
+from slap_stream.types import IntArray
+
+# Attributes of a dataset that belong to one process or one iteration: locks and threads cannot be
+# pickled, and a copy that still had `_locals_shm` would release the original's directories when
+# it is collected.
+_PROCESS_BOUND = ("_locals_shm", "_cache_filelock", "_executor", "_event", "_iterator")
+
+
+def dataset_shards(dataset: StreamingDataset) -> DatasetShards:
+    """A dataset's shards and how many candidates an epoch offers from each.
+
+    Raises:
+        TypeError: If it is no `StreamingDataset`.
+        ConfigError: If it asks for something that cannot be honoured; the message names it.
+    """
+    if not isinstance(dataset, StreamingDataset):
+        raise TypeError(
+            f"dataset must be a streaming.StreamingDataset, got {type(dataset).__name__}; only "
+            "its shards can be planned ahead."
+        )
+    if type(dataset).__iter__ is not StreamingDataset.__iter__:
+        raise ConfigError(
+            f"dataset must not override __iter__, got {type(dataset).__name__}, which does; "
+            "samples are read by id: put the change into __getitem__."
+        )
+    return plan_shards(dataset)
+
+
+class ShardView:
+    """A dataset as samples by id, for torch's DataLoader: reads grouped by shard, files kept open.
+
+    Where a subclass has a `__getitem__` or `get_item` of its own, every sample goes through
+    `dataset[sample_id]`, so that what it does there still happens, and only the raw read below it
+    is replaced. Other samples are decoded a shard at a time. Shards that are not MDS, or have a
+    reader of their own, are read by that. A shard that is missing is fetched, blocking, and one of
+    the wrong size is treated as missing.
+
+    Pickles under spawn and survives a fork. Holds mapped files and no position.
+
+    Args:
+        dataset: The dataset; it is not changed.
+        max_open_shards: Files kept open per process.
+        deadline_seconds: Time that a missing shard may take to arrive.
+    """
+
+    def __init__(
+        self,
+        dataset: StreamingDataset,
+        *,
+        max_open_shards: int = 64,
+        deadline_seconds: float = 600.0,
+    ) -> None:
+        # Collecting the original would release its local directories to other datasets.
+        self._owner = dataset
+        self._dataset = _without_process_state(dataset)
+        self._max_open_shards = max_open_shards
+        self._deadline_seconds = deadline_seconds
+        self._cache = ShardCache(self._dataset)
+        shards = self._dataset.shards
+        files = OpenShards(
+            shards, self._cache, max_open=max_open_shards, deadline_seconds=deadline_seconds
+        )
+        self._reading = copy.copy(self._dataset)
+        self._reading.prepare_shard = self._prepare_shard
+        self._reading.shards = [
+            _reading_through(files, shard_id, shard) for shard_id, shard in enumerate(shards)
+        ]
+        sizes = np.asarray(dataset.samples_per_shard, np.int64)
+        # Bound before it is replaced below.
+        read_one = self._reading.get_item
+        self._groups = SampleGroups(sizes, _decoders(shards), files, self._cache, read_one)
+        # Samples of the group at hand that `dataset[sample_id]` has not asked for yet.
+        self._at_hand: dict[int, Any] = {}
+        self._reads_groups = _is_stock(dataset, StreamingDataset, "get_item")
+        self._plain = self._reads_groups and _is_stock(dataset, StreamingDataset, "__getitem__")
+        if self._reads_groups:
+            self._reading.get_item = self._get_item
+
+    def __len__(self) -> int:
+        """Samples in the dataset, each once, whatever the streams' weights."""
+        return int(self._dataset.num_samples)
+
+    def __getitem__(self, sample_id: int) -> Any:
+        """One sample."""
+        return self._reading[int(sample_id)]
+
+    def __getitems__(self, sample_ids: Sequence[int] | IntArray) -> list[Any]:
+        """Several samples, read shard by shard, returned in the order asked.
+
+        Raises:
+            IndexError: If an id is not one of the dataset's.
+            ShardError: If a shard cannot be fetched or read.
+        """
+        ids = np.asarray(sample_ids, np.int64)
+        if self._plain:
+            return self._groups.read(ids)
+        if self._reads_groups:
+            self._at_hand = dict(zip(ids.tolist(), self._groups.read(ids), strict=True))
+            return [self._reading[sample_id] for sample_id in ids.tolist()]
+        samples: list[Any] = [None] * len(ids)
+        order = np.argsort(ids, kind="stable")
+        for position, sample_id in zip(order.tolist(), ids[order].tolist(), strict=True):
+            samples[position] = self._reading[sample_id]
+        return samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "dataset": self._dataset,
+            "max_open_shards": self._max_open_shards,
+            "deadline_seconds": self._deadline_seconds,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def _get_item(self, sample_id: int, retry: int = 0) -> Any:
+        """Stands in for the dataset's own: each sample at hand is given out once."""
+        if sample_id in self._at_hand:
+            return self._at_hand.pop(sample_id)
+        return self._groups.read(np.array([sample_id]))[0]
+
+    def _prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Stands in for the dataset's own, which leaves a failed shard in preparation for ever."""
+        self._cache.ensure(int(shard_id), monotonic() + self._deadline_seconds)
+
+
+def _without_process_state(dataset: StreamingDataset) -> StreamingDataset:
+    clone = copy.copy(dataset)
+    for name in _PROCESS_BOUND:
+        clone.__dict__.pop(name, None)
+    clone._shared_barrier = copy.copy(dataset._shared_barrier)
+    clone._shared_barrier.__dict__.pop("lock", None)
+    return clone
+
+
+def _is_stock(thing: Any, kind: type, *methods: str) -> bool:
+    """Whether these methods of an object are those of a class, not of a subclass or its own."""
+    return all(
+        getattr(type(thing), name, None) is getattr(kind, name) and name not in vars(thing)
+        for name in methods
+    )
+
+
+def _reading_through(files: OpenShards, shard_id: int, shard: Reader) -> Reader:
+    """A shard's reader whose raw reads go through open files, if it has the stock MDS ones."""
+    if not _is_stock(shard, MDSReader, "get_sample_data"):
+        return shard
+    reader = copy.copy(shard)
+    reader.get_sample_data = partial(_read_one, files, shard_id)
+    return reader
+
+
+def _read_one(files: OpenShards, shard_id: int, row: int) -> bytes:
+    return files.read(shard_id, np.array([row]))[0]
+
+
+def _decoders(shards: Sequence[Reader]) -> list[SampleDecoder | None]:
+    """(num_shards,) decoders, None for what is not read as stock MDS; equal columns share one."""
+    made: dict[Any, SampleDecoder] = {}
+    decoders: list[SampleDecoder | None] = []
+    for shard in shards:
+        stock = "__getitem__", "get_item", "get_sample_data", "decode_sample"
+        if not _is_stock(shard, MDSReader, *stock):
+            decoders.append(None)
+            continue
+        columns = shard.column_names, shard.column_sizes, shard.column_encodings
+        key = tuple(map(tuple, columns))
+        if key not in made:
+            codecs = [coder_of(encoding) for encoding in shard.column_encodings]
+            made[key] = SampleDecoder(shard.column_names, shard.column_sizes, codecs)
+        decoders.append(made[key])
+    return decoders

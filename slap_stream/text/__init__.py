@@ -1,0 +1,18 @@
+"""Chats and texts of one sample: which tokens are learnt, and what is prompt and what target.
+
+in   messages, plain texts or token ids of one sample
+out  token ids with a mask of what is learnt; prompt and target as text; padded batches
+
+chat.py     messages to token ids, through a tokenizer's chat template
+collate.py  `ChatCollator`: samples of a corpus to a padded batch
+sample.py   `TextSample`: one sample as prompt and target, for whoever embeds it
+"""
+
+from __future__ import annotations
+
+# What other folders may import, by module; tests/test_architecture.py holds it.
+EXPORTS = {
+    "chat": ("encode",),
+    "collate": ("ChatCollator",),
+    "sample": ("TextSample", "from_messages", "from_text", "from_tokens"),
+}

@@ -1,0 +1,127 @@
+"""Samples of a corpus, chats or tokens, to padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.text.chat import Encoded, encode
+from slap_stream.types import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ChatCollator:
+    """Make padded batches of records, raw (`messages`) or tokenised (`input_ids`, `supervised`).
+
+    Holds no state between batches, and pickles as far as its tokenizer does.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int | None = None,
+        padding_side: Literal["right", "left"] = "right",
+        pad_to_multiple_of: int | None = None,
+    ) -> None:
+        """
+        Args:
+            tokenizer: A Hugging Face tokenizer, as for `encode`.
+            max_length: Tokens kept of a record, from its start; None keeps all.
+            padding_side: Side of the padding.
+            pad_to_multiple_of: Batches are padded to a multiple of this many tokens; None pads to
+                the longest record.
+
+        Raises:
+            ConfigError: If an argument is out of range.
+        """
+        if max_length is not None and max_length < 2:
+            raise ConfigError(
+                f"max_length must be at least 2 tokens or None, got {max_length!r}; "
+                "the first token of a record is never predicted."
+            )
+        if padding_side not in ("right", "left"):
+            raise ConfigError(f"padding_side must be one of right, left, got {padding_side!r}.")
+        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+            raise ConfigError(
+                f"pad_to_multiple_of must be a positive number of tokens or None, "
+                f"got {pad_to_multiple_of!r}."
+            )
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.padding_side = padding_side
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate records.
+
+        Args:
+            samples: (batch,) records with `messages`, or with `input_ids` and `supervised`.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels`, each (batch, tokens) int64; labels are -100
+            where nothing is to be predicted. Labels are not shifted: models do that.
+
+        Raises:
+            CorpusError: If a record has neither form, or nothing supervised is left of it.
+        """
+        import torch
+
+        if not samples:
+            raise CorpusError("samples must hold at least one record, got []; a batch needs one.")
+        encoded = [self._encode(sample) for sample in samples]
+        step = self.pad_to_multiple_of or 1
+        width = -(-max(len(record.input_ids) for record in encoded) // step) * step
+        shape = (len(encoded), width)
+        # Padding is masked out of attention and loss, so that any valid id serves where a
+        # tokenizer has no padding token.
+        pad_id = self.tokenizer.pad_token_id
+        input_ids = torch.full(shape, 0 if pad_id is None else pad_id, dtype=torch.int64)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
+        for row, record in enumerate(encoded):
+            start = width - len(record.input_ids) if self.padding_side == "left" else 0
+            where = slice(start, start + len(record.input_ids))
+            ids = torch.tensor(record.input_ids, dtype=torch.int64)
+            input_ids[row, where] = ids
+            attention_mask[row, where] = 1
+            supervised = torch.tensor(record.supervised, dtype=torch.bool)
+            labels[row, where] = ids.masked_fill(~supervised, IGNORED_LABEL)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+    def _encode(self, sample: Mapping[str, Any]) -> Encoded:
+        name = f"record {sample['id']!r}" if "id" in sample else "a record"
+        if "input_ids" in sample and "supervised" in sample:
+            input_ids = [int(token) for token in sample["input_ids"]]
+            supervised = [bool(flag) for flag in sample["supervised"]]
+            if len(input_ids) != len(supervised):
+                raise CorpusError(
+                    f"supervised must be as long as input_ids ({len(input_ids)}), "
+                    f"got {len(supervised)} in {name}."
+                )
+            record = Encoded(
+                input_ids=input_ids[: self.max_length],
+                supervised=supervised[: self.max_length],
+                truncated=self.max_length is not None and len(input_ids) > self.max_length,
+            )
+        elif "messages" in sample:
+            try:
+                record = encode(self.tokenizer, sample["messages"], max_length=self.max_length)
+            except CorpusError as error:
+                raise CorpusError(f"{name}: {error}") from error
+        else:
+            raise CorpusError(
+                f"samples must hold 'messages', or 'input_ids' and 'supervised', got the columns "
+                f"{sorted(sample)!r} in {name}; use a collate_fn of your own for other columns."
+            )
+        # Models shift labels by one, so that the first token is never predicted.
+        if not any(record.supervised[1:]):
+            raise CorpusError(
+                f"supervised must mark at least one token after the first, got none in {name} "
+                f"(max_length {self.max_length}); raise max_length, or leave such records out "
+                "with slap-convert --tokenizer ... --max-length ..."
+            )
+        return record

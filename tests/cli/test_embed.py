@@ -1,0 +1,315 @@
+"""A corpus is embedded whole, aligned, in parallel, and again after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slap_stream.cli.embed import main
+from slap_stream.embeddings.corpus_texts import describe_corpus
+from slap_stream.embeddings.embed import embed
+from slap_stream.embeddings.encoders import HashingEncoder
+from slap_stream.embeddings.features import FEATURE_NAMES
+from slap_stream.embeddings.reference import ReferenceLoss
+from slap_stream.embeddings.store import EmbeddingStore, file_digest
+from slap_stream.errors import CorpusError
+from slap_stream.shards.writer import open_writer
+from slap_stream.text.sample import TextSample, from_messages
+from slap_stream.types import MISMATCH_COLUMN
+from tests.embeddings.test_encoders import llama_path  # noqa: F401, a fixture
+from tests.helpers.embed_samples import Questions, question
+
+# streaming's writer asks for the start method of processes it never starts.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:streaming.*")
+
+ROOT = Path(__file__).parents[2]
+RAW = {"id": "str", "source": "str", "messages": "json"}
+
+
+def messages_of(number: int) -> list[dict[str, str]]:
+    sample = question(number)
+    return [
+        {"role": "user", "content": sample.prompt},
+        {"role": "assistant", "content": sample.target},
+    ]
+
+
+def write_corpus(path: Path, count: int) -> Path:
+    with open_writer(path, RAW, shard_bytes=4_096) as writer:
+        for number in range(count):
+            source = ("books", "code", "chat")[number % 3]
+            writer.write({"id": str(number), "source": source, "messages": messages_of(number)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "c", 300)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    assert main([*map(str, arguments), "--quiet"]) == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return report
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main([*map(str, arguments), "--quiet"]) == 1
+    return capsys.readouterr().err
+
+
+def test_every_row_belongs_to_its_sample(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "e.zarr"
+    report = run(capsys, corpus, "--out", out, "--dim", 64, "--rows-per-shard", 128)
+    assert report["num_samples"] == report["embedded"] == 300
+    assert report["num_sources"] == 3
+    store = EmbeddingStore(out)
+    store.verify(file_digest(corpus / "index.json"), 300)
+    assert store.shape == (300, 64)
+    assert store.feature_names == (*FEATURE_NAMES, MISMATCH_COLUMN)
+    assert store.source_names == ("books", "chat", "code")
+    assert store.length_unit == "characters / 4"
+    assert store.encoder["name"] == "hashing"
+    assert store.attributes["command"].startswith("slap-embed ")
+    rows = store.read(0, 300)
+    samples = [from_messages(messages_of(number), None) for number in range(300)]
+    np.testing.assert_array_equal(rows.length, [sample.length for sample in samples])
+    np.testing.assert_array_equal(rows.source[:6], [0, 2, 1, 0, 2, 1])
+    np.testing.assert_allclose(
+        rows.feature[:, 0], np.log([sample.length for sample in samples]), rtol=1e-3
+    )
+    np.testing.assert_allclose(np.linalg.norm(rows.embedding.astype(float), axis=1), 1, atol=2e-3)
+
+
+def test_what_is_finished_is_left_alone_and_other_settings_are_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (corpus, "--out", tmp_path / "e.zarr", "--dim", 16)
+    assert run(capsys, *given)["embedded"] == 300
+    assert run(capsys, *given)["embedded"] == 0
+    assert "with another encoder; pass overwrite" in refuse(capsys, *given[:-1], 32)
+    assert run(capsys, *given[:-1], 32, "--overwrite")["embedded"] == 300
+
+
+def test_nothing_but_embeddings_is_ever_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus"
+    with open_writer(corpus, {"text": "str"}) as writer:
+        writer.write({"text": "a few words"})
+    kept = sorted(path.name for path in corpus.iterdir())
+    given = (corpus, "--text-column", "text", "--dim", 8, "--overwrite")
+    assert "must not replace anything but embeddings" in refuse(capsys, *given, "--out", corpus)
+    assert sorted(path.name for path in corpus.iterdir()) == kept
+    thesis = tmp_path / "thesis.partial" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("years")
+    assert "which must be free" in refuse(capsys, *given, "--out", tmp_path / "thesis")
+    assert thesis.read_text() == "years"
+
+
+def test_workers_write_the_same_store_as_one_process(tmp_path: Path) -> None:
+    stores = []
+    for workers in (1, 2):
+        path = tmp_path / f"{workers}.zarr"
+        embed(
+            Questions(),
+            path,
+            HashingEncoder(16),
+            num_samples=300,
+            index_digest="d",
+            num_workers=workers,
+            rows_per_shard=128,
+        )
+        stores.append(EmbeddingStore(path).read(0, 300))
+    for name in ("embedding", "length", "feature", "source"):
+        np.testing.assert_array_equal(getattr(stores[0], name), getattr(stores[1], name))
+
+
+def test_a_killed_embedding_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "c", 2_000)
+    script = (
+        "import sys, time\n"
+        "from slap_stream.embeddings.journal import Journal\n"
+        "append = Journal.append\n"
+        "def slow(journal, line):\n"
+        "    append(journal, line)\n"
+        "    time.sleep(0.3)\n"
+        "Journal.append = slow\n"
+        "from slap_stream.cli.embed import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    given = [str(corpus), "--dim", "16", "--rows-per-shard", "128", "--quiet"]
+    process = subprocess.Popen([sys.executable, "-c", script, *given], cwd=ROOT)
+    journal = corpus / "embeddings.zarr.partial" / "journal.jsonl"
+    deadline = time.monotonic() + 90
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
+        assert time.monotonic() < deadline, "embedding did not start"
+        assert process.poll() is None, "embedding ended before it could be killed"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (corpus / "embeddings.zarr").exists()
+    assert main(given) == 0
+    assert main([*given, "--out", str(tmp_path / "unbroken.zarr")]) == 0
+    broken = EmbeddingStore(corpus / "embeddings.zarr").read(0, 2_000)
+    unbroken = EmbeddingStore(tmp_path / "unbroken.zarr").read(0, 2_000)
+    for name in ("embedding", "length", "feature", "source"):
+        np.testing.assert_array_equal(getattr(broken, name), getattr(unbroken, name))
+    assert not (corpus / "embeddings.zarr.partial").exists()
+
+
+def test_only_missing_blocks_are_embedded_again(tmp_path: Path) -> None:
+    reads = []
+
+    class Failing:
+        def __init__(self, bad: int | None) -> None:
+            self.bad = bad
+
+        def read(self, start: int, stop: int) -> Iterator[TextSample]:
+            reads.append((start, stop))
+            for number in range(start, stop):
+                if number == self.bad and (start, stop) != (0, 100):
+                    raise CorpusError("shard is gone")
+                yield question(number)
+
+    def go(texts: Failing) -> int:
+        return embed(
+            texts,
+            tmp_path / "e.zarr",
+            HashingEncoder(16),
+            num_samples=100,
+            index_digest="d",
+            num_workers=1,
+            rows_per_shard=20,
+        ).embedded
+
+    with pytest.raises(CorpusError, match="shard is gone"):
+        go(Failing(bad=50))
+    assert not (tmp_path / "e.zarr").exists()
+    reads.clear()
+    assert go(Failing(bad=None)) == 60
+    # Read to count words, to learn from pairs, and to embed what is missing.
+    assert reads == [(0, 1), (0, 100), (0, 100), (40, 60), (60, 80), (80, 100)]
+
+
+def test_a_corpus_that_gives_fewer_samples_than_its_index_is_refused(tmp_path: Path) -> None:
+    class Short:
+        def read(self, start: int, stop: int) -> Iterator[TextSample]:
+            return (question(number) for number in range(start, min(stop, 10)))
+
+    with pytest.raises(CorpusError, match=r"samples \[0, 12\) must be 12"):
+        embed(
+            Short(),
+            tmp_path / "e.zarr",
+            HashingEncoder(16),
+            num_samples=12,
+            index_digest="d",
+        )
+
+
+def test_an_empty_corpus_and_too_many_workers_are_refused(
+    tmp_path: Path,
+    llama_path: Path,  # noqa: F811
+) -> None:
+    class Nothing:
+        def read(self, start: int, stop: int) -> Iterator[TextSample]:
+            return iter([question(0)])
+
+    settings: dict[str, Any] = {"index_digest": "d"}
+    path = tmp_path / "e.zarr"
+    with pytest.raises(CorpusError, match="at least one sample, got 0"):
+        embed(Nothing(), path, HashingEncoder(16), num_samples=0, **settings)
+    with pytest.raises(CorpusError, match="num_workers must be 1 with a model, got 2"):
+        embed(
+            Nothing(),
+            path,
+            HashingEncoder(16),
+            num_samples=1,
+            num_workers=2,
+            reference=ReferenceLoss(str(llama_path), "cpu"),
+            **settings,
+        )
+    with pytest.raises(CorpusError, match="source must be one of the corpus's 1, got None"):
+        embed(
+            Nothing(),
+            path,
+            HashingEncoder(16),
+            num_samples=1,
+            source_names=("books",),
+            **settings,
+        )
+
+
+def test_a_tokenised_corpus_counts_tokens_and_takes_a_reference_model(
+    tmp_path: Path,
+    llama_path: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    corpus = tmp_path / "tokens"
+    columns = {
+        "id": "str",
+        "source": "str",
+        "input_ids": "ndarray:int32",
+        "supervised": "ndarray:uint8",
+    }
+    with open_writer(corpus, columns) as writer:
+        for number in range(20):
+            ids = np.arange(2, 7 + number % 3, dtype=np.int32)
+            supervised = (ids > 4).astype(np.uint8)
+            record = {"id": str(number), "source": "only"}
+            writer.write(record | {"input_ids": ids, "supervised": supervised})
+    assert "tokenizer must be given for a tokenised corpus" in refuse(capsys, corpus)
+    described = {"format": "tokens", "tokenizer": str(llama_path), "counts": {"only": 20}}
+    (corpus / "corpus.json").write_text(json.dumps(described))
+    report = run(capsys, corpus, "--dim", 16, "--reference-model", llama_path, "--device", "cpu")
+    assert report["feature_names"] == [*FEATURE_NAMES, MISMATCH_COLUMN, "reference_loss"]
+    store = EmbeddingStore(corpus / "embeddings.zarr")
+    rows = store.read(0, 20)
+    assert store.length_unit == "tokens"
+    assert rows.length[:3].tolist() == [5, 6, 7]
+    assert store.source_names == ("only",)
+    assert store.encoder["reference_model"]["name"] == str(llama_path)
+    assert (rows.feature[:, -1] > 1).all()
+
+
+def test_any_mds_corpus_is_embedded_by_naming_its_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "foreign"
+    with open_writer(corpus, {"q": "str", "a": "str", "label": "int"}) as writer:
+        for number in range(12):
+            sample = question(number)
+            writer.write({"q": sample.prompt, "a": sample.target, "label": number % 2})
+    out = ("--out", tmp_path / "e.zarr", "--overwrite")
+    assert "must have a column messages or input_ids" in refuse(capsys, corpus)
+    assert "column z must hold text" in refuse(capsys, corpus, "--text-column", "z")
+    assert "must be given together" in refuse(capsys, corpus, "--prompt-column", "q")
+    assert run(capsys, corpus, *out, "--text-column", "a")["num_sources"] == 0
+    pairs = ("--prompt-column", "q", "--completion-column", "a", "--source-column", "label")
+    assert run(capsys, corpus, *out, *pairs)["num_sources"] == 2
+    assert EmbeddingStore(tmp_path / "e.zarr").source_names == ("0", "1")
+
+
+def test_a_directory_that_is_no_corpus_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "must be a directory with an index.json" in refuse(capsys, tmp_path)
+    (tmp_path / "corpus.json").write_text("[]")
+    with pytest.raises(CorpusError, match=r"corpus.json must hold a JSON object, got list"):
+        describe_corpus(tmp_path)
+    (tmp_path / "corpus.json").write_text("{")
+    with pytest.raises(CorpusError, match=r"corpus.json must be JSON"):
+        describe_corpus(tmp_path)

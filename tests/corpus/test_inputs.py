@@ -1,0 +1,222 @@
+"""Input files are found by name, cut into pieces and read row by row, whatever their format."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from datasets import Dataset, DatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slap_stream.corpus import inputs, readers
+from slap_stream.corpus.inputs import cut, find_inputs, peek
+from slap_stream.corpus.readers import Piece, read
+from slap_stream.corpus.records import COLUMNS, DropReason
+from slap_stream.errors import CorpusError
+
+RECORDS = [
+    {
+        "id": f"r{n}",
+        "messages": [
+            {"role": "user", "content": f"question {n} Ω"},
+            {"role": "assistant", "content": "answer " * (n % 7 + 1)},
+        ],
+    }
+    for n in range(500)
+]
+LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "PIECE_BYTES", 4096)
+
+
+def rows_of(path: Path) -> list[Any]:
+    (entry,) = find_inputs([path])
+    return [row for piece in cut(entry) for row in read(piece, COLUMNS)]
+
+
+def write(path: Path, kind: str) -> Path:
+    if kind == "jsonl":
+        path = path / "records.jsonl"
+        path.write_bytes(LINES)
+    elif kind == "gz":
+        # Two members, as `cat a.gz b.gz` makes them.
+        path = path / "records.jsonl.gz"
+        path.write_bytes(gzip.compress(LINES[:999]) + gzip.compress(LINES[999:]))
+    elif kind == "zst":
+        path = path / "records.jsonl.zst"
+        compress = zstandard.ZstdCompressor().compress
+        path.write_bytes(compress(LINES[:999]) + compress(LINES[999:]))
+    elif kind == "parquet":
+        path = path / "records.parquet"
+        columns = {name: [r[name] for r in RECORDS] for name in ("id", "messages")}
+        pq.write_table(pa.table({**columns, "unused": [b"x"] * 500}), path, row_group_size=64)
+    else:
+        path = path / "records"
+        pairs = Dataset.from_list([*RECORDS, *RECORDS]).select(range(500))
+        pairs.save_to_disk(path, num_shards=3)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "gz", "zst", "parquet", "dataset"])
+def test_every_format_gives_the_records_in_order(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, kind)
+    assert rows_of(path) == RECORDS
+    (entry,) = find_inputs([path])
+    assert entry.stem == "records"
+    assert peek(entry, cut(entry)) == RECORDS[:16]
+    assert len(cut(entry)) > 1 or kind in ("gz", "zst")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "gz", "zst", "parquet", "dataset"])
+def test_progress_ends_at_the_size_of_the_piece(tmp_path: Path, kind: str) -> None:
+    (entry,) = find_inputs([write(tmp_path, kind)])
+    for piece in cut(entry):
+        seen: list[int] = []
+        for _ in read(piece, COLUMNS, seen.append):
+            pass
+        assert seen == sorted(seen)
+        assert all(0 <= done <= piece.num_bytes for done in seen)
+
+
+@given(
+    lines=st.lists(
+        st.sampled_from(["", "  ", '{"text": "a"}', '{"text": "Ωβ"}', "?"]), max_size=30
+    ),
+    newline=st.sampled_from(["\n", "\r\n"]),
+    ends=st.booleans(),
+    piece_bytes=st.integers(1, 60),
+)
+def test_pieces_of_lines_are_the_whole_file(
+    tmp_path_factory: pytest.TempPathFactory,
+    lines: list[str],
+    newline: str,
+    ends: bool,
+    piece_bytes: int,
+) -> None:
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    path.write_bytes((newline.join(lines) + newline * ends).encode())
+    size = path.stat().st_size
+    rows: list[Any] = []
+    for start in range(0, size, piece_bytes):
+        stop = min(start + piece_bytes, size)
+        piece = Piece(
+            path=str(path), kind="lines", stem="a", start=start, stop=stop, num_bytes=stop - start
+        )
+        rows += read(piece, COLUMNS)
+    expected = path.read_bytes().split(b"\n")
+    if expected[-1] == b"":
+        expected.pop()
+    assert len(rows) == len(expected)
+    for row, line in zip(rows, expected, strict=True):
+        if not line.strip():
+            assert row is None
+        elif line.strip() == b"?":
+            assert row is DropReason.UNREADABLE
+        else:
+            assert row == json.loads(line)
+
+
+def test_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n')
+    assert rows_of(path) == [{"text": "a"}]
+
+
+def test_line_beyond_the_limit_is_dropped_and_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 100)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "' + b"x" * 9000 + b'"}\n{"text": "b"}\n')
+    assert rows_of(path) == [{"text": "a"}, DropReason.TOO_LARGE, {"text": "b"}]
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst", "parquet", "dataset"])
+def test_file_that_is_cut_off_is_an_error(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, kind)
+    file = sorted(path.glob("*.arrow"))[0] if kind == "dataset" else path
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+    with pytest.raises(CorpusError, match=r"whole and readable, got .*fetch or write the file"):
+        rows_of(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_file_that_is_not_what_its_name_says_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(random.Random(0).randbytes(2000))
+    with pytest.raises(CorpusError, match="whole and readable"):
+        rows_of(tmp_path / name)
+
+
+def test_directory_stands_for_its_files(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.parquet", "README.md"):
+        (tmp_path / name).write_bytes(b"")
+    assert [entry.stem for entry in find_inputs([tmp_path])] == ["a", "b"]
+
+
+def test_names_that_are_alike_are_told_apart(tmp_path: Path) -> None:
+    names = ["x/train.jsonl", "y/train.jsonl.gz", "y/test.jsonl", "z/a.jsonl", "z/a.jsonl.gz"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    stems = [entry.stem for entry in find_inputs([tmp_path / name for name in names])]
+    assert stems == ["x/train", "y/train", "test", "a.jsonl", "a.jsonl.gz"]
+
+
+def test_dataset_of_one_split_is_that_split(tmp_path: Path) -> None:
+    pairs = Dataset.from_list(RECORDS[:3])
+    DatasetDict(train=pairs).save_to_disk(tmp_path / "one")
+    assert rows_of(tmp_path / "one") == RECORDS[:3]
+    DatasetDict(train=pairs, test=pairs).save_to_disk(tmp_path / "two")
+    with pytest.raises(CorpusError, match=r"one split of a dataset each, .*'train', 'test'"):
+        find_inputs([tmp_path / "two"])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "at least one file, got"),
+        (["none.jsonl"], "must exist, got '.*none.jsonl'; check the path"),
+        (["a.csv"], r"end in one of \.json, .*got '.*a.csv'; write it as JSON lines first"),
+        (["folder"], "got the directory '.*folder', which is no such dataset"),
+        (["a.jsonl", "folder/../a.jsonl"], r"different files, got .* more than once"),
+    ],
+)
+def test_inputs_that_cannot_be_used_are_named(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("a.csv", "a.jsonl"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CorpusError, match=message):
+        find_inputs([tmp_path / name for name in names])
+
+
+def test_unknown_shape_lists_the_known_ones(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "hi", "answer": "yo"}\n' * 40)
+    (entry,) = find_inputs([path])
+    expected = r"fields \['answer', 'question'\] at the start of .*a\.jsonl.*ShareGPT.*Alpaca"
+    with pytest.raises(CorpusError, match=expected):
+        peek(entry, cut(entry))
+    path.write_text('[{"text": "hi"},\n{"text": "yo"},\n')
+    with pytest.raises(CorpusError, match=r"got a line that is not JSON \(one record per line"):
+        peek(entry, cut(entry))
+
+
+def test_empty_input_has_no_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"")
+    (entry,) = find_inputs([path])
+    assert cut(entry) == []
+    assert peek(entry, []) == []

@@ -1,0 +1,602 @@
+"""SlapDataLoader over real shards: the same batches whatever the workers, resume, refusals."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from streaming import Stream, StreamingDataset
+
+from slap_stream import SlapDataLoader
+from slap_stream.embeddings.store import ArrayStore
+from slap_stream.errors import (
+    AlignmentError,
+    ConfigError,
+    FeedbackError,
+    ShardError,
+    StateError,
+    WorkerError,
+)
+from slap_stream.loader.workers import describe_dead
+from slap_stream.shards.writer import open_writer
+from tests.laws import as_json, config_of
+
+NUM_SAMPLES, BATCH = 400, 16
+# Batches that are compared after a resume: several refreshes.
+AFTERWARDS = 12
+LOSSES = np.random.default_rng(3).gamma(4.0, 0.5, 4 * NUM_SAMPLES)
+
+
+def write_corpus(path: Path, first: int = 0, count: int = NUM_SAMPLES) -> Path:
+    """Shards of about forty samples that hold their own number."""
+    with open_writer(path, {"number": "int", "text": "str"}, shard_bytes=2000) as writer:
+        for number in range(first, first + count):
+            writer.write({"number": number, "text": "word " * (1 + number % 7)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpora") / "corpus")
+
+
+def vectors(count: int = NUM_SAMPLES) -> np.ndarray[Any, Any]:
+    """Embeddings."""
+    return np.random.default_rng(0).normal(size=(count, 8)).astype(np.float16)
+
+
+def make(
+    corpus: Path,
+    *,
+    embeddings: Any = None,
+    dataset: Any = None,
+    config: Any = None,
+    batch_size: int = BATCH,
+    **options: Any,
+) -> SlapDataLoader:
+    """A loader over a local corpus."""
+    if dataset is None:
+        dataset = StreamingDataset(local=str(corpus), batch_size=BATCH)
+    return SlapDataLoader(
+        dataset,
+        batch_size,
+        embeddings=vectors() if embeddings is None else embeddings,
+        config=config or config_of(num_lanes=2, lookahead=4),
+        **options,
+    )
+
+
+def feed(loader: SlapDataLoader, batch: Any) -> list[int]:
+    """Observe a batch by the table of losses; its ids."""
+    assert batch["number"].tolist() == batch["sample_id"].tolist()
+    loader.observe(batch["sample_id"], torch.tensor(LOSSES)[batch["sample_id"]])
+    ids: list[int] = batch["sample_id"].tolist()
+    return ids
+
+
+def run(loader: SlapDataLoader, batches: int) -> list[list[int]]:
+    """The next batches, over as many epochs as it takes."""
+    ids: list[list[int]] = []
+    while len(ids) < batches:
+        ids += [feed(loader, batch) for batch in islice(loader, batches - len(ids))]
+    return ids
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus: Path) -> list[list[int]]:
+    """Two epochs, read in the main process."""
+    loader = make(corpus)
+    return run(loader, 2 * len(loader))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_workers": 1},
+        {"num_workers": 2, "persistent_workers": True},
+        {"num_workers": 2, "prefetch_factor": 1},
+        {"num_workers": 1, "multiprocessing_context": "spawn", "persistent_workers": True},
+    ],
+    ids=["one", "persistent", "shallow", "spawn"],
+)
+def test_batches_do_not_depend_on_workers(
+    corpus: Path, unbroken: list[list[int]], options: dict[str, Any]
+) -> None:
+    dataset = StreamingDataset(local=str(corpus), batch_size=BATCH)
+    # Used before the workers start: locks and files must not travel with it.
+    assert dataset[3]["number"] == next(iter(dataset))["number"] + 3 == 3
+    assert run(make(corpus, dataset=dataset, **options), len(unbroken)) == unbroken
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resume_is_exact_at_any_batch(
+    corpus: Path, unbroken: list[list[int]], num_workers: int
+) -> None:
+    steps = len(unbroken) // 2
+    # Every step is tried without a loader, in test_sampler; here batches ahead come on top.
+    later = range(steps + 4, 2 * steps, 5) if not num_workers else ()
+    loader, done = make(corpus, num_workers=num_workers), 0
+    for cut in (0, 1, 4, 5, steps - 1, steps, steps + 1, *later):
+        assert run(loader, cut - done) == unbroken[done:cut]
+        done, state = cut, as_json(loader.state_dict())
+        again = make(corpus)
+        again.load_state_dict(state)
+        assert as_json(again.state_dict()) == state
+        rest = unbroken[cut : cut + AFTERWARDS]
+        assert run(again, len(rest)) == rest
+
+
+def auto(corpus: Path) -> SlapDataLoader:
+    """A loader that finds three in ten dispensable by itself."""
+    wrong = np.random.default_rng(1).random((NUM_SAMPLES, 1)) < 0.3
+    store = ArrayStore(vectors(), features=wrong.astype(np.float16), feature_names=["mismatch"])
+    config = config_of(num_lanes=2, lookahead=4, keep="auto", temperature=0.05)
+    return make(corpus, embeddings=store, config=config)
+
+
+def progressing(loader: SlapDataLoader, batches: int) -> list[tuple[list[int], float, int]]:
+    """The next batches, with the progress and the epoch after each."""
+    found: list[tuple[list[int], float, int]] = []
+    while len(found) < batches:
+        for batch in islice(loader, batches - len(found)):
+            found.append((feed(loader, batch), loader.progress, loader.epoch))
+    return found
+
+
+def test_progress_goes_from_0_to_1_whatever_an_epoch_comes_to(corpus: Path) -> None:
+    loader = auto(corpus)
+    assert loader.progress == 0.0
+    assert loader.epochs_done == 0.0
+    epochs = [[(feed(loader, b), loader.progress) for b in loader] for _ in range(2)]
+    assert (loader.epoch, loader.progress, loader.epochs_done) == (2, 1.0, 2.0)
+    for epoch in epochs:
+        assert len(epoch) < 0.9 * len(loader)
+        shares = [progress for _, progress in epoch]
+        assert np.all(np.diff([0.0, *shares]) > 0)
+        assert shares[-1] == 1.0
+    # With a fixed keep it is the share of the batches.
+    fixed = make(corpus)
+    shares = [loader.progress for loader in [fixed] for _ in fixed]
+    np.testing.assert_allclose(shares, np.arange(1, len(fixed) + 1) / len(fixed))
+
+
+def test_with_auto_resume_is_exact_at_every_batch(corpus: Path) -> None:
+    loader = auto(corpus)
+    unbroken = progressing(loader, 1)
+    states = {1: as_json(loader.state_dict())}
+    while len(unbroken) < 43:
+        unbroken += progressing(loader, 6)
+        states[len(unbroken)] = as_json(loader.state_dict())
+    assert {epoch for _, _, epoch in unbroken} == {0, 1, 2}
+    for cut, state in states.items():
+        again = auto(corpus)
+        again.load_state_dict(state)
+        assert again.progress == unbroken[cut - 1][1]
+        rest = unbroken[cut : cut + AFTERWARDS]
+        assert progressing(again, len(rest)) == rest
+
+
+@pytest.mark.parametrize("missing", ["sampler", "probe", "pending"])
+def test_a_state_that_was_cut_changes_nothing(corpus: Path, missing: str) -> None:
+    loader = make(corpus)
+    run(loader, 3)
+    before = as_json(loader.state_dict())
+    cut = {name: part for name, part in before.items() if name != missing}
+    with pytest.raises(StateError, match=f"got none of {missing}; it is of another version"):
+        loader.load_state_dict(cut)
+    with pytest.raises(StateError, match="must be what state_dict gave, got NoneType"):
+        loader.load_state_dict(None)
+    assert as_json(loader.state_dict()) == before
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torchs_distributed_checkpoints_hold_runs_of_any_number_of_lanes(
+    corpus: Path, tmp_path: Path, unbroken: list[list[int]]
+) -> None:
+    loader = make(corpus)
+    ids = run(loader, 6)
+    dcp.save({"loader": loader}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    # Of one lane before it loads, as nobody says otherwise.
+    again = make(corpus, config=config_of(lookahead=4))
+    dcp.load({"loader": again}, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    found, saved = (as_json(which.state_dict())["sampler"] for which in (again, loader))
+    assert found["lanes"] == saved["lanes"], "counters too, of which a new loader has none"
+    assert ids + run(again, 5) == unbroken[:11]
+
+
+def test_breaking_off_goes_on_with_the_epoch(corpus: Path, unbroken: list[list[int]]) -> None:
+    loader = make(corpus, num_workers=2, persistent_workers=True)
+    ids: list[list[int]] = []
+    while len(ids) < len(unbroken):
+        ids += run(loader, min(5, len(unbroken) - len(ids)))
+    assert ids == unbroken
+
+
+def test_iterating_leaves_torchs_random_state_alone(corpus: Path) -> None:
+    before = torch.get_rng_state()
+    run(make(corpus), 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def let_go_soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch waits 5 s for each worker of an iterator in which one has died, once it is collected:
+    here, and not in whatever test comes later."""
+    yield
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    gc.collect()
+
+
+@pytest.mark.usefixtures("let_go_soon")
+def test_a_worker_that_dies_is_named_and_replaced(corpus: Path, unbroken: list[list[int]]) -> None:
+    loader = make(corpus, num_workers=2, persistent_workers=True)
+    batches = iter(loader)
+    ids = [feed(loader, next(batches))]
+    victim = loader._iterator._workers[1]
+    os.kill(victim.pid, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=rf"worker 1 \(pid {victim.pid}\) .* SIGKILL: .* memory"):
+        ids.extend(feed(loader, batch) for batch in batches)
+    assert time.monotonic() - began < 10
+    assert ids + run(loader, 10) == unbroken[: len(ids) + 10]
+
+
+def train_while(killed: int) -> None:
+    """Stands for a training step in which a worker is killed: nothing of ours is called."""
+    os.kill(killed, signal.SIGKILL)
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("let_go_soon")
+def test_a_worker_that_dies_during_a_step_is_named_there(
+    corpus: Path, unbroken: list[list[int]]
+) -> None:
+    loader = make(corpus, num_workers=2, persistent_workers=True)
+    batches = iter(loader)
+    ids = [feed(loader, next(batches))]
+    victim = loader._iterator._workers[0].pid
+    with pytest.raises(WorkerError, match=rf"worker 0 \(pid {victim}\) that was killed by SIGKILL"):
+        train_while(victim)
+    assert ids + run(loader, 5) == unbroken[:6]
+    # Another loader's workers are none of ours.
+    other = iter(torch.utils.data.DataLoader(range(10), num_workers=1))
+    next(other)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .* is killed by") as caught:
+        train_while(other._workers[0].pid)
+    assert not isinstance(caught.value, WorkerError)
+
+
+@pytest.mark.parametrize(
+    ("part", "method"),
+    [("_composer", "leaving"), ("_judge", "bring_near"), ("feedback", "take_trained")],
+)
+def test_an_interrupt_in_the_middle_of_a_batch_loses_nothing(
+    part: str,
+    method: str,
+    corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Composed in the background, where nobody is interrupted, unless there is no lookahead.
+    config = config_of(num_lanes=2, lookahead=4 if method == "take_trained" else 0)
+    expected = run(make(corpus, config=config), 30)
+    loader = make(corpus, config=config)
+    owner = getattr(loader.composer.lanes[0], part)
+    original = getattr(owner, method)
+    calls = 0
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls % 5 == 0:
+            signal.raise_signal(signal.SIGINT)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(owner, method, interrupted)
+    ids: list[list[int]] = []
+    interrupts = 0
+    while len(ids) < 30:
+        try:
+            for batch in loader:
+                ids.append(batch["sample_id"].tolist())
+                feed(loader, batch)
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert ids[:30] == expected
+    assert interrupts >= 5
+
+
+def interrupt_the_loader(number: int, frame: Any) -> None:
+    """A handler of Ctrl-C that spares the test's own lines: what they lose is their loss."""
+    while frame is not None:
+        if "slap_stream" in Path(frame.f_code.co_filename).parts:
+            raise KeyboardInterrupt
+        frame = None if frame.f_code.co_filename == __file__ else frame.f_back
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_interrupt_while_a_batch_is_composed_in_the_background_loses_nothing(
+    corpus: Path, unbroken: list[list[int]], num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = make(corpus, num_workers=num_workers)
+    lane = loader.composer.lanes[0]
+    original, threads = lane.prepare, set[str]()
+    kept: list[list[int]] = []
+
+    def slow() -> None:
+        threads.add(threading.current_thread().name)
+        time.sleep(0.005)
+        if len(threads) > 1 and len(kept) % 3 == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.005)
+        original()
+
+    monkeypatch.setattr(lane, "prepare", slow)
+    before = signal.signal(signal.SIGINT, interrupt_the_loader)
+    interrupts = 0
+    try:
+        batches = iter(loader)
+        while len(kept) < 30:
+            try:
+                batch = next(batches)
+            except (KeyboardInterrupt, StopIteration) as ended:
+                interrupts += isinstance(ended, KeyboardInterrupt)
+                batches = iter(loader)
+                continue
+            kept.append(batch["sample_id"].tolist())
+            fed = False
+            while not fed:
+                # After an interrupt either nothing was taken in, or all of it was.
+                try:
+                    feed(loader, batch)
+                    fed = True
+                except KeyboardInterrupt:
+                    interrupts += 1
+                except FeedbackError:
+                    fed = True
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert kept == unbroken[:30]
+    assert interrupts >= 5
+    assert "slap-compose-ahead_0" in threads
+
+
+def test_another_thread_may_ask_for_metrics(corpus: Path, unbroken: list[list[int]]) -> None:
+    loader, done = make(corpus), threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            loader.metrics()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        assert run(loader, 20) == unbroken[:20]
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_who_asks_for_the_next_batch_is_told_what_failed_in_the_background(
+    corpus: Path, unbroken: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = make(corpus)
+    lane = loader.composer.lanes[1]
+    batches = iter(loader)
+    ids = [feed(loader, next(batches))]
+
+    def fail() -> None:
+        raise OSError("no such luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lane, "prepare", fail)
+        ids.append(feed(loader, next(batches)))
+        # Everything else goes on as before.
+        loader.metrics()
+        state = as_json(loader.state_dict())
+        with pytest.raises(OSError, match="no such luck"):
+            next(batches)
+    assert ids + run(loader, 20) == unbroken[:22]
+    other = make(corpus)
+    other.load_state_dict(state)
+    assert ids + run(other, 20) == unbroken[:22]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_iterator_that_another_has_taken_over_from_ends(
+    corpus: Path, unbroken: list[list[int]], num_workers: int
+) -> None:
+    loader = make(corpus, num_workers=num_workers)
+    first = iter(loader)
+    ids = [feed(loader, next(first))]
+    second = iter(loader)
+    ids.append(feed(loader, next(second)))
+    with pytest.raises(RuntimeError, match=r"must not be used on after .* a new iteration"):
+        next(first)
+    ids.append(feed(loader, next(second)))
+    assert ids == unbroken[:3]
+
+
+def test_an_error_of_the_callers_own_code_in_a_worker_stays_what_it_is(corpus: Path) -> None:
+    loader = make(corpus, num_workers=1, collate_fn=fail)
+    with pytest.raises(RuntimeError, match="no such thing") as caught:
+        next(iter(loader))
+    assert not isinstance(caught.value, WorkerError)
+
+
+def fail(samples: list[Any]) -> Any:
+    raise RuntimeError("no such thing")
+
+
+def test_an_epoch_offers_all_and_trains_keep_of_it(corpus: Path) -> None:
+    loader = make(corpus)
+    ids = [i for batch in run(loader, len(loader)) for i in batch]
+    assert len(ids) == len(set(ids)) == int(0.7 * NUM_SAMPLES // BATCH) * BATCH
+    metrics = loader.metrics()
+    assert metrics["offered"] == NUM_SAMPLES
+    assert metrics["trained"] == len(ids)
+    assert loader.epoch == 1
+
+
+def test_streams_with_weights_and_one_store_each(tmp_path: Path) -> None:
+    first = write_corpus(tmp_path / "a", 0, 120)
+    second = write_corpus(tmp_path / "b", 120, 200)
+    dataset = StreamingDataset(
+        streams=[Stream(local=str(first), repeat=2), Stream(local=str(second), repeat=0.5)],
+        batch_size=BATCH,
+    )
+    table = vectors(320)
+    loader = make(tmp_path, dataset=dataset, embeddings=[table[:120], table[120:]])
+    ids = np.concatenate(run(loader, len(loader)))
+    assert loader.metrics()["offered"] == 240 + 100
+    assert np.bincount(ids[ids < 120]).max() == 2
+    assert np.bincount(ids[ids >= 120]).max() == 1
+
+
+class Doubling(StreamingDataset):
+    """A dataset whose samples are made in `__getitem__`, as tokenising ones are."""
+
+    def __getitem__(self, at: Any) -> Any:
+        sample = super().__getitem__(at)
+        return {**sample, "double": 2 * sample["number"]}
+
+
+def test_a_subclass_that_makes_samples_still_does(corpus: Path) -> None:
+    dataset = Doubling(local=str(corpus), batch_size=BATCH)
+    batch = next(iter(make(corpus, dataset=dataset)))
+    assert (batch["double"] == 2 * batch["sample_id"]).all()
+
+
+def break_shard(corpus: Path, name: str) -> None:
+    """Cut a shard file short."""
+    with (corpus / name).open("r+b") as file:
+        file.truncate(100)
+
+
+def test_a_bad_shard_raises_or_is_withdrawn(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    break_shard(corpus, "shard.00002.mds")
+    with pytest.raises(ShardError, match=r"shard.00002.mds"):
+        run(make(corpus), 10)
+    config = config_of(num_lanes=2, lookahead=4, on_bad_shard="skip")
+    loader = make(corpus, config=config)
+    ids = {i for batch in run(loader, len(loader)) for i in batch}
+    bad = json.loads((corpus / "index.json").read_text())["shards"][2]["samples"]
+    metrics = loader.metrics()
+    assert metrics["withdrawn"] == bad
+    assert metrics["offered"] == NUM_SAMPLES - bad
+    assert metrics["epochs_cut_short"] == 0
+    assert len(ids) == int(0.7 * NUM_SAMPLES // BATCH) * BATCH
+
+
+def test_an_epoch_ends_early_when_withdrawals_leave_too_little(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    break_shard(corpus, "shard.00002.mds")
+    config = config_of(num_lanes=2, lookahead=4, on_bad_shard="skip", keep=1.0)
+    loader = make(corpus, config=config)
+    delivered = [feed(loader, batch) for batch in loader]
+    assert 0 < len(delivered) < len(loader)
+    assert loader.metrics()["epochs_cut_short"] == 1
+    assert loader.epoch == 1
+    assert [feed(loader, batch) for batch in loader], "the next epoch goes on"
+
+
+def test_refusals_name_the_cause(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="batch_size must be the dataset's, 8, got 16"):
+        make(corpus, dataset=StreamingDataset(local=str(corpus), batch_size=8))
+    with pytest.raises(ConfigError, match=r"config must be a SlapConfig, got {'keep': 0.7}; write"):
+        make(corpus, config={"keep": 0.7})
+    for name, value in (("num_workers", 1.5), ("num_workers", -1), ("prefetch_factor", 0)):
+        with pytest.raises(ConfigError, match=rf"{name} must be a whole number >= \d, got {value}"):
+            make(corpus, **{"num_workers": 1, name: value})
+    with pytest.raises(
+        ConfigError, match="collate_fn must be a function of a list of samples, got 3"
+    ):
+        make(corpus, collate_fn=3)
+    with pytest.raises(ConfigError, match=r"at most lookahead = 4, got 3 \* 2"):
+        make(corpus, num_workers=2, prefetch_factor=3)
+    with pytest.raises(AlignmentError, match=r"399 rows"):
+        make(corpus, embeddings=vectors(399))
+    with pytest.raises(AlignmentError):
+        make(corpus, embeddings=str(tmp_path / "none.zarr"))
+    with pytest.raises(TypeError, match=r"streaming.StreamingDataset, got list"):
+        make(corpus, dataset=[1, 2, 3])
+    with pytest.raises(TypeError, match="collate_fn must make a mapping, got list"):
+        next(iter(make(corpus, collate_fn=list)))
+
+
+def test_a_state_of_another_dataset_is_refused(corpus: Path, tmp_path: Path) -> None:
+    state = make(corpus).state_dict()
+    other = make(write_corpus(tmp_path / "other", first=1))
+    with pytest.raises(StateError, match="index_digests must be those of this dataset"):
+        other.load_state_dict(state)
+    with pytest.raises(StateError, match="version must be 4, got 7"):
+        other.load_state_dict({**state, "version": 7})
+
+
+def test_iterating_on_after_loading_a_state_is_an_error(corpus: Path) -> None:
+    loader = make(corpus)
+    batches = iter(loader)
+    next(batches)
+    loader.load_state_dict(loader.state_dict())
+    with pytest.raises(RuntimeError, match="start a new iteration"):
+        next(batches)
+
+
+def test_losses_may_be_tensors_of_any_float_type(corpus: Path) -> None:
+    loader = make(corpus)
+    batches = iter(loader)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        batch = next(batches)
+        loader.observe(batch["sample_id"], torch.ones(BATCH, dtype=dtype, requires_grad=True))
+    assert loader.metrics()["observed"] == 3 * BATCH
+
+
+def test_weights_of_losses_come_with_the_batch_at_hand(corpus: Path) -> None:
+    loader = make(corpus, config=config_of(policy="infobatch", lookahead=4, keep=0.5))
+    seen = []
+    for _ in range(2):
+        for batch in loader:
+            weights = loader.loss_weights(batch["sample_id"])
+            assert weights.shape == (BATCH,)
+            assert weights.dtype == torch.float64
+            # Asked again it says the same; batches composed ahead do not matter.
+            assert torch.equal(loader.loss_weights(batch["sample_id"].flip(0)), weights.flip(0))
+            seen.append(weights)
+            feed(loader, batch)
+    # Until losses can be predicted all count alike.
+    assert torch.all(seen[0] == 1.0)
+    assert torch.cat(seen).max() > 1.0
+    with pytest.raises(FeedbackError, match="loss_weights: ids of yielded batches"):
+        loader.loss_weights(batch["sample_id"])
+
+
+def test_a_worker_that_dies_while_it_hands_a_batch_over_is_told_too() -> None:
+    context = multiprocessing.get_context("fork")
+    living = context.Process(target=time.sleep, args=(60,))
+    dying = context.Process(target=os._exit, args=(3,))
+    living.start()
+    dying.start()
+    try:
+        message = describe_dead([living, dying], ConnectionResetError("reset by peer"))
+        assert message is not None
+        assert f"worker 1 (pid {dying.pid}) that exited with code 3" in message
+        assert describe_dead([living], RuntimeError("something else")) is None
+    finally:
+        living.kill()
+        living.join()
+        dying.join()

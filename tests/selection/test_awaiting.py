@@ -1,0 +1,204 @@
+"""Who was asked for a loss, who answered, and what becomes of the answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slap_stream.errors import FeedbackError
+from slap_stream.selection.awaiting import Awaiting, check_feedback, find_questions, match_oldest
+from slap_stream.selection.feedback import Answers
+from slap_stream.selection.moments import Moments
+from slap_stream.selection.questions import close_questions
+from tests import reference
+from tests.laws import as_json
+from tests.strategies import Array
+
+COLUMNS, SKETCH_DIM = 3, 4
+
+
+def rows_of(ids: Array) -> Array:
+    """(n, COLUMNS) design rows that are a function of the id."""
+    return (ids[:, None] * [1.0, 2.0, -0.5]).astype(np.float32)
+
+
+def ask(awaiting: Awaiting, step: int, *ids: int) -> None:
+    """Ask for the losses of ids."""
+    names = np.array(ids, np.int64)
+    awaiting.ask(step, names, rows_of(names))
+
+
+@settings(max_examples=150)
+@given(
+    wanted=st.lists(st.integers(0, 4), max_size=8),
+    asked=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), max_size=10),
+)
+def test_matching_equals_its_twin(wanted: list[int], asked: list[tuple[int, int]]) -> None:
+    table = np.array(asked, np.int64).reshape(-1, 2)
+    index, known = match_oldest(np.array(wanted, np.int64), table[:, 0], table[:, 1])
+    expected = reference.match_oldest(wanted, table[:, 0].tolist(), table[:, 1].tolist())
+    assert known.tolist() == [match is not None for match in expected]
+    assert index.tolist() == [match or 0 for match in expected]
+    # No question is answered twice.
+    assert len(set(index[known].tolist())) == np.count_nonzero(known)
+
+
+def test_questions_are_open_until_answered_and_forgotten_when_old() -> None:
+    awaiting = Awaiting(depth=2)
+    assert [len(part) for part in awaiting.entries()] == [0, 0, 0, 0]
+    ask(awaiting, 0, 1, 2)
+    ask(awaiting, 1, 3)
+    ask(awaiting, 2, 4, 5, 4)
+    ids, steps, question, position = awaiting.entries()
+    assert ids.tolist() == [3, 4, 5, 4]
+    assert steps.tolist() == [1, 2, 2, 2]
+    rows = awaiting.answer(question[[2, 0]], position[[2, 0]])
+    np.testing.assert_array_equal(rows, rows_of(np.array([5, 3])))
+    assert awaiting.entries()[0].tolist() == [4, 4]
+
+
+def test_answers_go_to_the_oldest_question_over_all_lanes() -> None:
+    lanes = [Awaiting(depth=4), Awaiting(depth=4)]
+    ask(lanes[0], 3, 7, 8)
+    ask(lanes[1], 1, 9, 7)
+    owner, question, position = find_questions(np.array([7, 8, 7]), lanes, "ids")
+    assert owner.tolist() == [1, 0, 0]
+    assert position.tolist() == [1, 1, 0]
+    assert question.tolist() == [0, 0, 0]
+    lanes[1].answer(question[:1], position[:1])
+    with pytest.raises(FeedbackError, match=r"got 2 .* first \[7, 5\]; the last 4 batches"):
+        find_questions(np.array([7, 7, 9, 5]), lanes, "ids")
+
+
+def two_lanes(questions: list[tuple[int, list[int]]]) -> list[Awaiting]:
+    """Lanes that have asked in turn, each at steps that rise by one to three."""
+    lanes = [Awaiting(depth=4), Awaiting(depth=4)]
+    for number, (late, ids) in enumerate(questions):
+        ask(lanes[number % 2], number // 2 * 2 + late, *ids)
+    return lanes
+
+
+@settings(max_examples=150)
+@given(
+    questions=st.lists(
+        st.tuples(st.integers(0, 1), st.lists(st.integers(0, 5), max_size=3)), max_size=6
+    ),
+    answered=st.integers(0, 5),
+)
+def test_a_whole_batch_in_order_needs_no_search_and_ends_like_one(
+    questions: list[tuple[int, list[int]]], answered: int
+) -> None:
+    quick, searched = two_lanes(questions), two_lanes(questions)
+    for _ in range(answered):
+        oldest = [lane.oldest() for lane in quick]
+        ids = np.concatenate(
+            [np.zeros(0, np.int64), *(asked.sample_id[asked.open] for asked in oldest if asked)]
+        )
+        found = close_questions(ids, quick, "ids")
+        owner, question, position = find_questions(ids, searched, "ids")
+        for place, mine, x in found:
+            theirs = owner == place
+            np.testing.assert_array_equal(ids[mine], ids[theirs])
+            rows = searched[place].answer(question[theirs], position[theirs])
+            np.testing.assert_array_equal(x, rows)
+        for left, right in zip(quick, searched, strict=True):
+            assert as_json(left.state_dict()) == as_json(right.state_dict())
+        assert all((lane.oldest() is None) == (not len(lane.entries()[0])) for lane in quick)
+
+
+@pytest.mark.parametrize(
+    ("ids", "losses"), [([1, 2], [0.5]), ([[1]], [[0.5]]), ([1.0], [0.5]), (["a"], [0.5])]
+)
+def test_feedback_of_another_shape_or_kind_is_refused(ids: list[int], losses: list[float]) -> None:
+    with pytest.raises(FeedbackError, match=r"ids and losses must be \(n,\) whole numbers and"):
+        check_feedback(ids, losses)
+
+
+def test_questions_survive_a_checkpoint() -> None:
+    awaiting = Awaiting(depth=3)
+    ask(awaiting, 4, 7, 8, 9)
+    ask(awaiting, 5)
+    ask(awaiting, 6, 7, 1)
+    _, _, question, position = awaiting.entries()
+    awaiting.answer(question[1:3], position[1:3])
+    state = as_json(awaiting.state_dict())
+    again = Awaiting(depth=3)
+    ask(again, 0, 99)
+    again.load_state_dict(state, rows_of)
+    assert as_json(again.state_dict()) == state
+    for left, right in zip(again.entries(), awaiting.entries(), strict=True):
+        np.testing.assert_array_equal(left, right)
+    _, _, question, position = again.entries()
+    np.testing.assert_array_equal(again.answer(question, position), rows_of(np.array([7, 7, 1])))
+    # Answering the copy leaves the state that it came from alone.
+    assert as_json(awaiting.state_dict()) == state
+
+
+def test_weights_belong_to_questions_and_survive_a_checkpoint() -> None:
+    awaiting = Awaiting(depth=2)
+    names = np.array([4, 5, 6])
+    awaiting.ask(0, names, rows_of(names), np.array([1.0, 2.5, 4.0]))
+    ask(awaiting, 1, 5)
+    again = Awaiting(depth=2)
+    again.load_state_dict(as_json(awaiting.state_dict()), rows_of)
+    for one in (awaiting, again):
+        _, _, question, position = one.entries()
+        assert one.weights(question, position).tolist() == [1.0, 2.5, 4.0, 1.0]
+        assert one.weights(question[[3, 1]], position[[3, 1]]).tolist() == [1.0, 2.5]
+
+
+def test_no_questions_survive_a_checkpoint_too() -> None:
+    again = Awaiting(depth=3)
+    again.load_state_dict(as_json(Awaiting(depth=3).state_dict()), rows_of)
+    assert len(again.entries()[0]) == 0
+
+
+def answers_of(*, sketched: bool) -> Answers:
+    """Three answers, then three of which one has a usable sketch."""
+    answers = Answers(columns=COLUMNS, sketch_dim=SKETCH_DIM)
+    first, second = np.array([1, 2, 3]), np.array([4, 5, 6])
+    answers.add(first, rows_of(first), np.array([0.5, 1.5, 2.5]))
+    sketches = np.array([[0, 0, 0, 0], [1, np.nan, 0, 0], [3, 0, 4, 0]], np.float32)
+    answers.add(second, rows_of(second), np.ones(3), sketches if sketched else None)
+    return answers
+
+
+@pytest.mark.parametrize("sketched", [True, False])
+def test_answers_add_up_without_sketches_that_have_no_direction(sketched: bool) -> None:
+    answers = answers_of(sketched=sketched)
+    assert len(answers) == 6
+    expected = Moments.zeros(columns=COLUMNS, sketch_dim=SKETCH_DIM)
+    expected.add_losses(rows_of(np.arange(1, 6)), np.array([0.5, 1.5, 2.5, 1.0, 1.0]))
+    if sketched:
+        unit = np.array([[0.6, 0.0, 0.8, 0.0]], np.float32)
+        expected.add_sketched(rows_of(np.array([6])), np.ones(1), unit)
+    else:
+        expected.add_losses(rows_of(np.array([6])), np.ones(1))
+    for name, total in answers.moments().to_dict().items():
+        np.testing.assert_allclose(total, expected.to_dict()[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("sketched", [True, False])
+def test_answers_survive_a_checkpoint_bit_by_bit(sketched: bool) -> None:
+    answers = answers_of(sketched=sketched)
+    state = as_json(answers.state_dict())
+    again = Answers(columns=COLUMNS, sketch_dim=SKETCH_DIM)
+    again.load_state_dict(state, rows_of)
+    assert as_json(again.state_dict()) == state
+    late = np.array([9])
+    for one in (answers, again):
+        one.add(late, rows_of(late), np.array([3.0]), np.ones((1, SKETCH_DIM), np.float32))
+    for name, total in answers.moments().to_dict().items():
+        np.testing.assert_array_equal(again.moments().to_dict()[name], total)
+
+
+def test_a_refresh_clears_the_answers() -> None:
+    answers = answers_of(sketched=True)
+    answers.clear()
+    assert len(answers) == 0
+    assert not any(np.any(total) for total in answers.moments().to_dict().values())
+    again = answers_of(sketched=True)
+    again.load_state_dict(as_json(answers.state_dict()), rows_of)
+    assert len(again) == 0

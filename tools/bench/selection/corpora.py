@@ -1,0 +1,306 @@
+"""Starting points of all runs, made once and kept: tokenizer, base model, corpora, tests."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from slap_stream import per_sample_loss
+from slap_stream.cli import convert, embed
+from slap_stream.errors import SlapStreamError
+from slap_stream.shards.index import corpus_size
+from slap_stream.shards.reader import iter_corpus
+from slap_stream.text.chat import DEFAULT_CHAT_TEMPLATE, encode
+from slap_stream.text.collate import ChatCollator
+from tools.bench.selection.schedule import Preset, rate
+from tools.bench.selection.tasks import (
+    MIXTURES,
+    TASKS,
+    Condition,
+    Record,
+    heldout_records,
+    split_training,
+    training_records,
+)
+
+KINDS = ("clean", "first", "copy", "shuffled")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpus:
+    """A corpus on disk with what the benchmark alone knows about it.
+
+    Attributes:
+        path: Directory of shards and embeddings.
+        kind: (num_samples,) index into `KINDS`.
+        group: (num_samples,) number of the record that near-copies were made of; -1 if none.
+    """
+
+    path: Path
+    kind: NDArray[np.int64]
+    group: NDArray[np.int64]
+
+    def is_of(self, kinds: Sequence[str]) -> NDArray[np.bool_]:
+        """(num_samples,) whether a sample is of one of these kinds."""
+        return np.isin(self.kind, [KINDS.index(kind) for kind in kinds])
+
+
+class Workshop:
+    """Makes and keeps everything that several runs share, below one directory.
+
+    Args:
+        data: Directory of the task files.
+        out: Directory of the benchmark.
+        preset: Sizes.
+    """
+
+    def __init__(self, data: Path, out: Path, preset: Preset) -> None:
+        self.data, self.preset = data, preset
+        self.place = out / f"made-{preset.name}"
+        self.place.mkdir(parents=True, exist_ok=True)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """A byte-level BPE tokenizer of all tasks' training texts."""
+        path = self._make("tokenizer", self._train_tokenizer)
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(path)
+        return tokenizer
+
+    def base_model(self) -> LlamaForCausalLM:
+        """A model pre-trained on the tasks' training texts, prompts and targets alike."""
+        path = self._make("base-model", self._pretrain)
+        model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(path)
+        return model
+
+    def corpus(self, condition: Condition, seed: int) -> Corpus:
+        """Shards and embeddings of a condition; its records depend on the seed."""
+        path = self._make(
+            f"{condition.name}-{seed}", lambda place: self._write(place, condition, seed)
+        )
+        table = np.load(path / "kinds.npz")
+        return Corpus(path=path / "corpus", kind=table["kind"], group=table["group"])
+
+    def reference_store(self, condition: Condition, seed: int) -> Path:
+        """Embeddings of a condition's corpus, with the losses of a reference model beside them.
+
+        The reference is the base model fine-tuned on clean records that no run is trained on.
+        """
+        corpus = self.corpus(condition, seed).path
+        model = self._make(
+            f"reference-{condition.mixture}",
+            lambda place: self._train_reference(place, condition.mixture),
+        )
+
+        def write(place: Path) -> None:
+            store = place / "embeddings.zarr"
+            _command(embed, corpus, "--out", store, "--reference-model", model, "--quiet")
+
+        return self._make(f"referred-{condition.name}-{seed}", write) / "embeddings.zarr"
+
+    def heldout(self, mixture: str) -> list[Record]:
+        """Clean test records of a mixture's tasks, cleared of near-copies of training texts."""
+
+        def write(place: Path) -> None:
+            parts = [split_training(self.data, name) for name in MIXTURES[mixture]]
+            seen = [record for both in parts for part in both for record in part]
+            chosen = heldout_records(self.data, mixture, self.preset.heldout_per_task, seen)
+            (place / "records.json").write_text(json.dumps(chosen))
+
+        path = self._make(f"heldout-{mixture}", write)
+        records: list[Record] = json.loads((path / "records.json").read_text())
+        return records
+
+    def target(self, mixture: str, size: int) -> list[Record]:
+        """Clean records from what the base model was trained on, in a mixture's shares."""
+        chosen: list[Record] = []
+        for name, share in MIXTURES[mixture].items():
+            records, _ = split_training(self.data, name, limit=round(share * size))
+            chosen += records
+        return chosen
+
+    def _make(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Make a directory unless it is there; one process at a time, and never half of it."""
+        done, growing = self.place / name, self.place / f"{name}.growing"
+        with _alone(self.place / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(growing, ignore_errors=True)
+                growing.mkdir()
+                write(growing)
+                growing.rename(done)
+        return done
+
+    def _pretraining(self) -> list[Record]:
+        """Records of all tasks that no run is fine-tuned on, in a random order."""
+        limit = self.preset.pretraining_per_task
+        records = [r for name in TASKS for r in split_training(self.data, name, limit=limit)[0]]
+        random.Random("pretraining order").shuffle(records)
+        return records
+
+    def _train_tokenizer(self, place: Path) -> None:
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.preset.vocabulary,
+            special_tokens=["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        texts = (turn["content"] for r in self._pretraining() for turn in r["messages"])
+        core.train_from_iterator(texts, trainer)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>"
+        )
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+        tokenizer.save_pretrained(place)
+
+    def _pretrain(self, place: Path) -> None:
+        preset, tokenizer = self.preset, self.tokenizer()
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=preset.hidden,
+                intermediate_size=preset.hidden * 11 // 4,
+                num_hidden_layers=preset.layers,
+                num_attention_heads=max(1, preset.hidden // 32),
+                max_position_embeddings=preset.max_tokens,
+                tie_word_embeddings=True,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                bos_token_id=None,
+            )
+        ).to(preset.device)
+        rows = self._pretraining_rows(tokenizer)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=preset.pretraining_rate, weight_decay=0.01
+        )
+        steps, order = preset.pretraining_steps, torch.Generator().manual_seed(1)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = preset.pretraining_rate * rate(step / steps)
+            at = torch.randint(len(rows), (preset.batch_size,), generator=order)
+            ids = rows[at].to(preset.device)
+            with preset.autocast():
+                loss = per_sample_loss(model(input_ids=ids).logits, ids).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(place)
+
+    def _train_reference(self, place: Path, mixture: str) -> None:
+        preset, tokenizer = self.preset, self.tokenizer()
+        records = self.target(mixture, preset.size // 2)
+        random.Random("reference").shuffle(records)
+        rows = [tokens for _, tokens in encoded(records, tokenizer, preset.max_tokens)]
+        model, collate = self.base_model().to(preset.device), ChatCollator(tokenizer)
+        peak, size = preset.rate_for(1.0), preset.batch_size
+        optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
+        starts = range(0, len(rows) - size + 1, size)
+        steps = preset.epochs * len(starts)
+        for step, start in enumerate([*starts] * preset.epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate(step / steps)
+            batch = {n: v.to(preset.device) for n, v in collate(rows[start : start + size]).items()}
+            with preset.autocast():
+                logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            per_sample_loss(logits, batch["labels"]).mean().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+
+    def _pretraining_rows(self, tokenizer: Any) -> torch.Tensor:
+        """(rows, max_tokens) texts one after the other, an end mark between them."""
+        ids: list[int] = []
+        for record in self._pretraining():
+            text = "\n".join(turn["content"] for turn in record["messages"])
+            ids += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        width = self.preset.max_tokens
+        return torch.tensor(ids[: len(ids) // width * width]).view(-1, width)
+
+    def _write(self, place: Path, condition: Condition, seed: int) -> None:
+        records = training_records(self.data, condition, self.preset.size, seed)
+        with (place / "train.jsonl").open("w") as file:
+            for record in records:
+                kept = {name: record[name] for name in ("id", "source", "messages")}
+                file.write(json.dumps(kept) + "\n")
+        self.tokenizer()
+        corpus = place / "corpus"
+        _command(
+            convert,
+            *(place / "train.jsonl", corpus, "--tokenizer", self.place / "tokenizer"),
+            *("--max-length", self.preset.max_tokens, "--seed", seed),
+            *("--shard-bytes", self.preset.shard_bytes, "--quiet"),
+        )
+        _command(embed, corpus, "--quiet")
+        ids = [sample["id"] for sample in iter_corpus(corpus, 0, corpus_size(corpus))]
+        np.savez(
+            place / "kinds.npz",
+            kind=np.array([KINDS.index(name.split(":", 1)[0]) for name in ids]),
+            group=np.array(groups_of_copies(ids)),
+        )
+
+
+def groups_of_copies(ids: Sequence[str]) -> list[int]:
+    """(n,) position of the record that each is a copy of; its own, if it was copied; else -1.
+
+    Where the record itself is not in the corpus, being too long, say, its first copy stands for it.
+
+    Args:
+        ids: A kind, a colon and a name each; a copy's name is that of the record and a number.
+    """
+    kinds, names = zip(*(identity.split(":", 1) for identity in ids), strict=True)
+    records = [
+        {"first": name, "copy": name.rsplit("-", 1)[0]}.get(kind)
+        for kind, name in zip(kinds, names, strict=True)
+    ]
+    place: dict[str, int] = {}
+    for wanted in ("first", "copy"):
+        for number, (kind, record) in enumerate(zip(kinds, records, strict=True)):
+            if kind == wanted and record is not None:
+                place.setdefault(record, number)
+    return [-1 if record is None else place[record] for record in records]
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process, however it ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _command(tool: Any, *arguments: object) -> None:
+    if tool.main([str(argument) for argument in arguments]):
+        raise SlapStreamError(f"{tool.__name__} must succeed, got an error; see above.")
+
+
+def encoded(
+    records: Sequence[Record], tokenizer: Any, max_tokens: int
+) -> list[tuple[str, dict[str, list[Any]]]]:
+    """(source, tokens) of records, those that are cut before the answer left out."""
+    result: list[tuple[str, dict[str, list[Any]]]] = []
+    for record in records:
+        tokens = encode(tokenizer, record["messages"], max_length=max_tokens)
+        if any(tokens.supervised[1:]):
+            row: dict[str, list[Any]] = {
+                "input_ids": tokens.input_ids,
+                "supervised": tokens.supervised,
+            }
+            result.append((record["source"], row))
+    return result

@@ -1,0 +1,240 @@
+"""Sizes, arms, and the list of runs of a preset."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from slap_stream import SlapConfig
+from tools.bench.selection.tasks import Condition
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """Sizes of a benchmark, and what it runs unless told otherwise.
+
+    Attributes:
+        name: Name.
+        size: Clean training records.
+        epochs: Epochs.
+        hidden, layers, vocabulary: Of the model.
+        max_tokens: Tokens kept of a record.
+        batch_size: Samples of a batch.
+        learning_rate: By keep: that of the nearest keep is used.
+        conditions, arms: Names.
+        generated: Tasks of which what the model writes is scored too.
+        seeds: How many.
+    """
+
+    name: str
+    size: int = 3_000
+    epochs: int = 2
+    hidden: int = 128
+    layers: int = 3
+    vocabulary: int = 2_048
+    max_tokens: int = 160
+    batch_size: int = 16
+    micro_batches: int = 4
+    evaluations: int = 6
+    heldout_per_task: int = 150
+    pretraining_per_task: int = 3_000
+    pretraining_steps: int = 400
+    pretraining_rate: float = 3e-3
+    learning_rate: Mapping[float, float] = field(default_factory=lambda: {1.0: 1e-3, 0.7: 1e-3})
+    shard_bytes: int = 100_000
+    device: str = "cpu"
+    conditions: tuple[str, ...] = ("balanced", "imbalanced+copies+shuffled")
+    arms: tuple[str, ...] = (
+        *("full", "uniform", "rs2", "infobatch", "max_loss", "slap_paper"),
+        *("slap", "slap_auto", "oracle", "uniform_as_auto"),
+    )
+    # Models of this size solve no maths problem: the share of exact answers would be zero.
+    generated: tuple[str, ...] = ("tatoeba",)
+    seeds: int = 5
+
+    def rate_for(self, keep: float) -> float:
+        """The learning rate tuned on uniform batches at the nearest keep."""
+        return self.learning_rate[min(self.learning_rate, key=lambda known: abs(known - keep))]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that the forward runs in."""
+        if self.device == "cpu":
+            return nullcontext()
+        return torch.autocast(self.device, dtype=torch.bfloat16)
+
+
+def rate(progress: float) -> float:
+    """Share of the learning rate at a share of the run: short warm-up, cosine down to zero."""
+    warmup = 0.05
+    if progress < warmup:
+        return (progress + 0.002) / (warmup + 0.002)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (progress - warmup) / (1.0 - warmup))))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """One way of choosing batches.
+
+    Attributes:
+        name: Name.
+        config: Settings of `SlapConfig` in which it differs from the default.
+        probe: Whether the probe runs.
+        knows: Kinds of samples that are told to it as dispensable, for certain: the oracles.
+        keeps_as: Arm that must have run before, on as many samples of which this one trains.
+        target: Whether a target set of clean records is shown to it.
+        reference: Whether it is told the losses of a reference model.
+    """
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    probe: bool = True
+    knows: tuple[str, ...] = ()
+    keeps_as: str | None = None
+    target: bool = False
+    reference: bool = False
+
+
+# A batch is chosen from exactly what was measured since the last one, and every candidate is.
+MEASURED = {"probe_fraction": 1.0, "probe_every": 1, "pool_batches": 2, "lookahead": 0}
+
+
+def arms() -> dict[str, Arm]:
+    """All arms by name."""
+    without: dict[str, dict[str, Any]] = {
+        "rank": {"rank_weight": 0.0},
+        "copies": {"copy_weight": 0.0},
+        "mismatch": {"mismatch_weight": 0.0},
+        "curvature": {"curvature": 0.0},
+        "diversity": {"diversity": 0.0},
+        "composition": {"curvature": 0.0, "diversity": 0.0},
+        "clusters": {"num_clusters": 1},
+    }
+    known = [
+        Arm(name="full", config={"policy": "uniform", "keep": 1.0}, probe=False),
+        Arm(name="uniform", config={"policy": "uniform"}, probe=False),
+        Arm(
+            name="uniform_as_auto",
+            config={"policy": "uniform"},
+            probe=False,
+            keeps_as="slap_auto",
+        ),
+        Arm(name="subset", config={"policy": "subset"}, probe=False),
+        Arm(name="rs2", config={"policy": "rs2"}, probe=False),
+        Arm(name="infobatch", config={"policy": "infobatch"}),
+        Arm(name="k_centre", config={"policy": "k_centre"}, probe=False),
+        Arm(name="max_loss", config={"policy": "max_loss"}),
+        Arm(name="slap_paper", config={"policy": "slap_paper"}),
+        # As their sources have it: every candidate is measured, and that is paid for.
+        *(
+            Arm(
+                name=name,
+                config={"policy": policy, **MEASURED},
+                target=policy == "greats",
+                reference=policy == "rho_loss",
+            )
+            for name, policy in (
+                *((policy, policy) for policy in ("rho_loss", "greats", "divbs", "uds")),
+                ("max_loss_measured", "max_loss"),
+            )
+        ),
+        Arm(name="slap"),
+        Arm(name="slap_auto", config={"keep": "auto"}),
+        # Ranks by the loss beyond the reference model's: it tells noise from what can be learnt.
+        Arm(name="slap_reference", reference=True),
+        Arm(name="oracle", config={"rank_weight": 0.0}, knows=("copy", "shuffled")),
+        Arm(name="oracle_shuffled", config={"rank_weight": 0.0}, knows=("shuffled",)),
+        *(Arm(name=f"slap-{term}", config=config) for term, config in without.items()),
+    ]
+    return {arm.name: arm for arm in known}
+
+
+def config_of(arm: Arm, keep: float | str, seed: int) -> SlapConfig:
+    """Settings of one run of an arm.
+
+    Raises:
+        ConfigError: If one is out of range.
+    """
+    return SlapConfig(**{"keep": keep, "seed": seed} | dict(arm.config))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunKey:
+    """What identifies a run; results with the same key are not made again."""
+
+    preset: str
+    condition: str
+    arm: str
+    keep: float | str
+    seed: int
+    learning_rate: float
+    overrides: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict, for JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        # About 90 minutes on two cores.
+        Preset(name="small"),
+        # What pruning costs a model that has seen everything often: three times as many epochs.
+        Preset(
+            name="long",
+            epochs=6,
+            conditions=("t0_50k", "balanced"),
+            arms=("full", "uniform", "slap", "slap_auto"),
+            seeds=3,
+        ),
+        # Five times the parameters: does it carry over?
+        Preset(
+            name="medium",
+            hidden=256,
+            layers=4,
+            vocabulary=4_096,
+            conditions=("imbalanced+copies+shuffled",),
+            arms=("full", "uniform", "slap", "slap_auto"),
+            seeds=3,
+        ),
+        # Every task, condition and arm; days on two cores, in pieces.
+        Preset(
+            name="full",
+            size=6_000,
+            conditions=(
+                *("t0_50k", "sgd", "tatoeba", "gsm8k", "questions", "balanced", "imbalanced"),
+                *(f"{mixture}+{dirt}" for mixture in ("balanced", "imbalanced")
+                  for dirt in ("copies", "shuffled", "copies+shuffled")),
+            ),
+            arms=tuple(arms()),
+            seeds=10,
+        ),
+        # 34 million parameters in bf16; several jobs side by side on one large GPU.
+        Preset(
+            name="gpu",
+            size=9_000,
+            hidden=512,
+            layers=8,
+            vocabulary=8_192,
+            batch_size=32,
+            micro_batches=1,
+            pretraining_steps=1_500,
+            pretraining_rate=1e-3,
+            learning_rate={1.0: 3e-4, 0.7: 3e-4},
+            shard_bytes=400_000,
+            device="cuda",
+            generated=("tatoeba", "gsm8k"),
+            seeds=3,
+        ),
+    )
+}  # fmt: skip
+
+
+def conditions_of(preset: Preset) -> list[Condition]:
+    """The preset's conditions."""
+    return [Condition.of(name) for name in preset.conditions]

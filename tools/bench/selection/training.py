@@ -1,0 +1,221 @@
+"""One run: the base model fine-tuned on the batches of one arm, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from streaming import StreamingDataset
+
+from slap_stream import (
+    EmbeddingStore,
+    LearnabilityProbe,
+    SlapDataLoader,
+    per_sample_loss,
+)
+from slap_stream.embeddings.store import ArrayStore
+from slap_stream.shards.opening import one_at_a_time
+from slap_stream.text.collate import ChatCollator
+from tools.bench.selection.corpora import KINDS, Corpus, Workshop, encoded
+from tools.bench.selection.generation import generation_scores
+from tools.bench.selection.schedule import Arm, Preset, RunKey, config_of, rate
+from tools.bench.selection.tasks import Condition
+
+Batch = dict[str, torch.Tensor]
+EVALUATION_BATCH = 64
+# Records of a target set, and after how many batches its gradient is measured again.
+TARGET_SIZE, TARGET_EVERY = 32, 8
+
+
+def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
+    """Fine-tune once and evaluate.
+
+    Returns:
+        `heldout`: mean loss by source; `written`: generation scores by source; `curve`: (samples,
+        mean over sources of the loss) along the run; `trained` and `offered`: counts by kind;
+        `copied_records`: records that near-copies were made of; costs in tokens and seconds;
+        the loader's metrics.
+    """
+    preset, condition = workshop.preset, Condition.of(key.condition)
+    corpus = workshop.corpus(condition, key.seed)
+    tokenizer = workshop.tokenizer()
+    heldout = _heldout_batches(workshop, condition, tokenizer)
+    dataset = _open_dataset(corpus, preset)
+    loader = SlapDataLoader(
+        dataset,
+        batch_size=preset.batch_size,
+        embeddings=_store(workshop, corpus, arm, key),
+        config=config_of(arm, key.keep, key.seed),
+        collate_fn=ChatCollator(tokenizer),
+    )
+    torch.manual_seed(key.seed)
+    model = workshop.base_model().to(preset.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=key.learning_rate, weight_decay=0.01)
+    probe = LearnabilityProbe(model, loader, optimizer=optimizer) if arm.probe else None
+
+    offered = np.bincount(corpus.kind, minlength=len(KINDS)) * preset.epochs
+    trained = np.zeros(len(corpus.kind), np.int64)
+    curve = [(0, _mean(_evaluate(model, heldout, preset)))]
+    seconds = {"train": 0.0, "compose": 0.0, "probe": 0.0}
+    tokens = samples = steps = shown = 0
+    targets = _target_batches(workshop, condition, tokenizer) if arm.target else []
+    due = [part / preset.evaluations for part in range(1, preset.evaluations)]
+    for epoch in range(preset.epochs):
+        batches = iter(loader)
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            seconds["compose"] += time.perf_counter() - began
+            if batch is None:
+                break
+            done = (epoch + loader.progress) / preset.epochs
+            began = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = key.learning_rate * rate(done)
+            weights = loader.loss_weights(batch["sample_id"]) if arm.probe else None
+            losses, count = _step(model, optimizer, batch, preset, weights)
+            tokens += count
+            seconds["train"] += time.perf_counter() - began
+            trained[batch["sample_id"].numpy()] += 1
+            samples += len(losses)
+            if probe is not None:
+                began = time.perf_counter()
+                loader.observe(batch["sample_id"], losses)
+                if targets and steps % TARGET_EVERY == 0:
+                    loader.composer.set_target(probe.mean_sketch(targets))
+                    shown += TARGET_SIZE
+                probe.step()
+                steps += 1
+                seconds["probe"] += time.perf_counter() - began
+            if due and done >= due[0]:
+                due.pop(0)
+                curve.append((samples, _mean(_evaluate(model, heldout, preset))))
+    final = _evaluate(model, heldout, preset)
+    curve.append((samples, _mean(final)))
+    copied = corpus.group >= 0
+    return {
+        **key.to_dict(),
+        "heldout": final,
+        "loss": _mean(final),
+        "written": generation_scores(model, tokenizer, workshop.heldout(condition.mixture), preset),
+        "curve": curve,
+        "candidates": int(offered.sum()),
+        "samples": samples,
+        "offered": dict(zip(KINDS, offered.tolist(), strict=True)),
+        "trained": {
+            kind: int(trained[corpus.kind == number].sum()) for number, kind in enumerate(KINDS)
+        },
+        "copied_records": len(np.unique(corpus.group[copied])),
+        "tokens": tokens,
+        "probed": shown + int(loader.metrics().get("probe_samples", 0.0)),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "metrics": {name: round(value, 4) for name, value in loader.metrics().items()},
+    }
+
+
+def _open_dataset(corpus: Corpus, preset: Preset) -> StreamingDataset:
+    """The corpus's dataset; several runs of the benchmark share a machine."""
+    with one_at_a_time():
+        return StreamingDataset(local=str(corpus.path), batch_size=preset.batch_size)
+
+
+def _store(workshop: Workshop, corpus: Corpus, arm: Arm, key: RunKey) -> Any:
+    """The corpus's embeddings; an oracle's say what is so instead of what is likely."""
+    if arm.reference:
+        return workshop.reference_store(Condition.of(key.condition), key.seed)
+    store = EmbeddingStore(corpus.path / "embeddings.zarr")
+    if not arm.knows:
+        return store
+    rows = store.read(0, store.shape[0])
+    names = [*store.feature_names]
+    feature = rows.feature.astype(np.float32)
+    feature[:, names.index("mismatch")] = corpus.is_of(arm.knows)
+    return ArrayStore(
+        rows.embedding,
+        lengths=rows.length,
+        features=feature,
+        sources=rows.source,
+        feature_names=names,
+        source_names=store.source_names,
+    )
+
+
+def _step(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    preset: Preset,
+    weights: torch.Tensor | None,
+) -> tuple[torch.Tensor, int]:
+    """One optimizer step; (batch,) losses and the tokens that went through the model."""
+    losses = torch.zeros(len(batch["input_ids"]))
+    tokens = 0
+    for rows, part in _micro_batches(batch, preset.micro_batches):
+        some = _losses(model, part, preset)
+        weighted = some if weights is None else some * weights[rows].to(some)
+        (weighted.sum() / len(losses)).backward()
+        losses[rows] = some.detach().float().cpu()
+        tokens += part["input_ids"].numel()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses, tokens
+
+
+def _micro_batches(batch: Batch, count: int) -> Iterator[tuple[torch.Tensor, Batch]]:
+    """Rows of similar length together: most of a padded batch would be padding."""
+    length = batch["attention_mask"].sum(1)
+    for rows in torch.argsort(length, stable=True).tensor_split(count):
+        width = int(length[rows].max())
+        names = ("input_ids", "attention_mask", "labels")
+        yield rows, {name: batch[name][rows, :width] for name in names}
+
+
+def _losses(model: Any, batch: Batch, preset: Preset) -> torch.Tensor:
+    """(batch,) mean loss over the supervised tokens of each sample."""
+    moved = {name: value.to(preset.device) for name, value in batch.items()}
+    with preset.autocast():
+        logits = model(input_ids=moved["input_ids"], attention_mask=moved["attention_mask"]).logits
+    return per_sample_loss(logits, moved["labels"])
+
+
+def _heldout_batches(
+    workshop: Workshop, condition: Condition, tokenizer: Any
+) -> list[tuple[NDArray[np.str_], Batch]]:
+    """Held-out records by source and length, so that batches hold little padding."""
+    rows = encoded(workshop.heldout(condition.mixture), tokenizer, workshop.preset.max_tokens)
+    rows.sort(key=lambda row: len(row[1]["input_ids"]))
+    collate = ChatCollator(tokenizer)
+    parts = [rows[at : at + EVALUATION_BATCH] for at in range(0, len(rows), EVALUATION_BATCH)]
+    return [
+        (np.array([source for source, _ in part]), collate([tokens for _, tokens in part]))
+        for part in parts
+    ]
+
+
+def _target_batches(workshop: Workshop, condition: Condition, tokenizer: Any) -> list[Batch]:
+    """Clean records that no run is trained or tested on, in the tasks' shares."""
+    rows = encoded(
+        workshop.target(condition.mixture, TARGET_SIZE), tokenizer, workshop.preset.max_tokens
+    )
+    return [ChatCollator(tokenizer)([tokens for _, tokens in rows])]
+
+
+@torch.no_grad()
+def _evaluate(
+    model: Any, batches: list[tuple[NDArray[np.str_], Batch]], preset: Preset
+) -> dict[str, float]:
+    """Mean loss of each source's held-out records."""
+    model.eval()
+    losses = np.concatenate([_losses(model, b, preset).double().cpu().numpy() for _, b in batches])
+    model.train()
+    sources = np.concatenate([names for names, _ in batches])
+    return {str(name): float(losses[sources == name].mean()) for name in np.unique(sources)}
+
+
+def _mean(by_source: dict[str, float]) -> float:
+    return float(np.mean(list(by_source.values())))
