@@ -139,8 +139,8 @@ def test_finished_call_made_again_returns_its_report(
 # Slow enough to be caught in the middle; the guard is what spawn asks of a script.
 SCRIPT = """
 import functools, sys
-from slap_stream import corpus
-from slap_stream.converting import inputs
+from slap_stream.corpus import convert as corpus
+from slap_stream.corpus import inputs
 from slap_stream.corpus.convert import convert
 from tests.helpers.plain_corpora import open_plain_writer
 

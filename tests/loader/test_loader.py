@@ -283,7 +283,7 @@ def test_a_worker_that_dies_during_a_step_is_named_there(
 
 @pytest.mark.parametrize(
     ("part", "method"),
-    [("_composer", "leaving"), ("_judge", "bring_near"), ("feedback", "take_trained")],
+    [("_composer", "leaving"), ("_scorer", "bring_near"), ("feedback", "take_trained")],
 )
 def test_an_interrupt_in_the_middle_of_a_batch_loses_nothing(
     part: str,

@@ -84,7 +84,7 @@ def test_strata_of_copies_yield_their_slots_to_others() -> None:
     assert trained[(source == 1) & ~wrong].mean() == pytest.approx(0.7 / 0.75, abs=0.04)
 
 
-DIM, COLUMNS, STRATA = 4, 6, 2
+POOL_DIM, POOL_COLUMNS, STRATA = 4, 6, 2
 
 
 class Lane:
@@ -93,12 +93,12 @@ class Lane:
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
         self.model = LossModel(
-            columns=COLUMNS, dim=DIM, metric_dim=3, sketch_dim=16, warmup_losses=16
+            columns=POOL_COLUMNS, dim=POOL_DIM, metric_dim=3, sketch_dim=16, warmup_losses=16
         )
-        shape = {"columns": COLUMNS, "dim": DIM, "metric_dim": 3}
+        shape = {"columns": POOL_COLUMNS, "dim": POOL_DIM, "metric_dim": 3}
         self.pool = Pool(capacity=200, **shape)
         self.recent = RecentlyTrained(num_strata=STRATA, per_stratum=200, **shape)
-        self.yardsticks = Yardsticks(self.model, (), columns=COLUMNS, dim=DIM)
+        self.yardsticks = Yardsticks(self.model, (), columns=POOL_COLUMNS, dim=POOL_DIM)
         self.scorer = Scorer(
             make_policy(SlapConfig(), has_reference=False),
             self.model,
@@ -111,8 +111,8 @@ class Lane:
 
     def offer(self, count: int, spread: float) -> None:
         """Candidates around one direction; the closer, the less apart they are."""
-        x = np.ones((count, COLUMNS), np.float32)
-        x[:, 2:] = unit_rows(x[:, 2:] + spread * self.rng.normal(size=(count, DIM)))
+        x = np.ones((count, POOL_COLUMNS), np.float32)
+        x[:, 2:] = unit_rows(x[:, 2:] + spread * self.rng.normal(size=(count, POOL_DIM)))
         ids = np.arange(self.offered, self.offered + count)
         self.offered += count
         self.scorer.watch(ids, x, ids % STRATA)
@@ -129,8 +129,8 @@ class Lane:
 
     def learn(self) -> None:
         """A refresh."""
-        moments = Moments.zeros(columns=COLUMNS, sketch_dim=16)
-        x = self.rng.normal(size=(40, COLUMNS)).astype(np.float32)
+        moments = Moments.zeros(columns=POOL_COLUMNS, sketch_dim=16)
+        x = self.rng.normal(size=(40, POOL_COLUMNS)).astype(np.float32)
         x[:, 0] = 1.0
         sketches = self.rng.normal(size=(40, 16)).astype(np.float32)
         moments.add_sketched(x, self.rng.normal(size=40), sketches)
@@ -250,7 +250,7 @@ NEW = np.arange(1000, 1060)
 X, STRATUM, UNKNOWN = rows_of(NEW), NEW % 3, np.full(len(NEW), np.nan)
 
 
-def test_predictions_judge_where_nothing_was_measured() -> None:
+def test_predictions_count_where_nothing_was_measured() -> None:
     scores = yardsticks_of(model_of()).score(X, STRATUM, UNKNOWN)
     assert np.corrcoef(scores.loss, losses_of(X))[0, 1] > 0.9
     assert np.corrcoef(scores.rank, losses_of(X))[0, 1] > 0.7
@@ -283,7 +283,7 @@ def test_a_mismatch_is_a_probability_and_zero_where_the_store_does_not_tell() ->
     assert not untold.mismatch.any()
 
 
-def test_a_candidate_is_judged_alike_in_any_company() -> None:
+def test_a_candidate_is_scored_alike_in_any_company() -> None:
     yardsticks = yardsticks_of(model_of())
     whole = yardsticks.score(X, STRATUM, UNKNOWN)
     part = yardsticks.score(X[7:9], STRATUM[7:9], UNKNOWN[7:9])
@@ -313,7 +313,7 @@ def test_before_losses_are_predicted_the_mismatch_is_all_there_is() -> None:
     np.testing.assert_array_equal(scores.mismatch, fitted.score(X, STRATUM, UNKNOWN).mismatch)
 
 
-def test_an_appraiser_that_saw_nothing_judges_nobody() -> None:
+def test_yardsticks_that_saw_nothing_score_nobody() -> None:
     yardsticks = Yardsticks(model_of(), NAMES, columns=COLUMNS, dim=DIM)
     yardsticks.refresh()
     scores = yardsticks.score(X, STRATUM, UNKNOWN)
@@ -352,7 +352,7 @@ def test_candidates_without_a_copy_are_apart_by_the_distance_to_their_neighbours
 
 
 @pytest.mark.parametrize("names", [NAMES, ("a", "b", "c")])
-def test_an_appraiser_survives_a_checkpoint_and_its_window_is_bounded(
+def test_yardsticks_survive_a_checkpoint_and_its_window_is_bounded(
     names: tuple[str, ...],
 ) -> None:
     model = model_of()
