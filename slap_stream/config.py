@@ -27,7 +27,15 @@ OnBadShard = Literal["raise", "skip"]
 # Policies whose sources measure every candidate.
 _MEASURING = ("max_loss", "rho_loss", "greats", "divbs", "uds")
 _WEIGHTS = ("copy_weight", "mismatch_weight", "curvature", "diversity")
-_FLOATS = ("keep_min", "probe_fraction", "decay", "temperature", "rank_cap", *_WEIGHTS)
+_FLOATS = (
+    "keep_min",
+    "probe_fraction",
+    "decay",
+    "temperature",
+    "rank_cap",
+    "max_withdrawn",
+    *_WEIGHTS,
+)
 RANK_WEIGHT, RANK_WEIGHT_WITH_REFERENCE = 0.1, 2.0
 
 
@@ -68,7 +76,10 @@ class SlapConfig:
         diversity: Weight of the distance to the nearest neighbour, relative to the scores.
         shortlist: Candidates examined per slot when a batch is composed.
         recent_per_stratum: Samples of a stratum trained on last that distances look at.
-        on_bad_shard: Whether a shard that cannot be read raises, or is withdrawn and counted.
+        on_bad_shard: Whether a damaged shard raises, or is withdrawn and counted. A shard that
+            cannot be fetched raises in any case.
+        max_withdrawn: Fraction of the dataset's candidates, in [0, 1], that a process may withdraw
+            with their damaged shards; beyond it, the run stops.
     """
 
     keep: float | Literal["auto"] = 0.7
@@ -96,6 +107,7 @@ class SlapConfig:
     shortlist: int = 2
     recent_per_stratum: int = 256
     on_bad_shard: OnBadShard = "raise"
+    max_withdrawn: float = 0.01
 
     def __post_init__(self) -> None:
         given = () if self.rank_weight is None else ("rank_weight",)
@@ -158,6 +170,11 @@ class SlapConfig:
         for name in ("keep_min", "decay", "rank_cap"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} must be in (0, 1], got {getattr(self, name)!r}.")
+        if not 0.0 <= self.max_withdrawn <= 1.0:
+            raise ConfigError(
+                f"max_withdrawn must be in [0, 1], got {self.max_withdrawn!r}; it is the fraction "
+                "of candidates that a run may lose to damaged shards."
+            )
         if not self.temperature > 0.0:
             raise ConfigError(
                 f"temperature must be positive, got {self.temperature!r}; a small one, such as "

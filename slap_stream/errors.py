@@ -28,7 +28,11 @@ class StateError(SlapStreamError, ValueError):
 
 
 class ShardError(SlapStreamError, RuntimeError):
-    """A shard could not be fetched, or what was fetched is not what its index promised."""
+    """A shard could not be fetched or read, which says nothing about what is in it."""
+
+
+class DamagedShardError(ShardError):
+    """A shard is not what its index promised: its size, its hash, its header or its packing."""
 
 
 class HeadError(SlapStreamError, TypeError):

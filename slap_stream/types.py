@@ -86,10 +86,11 @@ class ShardGate(Protocol):
         """Wait until these shards are on disk and verified.
 
         Returns:
-            (num_bad,) ids of shards to withdraw; empty unless bad shards are to be skipped.
+            (num_bad,) ids of damaged shards to withdraw; empty unless they are to be skipped.
 
         Raises:
-            ShardError: If a shard is bad and bad shards are not to be skipped.
+            ShardError: If a shard cannot be fetched, or is damaged and not to be skipped, or if
+                more candidates would be withdrawn than a run may lose.
         """
         ...
 

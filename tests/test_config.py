@@ -48,6 +48,7 @@ WEIGHTS = ["rank_weight", "copy_weight", "mismatch_weight", "curvature", "divers
         ("decay", 0.0, r"decay must be in \(0, 1\], got 0\.0"),
         ("seed", 2**63, r"seed must be below 2\*\*63, got 9223372036854775808"),
         ("rank_cap", 1.1, r"rank_cap must be in \(0, 1\], got 1\.1"),
+        ("max_withdrawn", 1.1, r"max_withdrawn must be in \[0, 1\], got 1\.1; it is the fraction"),
         ("temperature", 0.0, r"temperature must be positive, got 0\.0; a small one"),
     ],
 )

@@ -117,7 +117,11 @@ class SlapDataLoader(DataLoader[Any]):
         )
         ranks_on_node = self._ranks.on_node(processes_per_node(dataset))
         self._fetcher = ShardFetcher(
-            dataset, on_bad_shard=config.on_bad_shard, ranks_on_node=ranks_on_node
+            dataset,
+            shards.counts,
+            on_bad_shard=config.on_bad_shard,
+            max_withdrawn=config.max_withdrawn,
+            ranks_on_node=ranks_on_node,
         )
         self._sampler = SlapSampler(
             shards.sizes,

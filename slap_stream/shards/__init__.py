@@ -7,13 +7,13 @@ view.py      `ShardView`: a dataset as samples by id, for torch's DataLoader
 read.py      samples by id, a shard at a time, through memory maps that stay open
 decode.py    samples from their bytes
 settings.py  what a dataset's settings ask for, or a refusal by name
-fetch.py     `ShardFetcher`: shards ahead of the sampler, in threads
+fetch.py     `ShardFetcher`: shards ahead of the sampler, in threads; withdraws damaged ones
 cache.py     one shard on local disk: fetched, verified, thrown away
 index.py     index.json: read, written, merged
 writer.py    samples to shards
 reader.py    raw samples of a local corpus, in order
 opening.py   datasets of several jobs on one machine, made one after the other
-library.py   all that we use of mosaicml-streaming; its only importer
+library.py   all that we use of mosaicml-streaming, its private names included; its only importer
 """
 
 from __future__ import annotations

@@ -1,60 +1,97 @@
 """Shards on local disk: fetched, verified, thrown away, under streaming's own cross-process state.
 
-Streaming keeps one state per shard in shared memory, guarded by a file lock, so that ranks and
-workers of a node share downloads. Its own `prepare_shard` leaves a shard in state "preparing" for
-ever when a download fails, and everybody else then waits for ever; here every way out of a
-download puts the state right.
+Streaming's own `prepare_shard` leaves a shard in state "preparing" for ever when a download fails,
+and everybody else then waits for ever; here every way out of a download puts the state right.
+
+A shard is damaged if it fails its verification, and only then: who withdraws damaged shards must
+not lose one to an expired credential, a full disk or a bug. So what is damaged is said where the
+bytes are compared (`DamagedShardError`), never inferred from what a download raised.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import struct
+import os
 import threading
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep, time_ns
 from typing import Any
 
 import numpy as np
 import xxhash
-from filelock import FileLock
 
-from slap_stream.errors import ShardError
+from slap_stream.errors import DamagedShardError, ShardError
+from slap_stream.shards.decode import sample_bounds
+from slap_stream.shards.library import (
+    LOCAL,
+    PREPARING,
+    REMOTE,
+    UNPACK_ERRORS,
+    MDSReader,
+    access_times,
+    cache_lock,
+    decompress,
+    evict_coldest,
+    own_stream,
+    shard_states,
+)
 
-# Values of streaming's shard states; a test compares them with the installed version.
-REMOTE, PREPARING, LOCAL = 1, 2, 3
 # Time of access of a shard that is to stay: later than any, and not streaming's "never", which it
 # writes when it evicts a shard.
 PINNED = (1 << 64) - 2
 
-ATTEMPTS = 3
-BACKOFF_SECONDS = 0.1
+DEADLINE_SECONDS = 600.0
+# With the backoff, which doubles, a quarter of a minute; streaming tries each download twice, too.
+ATTEMPTS = 6
+BACKOFF_SECONDS = 0.5
+# A rotten copy, then the remote's twice: a download may be cut short, too.
+DAMAGED_ATTEMPTS = 3
 POLL_SECONDS = 0.01
+
+# Trying again does not mend a program. (Downloaders raise whatever their clients raise, which no
+# list of what may be tried again would cover.)
+BUGS = (
+    TypeError,
+    AttributeError,
+    NameError,
+    LookupError,
+    AssertionError,
+    ArithmeticError,
+    NotImplementedError,
+    ImportError,
+    MemoryError,
+)
 
 
 class ShardCache:
     """Puts shards of a `StreamingDataset` on local disk and checks them.
 
-    Holds no state of its own beyond copies of the streams, one set per thread: download clients
-    are not made for several threads, and a failing one throws away its connection.
+    Holds no state of its own beyond copies of the streams, one set per thread, and a count.
 
     Args:
         dataset: The dataset; only its streams, shards and shared state are used.
+        deadline_seconds: Time after which nothing new is tried to fetch a shard.
+
+    Attributes:
+        retries: How often fetching or verifying a shard was tried again.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, deadline_seconds: float = DEADLINE_SECONDS) -> None:
         self._dataset = dataset
+        self._deadline_seconds = deadline_seconds
         self._per_thread = threading.local()
+        self._counting = threading.Lock()
+        self.retries = 0
 
     def directory(self, shard_id: int) -> Path:
         """Local directory that a shard's file names are relative to."""
-        stream = self._dataset.streams[int(self._dataset.stream_per_shard[shard_id])]
+        stream = self._stock_stream(shard_id)
         return Path(stream.local, stream.split)
 
     def present(self, shard_id: int) -> bool:
         """Whether the shard is there to be read; says nothing about what is in it."""
-        if self._dataset._shard_states[shard_id] != LOCAL:
+        if shard_states(self._dataset)[shard_id] != LOCAL:
             return False
         directory = self.directory(shard_id)
         pairs = self._dataset.shards[shard_id].file_pairs
@@ -62,13 +99,13 @@ class ShardCache:
 
     def touch(self, shard_id: int) -> None:
         """Mark the shard as used now: `cache_limit` evicts what was used longest ago."""
-        times = self._dataset._shard_access_times
+        times = access_times(self._dataset)
         if times[shard_id] != PINNED:
             times[shard_id] = time_ns()
 
     def pin(self, shard_ids: list[int], released: list[int]) -> None:
         """Have these shards evicted last, in all processes of the node, and others as usual."""
-        times = self._dataset._shard_access_times.numpy()
+        times = access_times(self._dataset)
         times[released] = time_ns()
         times[shard_ids] = PINNED
 
@@ -89,45 +126,60 @@ class ShardCache:
         """Bytes that a shard may take while it is unpacked."""
         return int(self._dataset.shards[shard_id].get_max_size())
 
-    def ensure(self, shard_id: int, deadline: float) -> int:
+    def ensure(self, shard_id: int) -> int:
         """Bring a shard to local disk and verify it, in this thread.
 
-        A bad shard is thrown away and fetched again, if there is somewhere to fetch it from;
+        A damaged shard is thrown away and fetched again, if there is somewhere to fetch it from;
         files of a stream without a separate remote are never deleted, except raw files whose
-        compressed form is there to be unpacked again.
+        compressed form is there to be unpacked again. Anything else that fails is tried again for a
+        while. A bug, ours or streaming's, is raised as it is.
 
         Args:
             shard_id: Which shard.
-            deadline: `time.monotonic()` after which nothing new is tried.
 
         Returns:
             Bytes that were added to the local disk.
 
         Raises:
-            ShardError: If it cannot be fetched, or stays bad.
+            DamagedShardError: If it is not what its index says, also after it was fetched again.
+            ShardError: If it cannot be fetched or read.
         """
-        added = 0
-        for attempt in range(1, ATTEMPTS + 1):
+        deadline = monotonic() + self._deadline_seconds
+        added = failures = damages = 0
+        while True:
             try:
                 added += self._prepare(shard_id, deadline)
                 self._verify(shard_id)
                 return added
-            except Exception as error:  # downloaders raise whatever their client raises
-                last = attempt == ATTEMPTS or monotonic() >= deadline
-                if not self._discard(shard_id) or last:
+            except DamagedShardError as error:
+                damages += 1
+                if not self._discard(shard_id) or damages == DAMAGED_ATTEMPTS:
+                    raise DamagedShardError(
+                        f"shard {shard_id} must be what its index says, got "
+                        f"{self._name(shard_id)!r}, of which attempt {damages} said: {error}; "
+                        "restore it, or withdraw what is damaged with on_bad_shard='skip'."
+                    ) from error
+            except (ShardError, *BUGS):
+                raise
+            except Exception as error:
+                failures += 1
+                if failures == ATTEMPTS or monotonic() >= deadline:
                     raise ShardError(
                         f"shard {shard_id} must be readable, got {self._name(shard_id)!r}, of "
-                        f"which attempt {attempt} said: {error}; {self._cure(shard_id)}"
+                        f"which attempt {failures} said: {type(error).__name__}: {error}; check "
+                        "remote, credentials and disk, and go on from the last state."
                     ) from error
-                sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
-        raise AssertionError("unreachable: the last attempt returns or raises")
+                pause = BACKOFF_SECONDS * 2 ** (failures - 1)
+                sleep(max(0.0, min(pause, deadline - monotonic())))
+            with self._counting:
+                self.retries += 1
 
     def _prepare(self, shard_id: int, deadline: float) -> int:
         """Download and unpack, or wait for whoever is doing so; the bytes this added."""
-        dataset, states = self._dataset, self._dataset._shard_states
+        dataset, states = self._dataset, shard_states(self._dataset)
         shard = dataset.shards[shard_id]
         while True:
-            with self._lock():
+            with cache_lock(dataset):
                 before = int(states[shard_id])
                 if before != PREPARING:
                     if self.present(shard_id):
@@ -135,14 +187,19 @@ class ShardCache:
                         return 0
                     if not self._refetchable(shard_id) and not self._zipped(shard_id):
                         # Stock code would try to download it, several times, from nowhere.
-                        raise FileNotFoundError("its file is missing")
+                        raise ShardError(
+                            f"shard {shard_id} must be on local disk, got no "
+                            f"{self._name(shard_id)!r}; its stream has no remote to fetch it from: "
+                            "restore it."
+                        )
                     if self._make_room(shard_id):
                         states[shard_id] = PREPARING
                         break
             if monotonic() >= deadline:
-                raise TimeoutError(
-                    "another process has been fetching it past the deadline, or was killed while "
-                    "it did"
+                raise ShardError(
+                    f"shard {shard_id} must arrive within {self._deadline_seconds:g} seconds, got "
+                    "another process that is still fetching it, or was killed while it did; end "
+                    "all processes of the node and start them again."
                 )
             sleep(POLL_SECONDS)
         usage = self._bytes_present(shard_id)
@@ -151,9 +208,9 @@ class ShardCache:
             self._stream(shard_id).prepare_shard(shard)
             arrived = True
         finally:
-            with self._lock():
+            with cache_lock(dataset):
                 if not arrived and self._refetchable(shard_id):
-                    # Stock downloads validate a raw file after it has its final name.
+                    # Some downloaders write to a file's final name.
                     shard.evict()
                     before = REMOTE
                 added = self._bytes_present(shard_id) - usage
@@ -173,11 +230,11 @@ class ShardCache:
         """
         dataset = self._dataset
         needed = self._reservation(shard_id)
-        states = dataset._shard_states.numpy()
+        states = shard_states(dataset)
         while needed and dataset.cache_limit < dataset.cache_usage + needed:
             if not np.any(states == LOCAL) and np.any(states == PREPARING):
                 return False
-            dataset._evict_coldest_shard()
+            evict_coldest(dataset)
         dataset.cache_usage += needed
         return True
 
@@ -193,14 +250,14 @@ class ShardCache:
 
     def _discard(self, shard_id: int) -> bool:
         """Delete what can be had again; whether there is anything to try again with."""
-        shard = self._dataset.shards[shard_id]
-        with self._lock():
-            if self._dataset._shard_states[shard_id] == PREPARING:
+        shard, states = self._dataset.shards[shard_id], shard_states(self._dataset)
+        with cache_lock(self._dataset):
+            if states[shard_id] == PREPARING:
                 return True
             usage = self._bytes_present(shard_id)
             if self._refetchable(shard_id):
                 shard.evict()
-                self._dataset._shard_states[shard_id] = REMOTE
+                states[shard_id] = REMOTE
             elif self._zipped(shard_id):
                 for raw, _ in shard.file_pairs:
                     (self.directory(shard_id) / raw.basename).unlink(missing_ok=True)
@@ -213,34 +270,22 @@ class ShardCache:
         """Compare a shard's files with what the index promises.
 
         Raises:
-            ValueError: If a file is missing, has another size or hash, or does not hold the
-                samples it should.
+            DamagedShardError: If a file has another size or hash, or does not hold the samples it
+                should.
         """
         shard = self._dataset.shards[shard_id]
-        directory = self.directory(shard_id)
-        validate_hash = self._stream(shard_id).validate_hash
+        validate_hash = self._stock_stream(shard_id).validate_hash
         for raw, _ in shard.file_pairs:
-            path = directory / raw.basename
-            if not path.is_file():
-                raise ValueError(f"{raw.basename} is missing")
-            size = path.stat().st_size
-            if size != raw.bytes:
-                raise ValueError(f"{raw.basename} has {size} bytes, its index says {raw.bytes}")
-            if is_mds(shard):
-                check_header(path, shard.samples, size)
+            path = self.directory(shard_id) / raw.basename
+            check_size(path, raw.bytes)
+            if isinstance(shard, MDSReader):
+                header = np.fromfile(path, np.uint32, shard.samples + 2)
+                sample_bounds(header, shard.samples, raw.bytes, path.name)
             if raw.hashes:
-                algorithm = validate_hash or _cheapest(raw.hashes)
-                if algorithm not in raw.hashes:
-                    raise ValueError(f"its index has no {algorithm}, only {sorted(raw.hashes)}")
-                found = hash_of(path, algorithm)
-                if found != raw.hashes[algorithm]:
-                    raise ValueError(
-                        f"{raw.basename} has {algorithm} {found}, its index says "
-                        f"{raw.hashes[algorithm]}"
-                    )
+                check_hash(path, validate_hash or _cheapest(raw.hashes), raw.hashes)
 
     def _refetchable(self, shard_id: int) -> bool:
-        stream = self._dataset.streams[int(self._dataset.stream_per_shard[shard_id])]
+        stream = self._stock_stream(shard_id)
         return stream.remote not in (None, stream.local)
 
     def _bytes_present(self, shard_id: int) -> int:
@@ -253,49 +298,53 @@ class ShardCache:
             if file is not None and (directory / file.basename).is_file()
         )
 
+    def _stock_stream(self, shard_id: int) -> Any:
+        return self._dataset.streams[int(self._dataset.stream_per_shard[shard_id])]
+
     def _stream(self, shard_id: int) -> Any:
         """This thread's copy of the shard's stream."""
         streams = self._per_thread.__dict__.setdefault("streams", {})
         stream_id = int(self._dataset.stream_per_shard[shard_id])
         if stream_id not in streams:
-            stream = copy.copy(self._dataset.streams[stream_id])
-            stream._downloader = copy.copy(stream._downloader)
-            streams[stream_id] = stream
+            stream = self._dataset.streams[stream_id]
+            streams[stream_id] = own_stream(stream, partial(unpack, stream))
         return streams[stream_id]
-
-    def _lock(self) -> FileLock:
-        # A lock object per use: they are not shared between threads, and cannot be pickled.
-        return FileLock(self._dataset._cache_filelock_path)
 
     def _name(self, shard_id: int) -> str:
         raw = self._dataset.shards[shard_id].file_pairs[-1][0]
         return str(self.directory(shard_id) / raw.basename)
 
-    def _cure(self, shard_id: int) -> str:
-        if self._refetchable(shard_id):
-            return "check the remote."
-        return "its stream has no remote to fetch it from: restore it."
+
+def unpack(stream: Any, zipped: Any, zip_path: str, raw_path: str, compression: str) -> None:
+    """Stands in for streaming's own, which raises alike for a damaged file and a full disk."""
+    check_size(Path(zip_path), zipped.bytes)
+    if stream.validate_hash:
+        check_hash(Path(zip_path), stream.validate_hash, zipped.hashes)
+    data = Path(zip_path).read_bytes()
+    try:
+        data = decompress(compression, data)
+    except UNPACK_ERRORS as error:
+        raise DamagedShardError(f"{zipped.basename} cannot be unpacked: {error}") from error
+    Path(f"{raw_path}.tmp").write_bytes(data)
+    os.replace(f"{raw_path}.tmp", raw_path)
+    if not stream.safe_keep_zip:
+        os.remove(zip_path)
 
 
-def is_mds(shard: Any) -> bool:
-    """Whether a streaming reader reads MDS, the format with one file and a header per shard."""
-    return hasattr(shard, "column_encodings")
+def check_size(path: Path, size: int) -> None:
+    """Raise `DamagedShardError` unless a file has the size that its index says."""
+    found = path.stat().st_size
+    if found != size:
+        raise DamagedShardError(f"{path.name} has {found} bytes, its index says {size}")
 
 
-def check_header(path: Path, samples: int, size: int) -> None:
-    """Check that an MDS file says it has as many samples as it should, and ends where they do.
-
-    Raises:
-        ValueError: If not.
-    """
-    with path.open("rb") as file:
-        (count,) = struct.unpack("<I", file.read(4))
-        if count != samples:
-            raise ValueError(f"{path.name} holds {count} samples, its index says {samples}")
-        file.seek(4 + 4 * samples)
-        (end,) = struct.unpack("<I", file.read(4))
-    if end != size:
-        raise ValueError(f"{path.name} should end after {end} bytes, but has {size}")
+def check_hash(path: Path, algorithm: str, hashes: dict[str, str]) -> None:
+    """Raise `DamagedShardError` unless a file has the hash that its index says."""
+    found = hash_of(path, algorithm)
+    if found != hashes[algorithm]:
+        raise DamagedShardError(
+            f"{path.name} has {algorithm} {found}, its index says {hashes[algorithm]}"
+        )
 
 
 def hash_of(path: Path, algorithm: str) -> str:

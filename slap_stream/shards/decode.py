@@ -11,7 +11,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slap_stream.errors import DamagedShardError
+
 Decode = Callable[[bytes], Any]
+
+
+def sample_bounds(
+    header: NDArray[np.uint32], samples: int, size: int, name: str
+) -> NDArray[np.uint32]:
+    """Where each sample of an MDS file begins and the last ends.
+
+    Args:
+        header: The file's first numbers: how many samples, then the bounds; of a short file, fewer.
+        samples: How many samples its index says.
+        size: Bytes of the file.
+        name: What the file is called in an error.
+
+    Returns:
+        (samples + 1,) bytes from the start of the file, ascending; a view.
+
+    Raises:
+        DamagedShardError: If the header does not fit.
+    """
+    if len(header) and header[0] != samples:
+        raise DamagedShardError(f"{name} holds {header[0]} samples, its index says {samples}")
+    bounds = header[1:]
+    if len(bounds) != samples + 1 or np.any(bounds[:-1] > bounds[1:]):
+        raise DamagedShardError(f"{name} must say where its {samples} samples begin and end")
+    if bounds[-1] != size:
+        raise DamagedShardError(f"{name} should end after {bounds[-1]} bytes, but has {size}")
+    return bounds
 
 
 class SampleDecoder:
@@ -51,7 +80,6 @@ class SampleDecoder:
 
 def _decode_of(codec: Any) -> Decode:
     """The codec's own function, or a quicker one that does the same."""
-    # By name: only `shards` imports streaming.
     name = type(codec).__name__
     if name == "NDArray" and codec.dtype:
         return partial(_fixed_shape, codec) if codec.shape else partial(_vector, codec)

@@ -1,4 +1,4 @@
-"""Fetches and verifies shards ahead of the sampler, in threads, and withdraws the bad ones."""
+"""Fetches and verifies shards ahead of the sampler, in threads; withdraws the damaged ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import weakref
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from slap_stream.config import OnBadShard
-from slap_stream.errors import ConfigError, ShardError
-from slap_stream.shards.cache import ShardCache
+from slap_stream.errors import DamagedShardError, ShardError
+from slap_stream.shards.cache import DEADLINE_SECONDS, ShardCache
 from slap_stream.types import IntArray
 
 logger = logging.getLogger(__name__)
@@ -44,41 +44,42 @@ class ShardFetcher:
     which shards are verified, which are withdrawn, and what is being fetched; nothing of it is
     saved, since a resumed run verifies again. To be called from one thread.
 
+    Only a shard that failed its verification is ever withdrawn. One that cannot be fetched (no
+    network, no credentials, no file of that name, no room) is tried again for a while, then raised:
+    that says nothing about the shard, and may be so of all of them.
+
     Args:
         dataset: The `StreamingDataset`.
-        on_bad_shard: `raise` stops at a shard that stays bad; `skip` withdraws it, logged.
-        deadline_seconds: Time after which a shard that has not arrived raises, also with `skip`: a
-            remote that does not answer says nothing about the shard.
+        counts: (num_shards,) candidates that an epoch offers from each; None: every sample once.
+        on_bad_shard: `raise` stops at a damaged shard; `skip` withdraws it, logged.
+        max_withdrawn: Fraction of the dataset's candidates, in [0, 1], beyond which so many are in
+            damaged shards that this process has met that it stops.
+        deadline_seconds: Time after which a shard that has not arrived raises.
         num_threads: Shards fetched at the same time.
         ranks_on_node: Ranks that share the node's `cache_limit`.
-
-    Raises:
-        ConfigError: If an argument is out of range.
     """
 
     def __init__(
         self,
         dataset: Any,
+        counts: IntArray | None = None,
         *,
         on_bad_shard: OnBadShard = "raise",
-        deadline_seconds: float = 600.0,
+        max_withdrawn: float = 0.01,
+        deadline_seconds: float = DEADLINE_SECONDS,
         num_threads: int = 4,
         ranks_on_node: int = 1,
     ) -> None:
-        if on_bad_shard not in ("raise", "skip"):
-            raise ConfigError(f"on_bad_shard must be one of raise, skip, got {on_bad_shard!r}.")
-        if not deadline_seconds > 0:
-            raise ConfigError(f"deadline_seconds must be positive, got {deadline_seconds!r}.")
-        if num_threads < 1:
-            raise ConfigError(f"num_threads must be at least 1, got {num_threads!r}.")
         self.on_bad_shard = on_bad_shard
+        self.max_withdrawn = max_withdrawn
         self.deadline_seconds = deadline_seconds
-        self._cache = ShardCache(dataset)
+        self._counts = np.asarray(dataset.samples_per_shard if counts is None else counts, np.int64)
+        self._cache = ShardCache(dataset, deadline_seconds)
         self._jobs: dict[int, _Job] = {}
         self._verified: set[int] = set()
         self._held: set[int] = set()
         self._room_bytes = self._cache.room_bytes(ranks_on_node)
-        self._bad: set[int] = set()
+        self._withdrawn: set[int] = set()
         self._fetched = 0
         self._bytes_fetched = 0
         self._wait_seconds = 0.0
@@ -89,7 +90,7 @@ class ShardFetcher:
         self._threads = [
             threading.Thread(
                 target=_work,
-                args=(self._queue, self._cache, deadline_seconds),
+                args=(self._queue, self._cache),
                 name=f"slap-fetch-{index}",
                 daemon=True,
             )
@@ -156,7 +157,9 @@ class ShardFetcher:
             (num_bad,) those of them to withdraw, ascending; empty unless `on_bad_shard` is `skip`.
 
         Raises:
-            ShardError: If a shard is bad and to be raised, or has not arrived by the deadline.
+            DamagedShardError: If a shard is damaged and to be raised.
+            ShardError: If a shard cannot be fetched or has not arrived by the deadline, or if too
+                many candidates are withdrawn.
         """
         started = monotonic()
         wanted = [int(shard_id) for shard_id in shard_ids]
@@ -164,16 +167,27 @@ class ShardFetcher:
         for job in waiting:
             self._settle(job, started)
         self._wait_seconds += monotonic() - started
-        return np.array(sorted(self._bad.intersection(wanted)), np.int64)
+        # Also when nothing has just been withdrawn: who goes on after the error meets it again.
+        lost, total = self._withdrawn_candidates(), int(self._counts.sum())
+        if lost > self.max_withdrawn * total:
+            raise ShardError(
+                f"withdrawn candidates must be at most max_withdrawn = {self.max_withdrawn:g} of "
+                f"the dataset's, got {lost} of {total} in {len(self._withdrawn)} damaged shards, "
+                f"first {sorted(self._withdrawn)[:5]}; restore these shards, or go on from the "
+                "last state with a larger max_withdrawn."
+            )
+        return np.array(sorted(self._withdrawn.intersection(wanted)), np.int64)
 
     def metrics(self) -> dict[str, float]:
         """Counts since the start; seconds are those that `require` made its caller wait."""
         return {
             "shards_verified": float(len(self._verified)),
             "shards_fetched": float(self._fetched),
-            "shards_bad": float(len(self._bad)),
+            "shards_withdrawn": float(len(self._withdrawn)),
+            "shard_retries": float(self._cache.retries),
             "shard_bytes_fetched": float(self._bytes_fetched),
             "shard_wait_seconds": self._wait_seconds,
+            "withdrawn_fraction": self._withdrawn_candidates() / max(1, int(self._counts.sum())),
         }
 
     def close(self) -> None:
@@ -187,11 +201,10 @@ class ShardFetcher:
         """Queue a shard unless it is at hand or withdrawn; the job to wait for, if any."""
         if not self._finalizer.alive:
             raise ShardError("fetcher must be open, got a closed one; make another.")
-        if shard_id in self._bad:
+        if shard_id in self._withdrawn:
             return None
-        # Presence is looked up every time, since `cache_limit` may have evicted the shard.
         job = self._jobs.get(shard_id)
-        if job is not None and _arrived(job) and not self._cache.present(shard_id):
+        if job is not None and job.future.done() and self._outdated(job, priority):
             job = None
         if job is None:
             if shard_id in self._verified and self._cache.present(shard_id):
@@ -203,40 +216,48 @@ class ShardFetcher:
         self._queue.put((priority, next(self._ticket), job))
         return job
 
+    def _outdated(self, job: _Job, priority: int) -> bool:
+        """Whether how a job ended says nothing about now."""
+        error = job.future.exception()
+        if error is None:
+            # `cache_limit` may have evicted the shard.
+            return not self._cache.present(job.shard_id)
+        # What kept a hinted shard away may be over by the time it is required.
+        return priority == _REQUIRED and not isinstance(error, DamagedShardError)
+
     def _settle(self, job: _Job, started: float) -> None:
         """Wait for a job and note how it ended."""
-        left = self.deadline_seconds - (monotonic() - started)
-        try:
-            added = job.future.result(timeout=max(0.0, left))
-        except TimeoutError as error:
+        shard_id = job.shard_id
+        if not wait([job.future], max(0.0, self.deadline_seconds - (monotonic() - started))).done:
             raise ShardError(
-                f"shard {job.shard_id} must arrive within {self.deadline_seconds:g} seconds, got "
-                "no answer; check the remote and the network, or raise deadline_seconds."
-            ) from error
-        except ShardError as error:
-            # Forgotten, so that a caller who mends the shard can require it again.
-            del self._jobs[job.shard_id]
-            self._verified.discard(job.shard_id)
-            if isinstance(error.__cause__, TimeoutError):
-                raise
+                f"shard {shard_id} must arrive within {self.deadline_seconds:g} seconds, got no "
+                "answer; check the remote and the network, and go on from the last state."
+            )
+        # Forgotten however it ended, so that who mends the shard can require it again.
+        self._jobs.pop(shard_id, None)
+        self._verified.discard(shard_id)
+        try:
+            added = job.future.result()
+        except DamagedShardError as error:
             if self.on_bad_shard == "raise":
-                raise ShardError(
-                    f"{str(error).rstrip('.')}, or withdraw it with on_bad_shard='skip'."
-                ) from error.__cause__
-            logger.warning("a bad shard's candidates are withdrawn: %s", error)
-            self._bad.add(job.shard_id)
+                raise
+            logger.warning(
+                "shard %d is damaged, its %d candidates are withdrawn: %s",
+                shard_id,
+                self._counts[shard_id],
+                error.__cause__,
+            )
+            self._withdrawn.add(shard_id)
             return
-        self._jobs.pop(job.shard_id, None)
-        self._verified.add(job.shard_id)
+        self._verified.add(shard_id)
         self._fetched += added > 0
         self._bytes_fetched += added
 
+    def _withdrawn_candidates(self) -> int:
+        return int(self._counts[list(self._withdrawn)].sum())
 
-def _arrived(job: _Job) -> bool:
-    return job.future.done() and job.future.exception() is None
 
-
-def _work(jobs: _Queue, cache: ShardCache, deadline_seconds: float) -> None:
+def _work(jobs: _Queue, cache: ShardCache) -> None:
     while True:
         _, _, job = jobs.get()
         if job is None:
@@ -244,7 +265,7 @@ def _work(jobs: _Queue, cache: ShardCache, deadline_seconds: float) -> None:
         if not job.claim.acquire(blocking=False):
             continue
         try:
-            job.future.set_result(cache.ensure(job.shard_id, monotonic() + deadline_seconds))
+            job.future.set_result(cache.ensure(job.shard_id))
         except BaseException as error:
             job.future.set_exception(error)
 

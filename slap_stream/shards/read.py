@@ -7,17 +7,18 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from time import monotonic
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slap_stream.errors import ShardError
+from slap_stream.errors import DamagedShardError, ShardError
 from slap_stream.shards.cache import ShardCache
-from slap_stream.shards.decode import SampleDecoder
+from slap_stream.shards.decode import SampleDecoder, sample_bounds
 from slap_stream.types import IntArray
 
+# Files kept open in a process.
+MAX_OPEN = 64
 REOPENS = 3
 
 _Map = tuple[mmap.mmap, NDArray[np.uint32]]
@@ -35,18 +36,12 @@ class OpenShards:
 
     Args:
         shards: (num_shards,) streaming's readers.
-        cache: Fetches a shard that is not there, or not whole.
-        max_open: Files kept open.
-        deadline_seconds: Time that a missing shard may take to arrive.
+        cache: Fetches a shard that is not there, or not whole, and is told which are in use.
     """
 
-    def __init__(
-        self, shards: list[Any], cache: ShardCache, *, max_open: int, deadline_seconds: float
-    ) -> None:
+    def __init__(self, shards: list[Any], cache: ShardCache) -> None:
         self._shards = shards
         self._cache = cache
-        self._max_open = max_open
-        self._deadline_seconds = deadline_seconds
         # Each with the (samples + 1,) bounds of its samples, as the file has them.
         self._maps: OrderedDict[int, _Map] = OrderedDict()
 
@@ -61,7 +56,8 @@ class OpenShards:
             (n,) bytes, in the order asked.
 
         Raises:
-            ShardError: If the shard cannot be fetched, or its file changes under the map.
+            DamagedShardError: If it is not what its index says, or its file changes under the map.
+            ShardError: If it cannot be fetched.
         """
         found = self._maps.get(shard_id)
         if found is None:
@@ -71,10 +67,11 @@ class OpenShards:
         data, bounds = found
         if data.size() != len(data):
             del self._maps[shard_id]
-            raise ShardError(
+            raise DamagedShardError(
                 f"shard {shard_id} must keep its size while it is read, got {data.size()} bytes "
                 f"instead of {len(data)}; something else wrote to it."
             )
+        self._cache.touch(shard_id)
         begin, end = bounds[rows].tolist(), bounds[rows + 1].tolist()
         return [data[low:high] for low, high in zip(begin, end, strict=True)]
 
@@ -84,17 +81,20 @@ class OpenShards:
             if data is not None:
                 break
             # More than once, since `cache_limit` may evict the shard before it is opened.
-            self._cache.ensure(shard_id, monotonic() + self._deadline_seconds)
+            self._cache.ensure(shard_id)
             data = self._map_whole(shard_id)
         if data is None:
             raise ShardError(
                 f"shard {shard_id} must stay on local disk until it is opened, got it evicted "
                 f"{REOPENS} times; raise cache_limit."
             )
-        if len(self._maps) >= self._max_open:
+        if len(self._maps) >= MAX_OPEN:
             self._maps.popitem(last=False)
-        found = self._maps[shard_id] = data, self._bounds(shard_id, data)
-        return found
+        samples = self._shards[shard_id].samples
+        header = np.frombuffer(data, np.uint32, min(samples + 2, len(data) // 4))
+        bounds = sample_bounds(header, samples, len(data), f"shard {shard_id}")
+        self._maps[shard_id] = data, bounds
+        return data, bounds
 
     def _map_whole(self, shard_id: int) -> mmap.mmap | None:
         """The shard's file, or None if it is missing or not of its full size."""
@@ -107,18 +107,6 @@ class OpenShards:
         except FileNotFoundError:
             return None
 
-    def _bounds(self, shard_id: int, data: mmap.mmap) -> NDArray[np.uint32]:
-        samples = self._shards[shard_id].samples
-        # The header: number of samples, then where each begins and the last ends.
-        if len(data) >= 4 * (samples + 2):
-            bounds = np.frombuffer(data, np.uint32, samples + 1, 4)
-            if bounds[-1] == len(data) and np.all(bounds[:-1] <= bounds[1:]):
-                return bounds
-        raise ShardError(
-            f"shard {shard_id} must hold {samples} samples as its index says, got a file whose "
-            "header says otherwise; fetch it or write the corpus again."
-        )
-
 
 class SampleGroups:
     """Reads samples of many shards, each shard's together.
@@ -127,7 +115,6 @@ class SampleGroups:
         sizes: (num_shards,) samples in each shard.
         decoders: (num_shards,) of each shard, None where the shard has a reader of its own.
         files: The shards' files.
-        cache: Is told which shards are in use.
         read_one: Reads a sample, by id, of a shard without decoder.
     """
 
@@ -136,12 +123,11 @@ class SampleGroups:
         sizes: IntArray,
         decoders: Sequence[SampleDecoder | None],
         files: OpenShards,
-        cache: ShardCache,
         read_one: Callable[[int], Any],
     ) -> None:
         self._ends = np.cumsum(sizes)
         self._begins = self._ends - sizes
-        self._decoders, self._files, self._cache = decoders, files, cache
+        self._decoders, self._files = decoders, files
         self._read_one = read_one
 
     def read(self, ids: IntArray) -> list[Any]:
@@ -167,7 +153,6 @@ class SampleGroups:
             else:
                 rows = ids[low:high] - self._begins[shard_id]
                 found += decoder(self._files.read(shard_id, rows))
-                self._cache.touch(shard_id)
         samples: list[Any] = [None] * len(found)
         for position, sample in zip(order.tolist(), found, strict=True):
             samples[position] = sample

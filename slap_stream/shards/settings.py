@@ -12,6 +12,7 @@ import numpy as np
 from slap_stream.core.files import file_digest
 from slap_stream.errors import ConfigError
 from slap_stream.shards.index import INDEX_NAME, apportion_counts
+from slap_stream.shards.library import has_stock_state, launched_world
 from slap_stream.types import IntArray
 
 logger = logging.getLogger(__name__)
@@ -96,12 +97,12 @@ def index_digests(dataset: Any) -> list[str]:
 
 def launched_ranks(dataset: Any) -> int:
     """Processes of the job, as the launcher told the dataset (`WORLD_SIZE`)."""
-    return int(dataset._unique_rank_world.num_ranks)
+    return int(launched_world(dataset).num_ranks)
 
 
 def processes_per_node(dataset: Any) -> int:
     """Processes of the job on each node, as the launcher told the dataset (`LOCAL_WORLD_SIZE`)."""
-    return int(dataset._unique_rank_world.ranks_per_node)
+    return int(launched_world(dataset).ranks_per_node)
 
 
 def min_cache_bytes(dataset: Any, num_shards: int, ranks_on_node: int = 1) -> int:
@@ -124,7 +125,7 @@ def _refuse(dataset: Any) -> None:
             f"batching_method must be 'random', got {dataset.batching_method!r}; strata decide "
             "what a batch holds: give each stream a source of its own instead."
         )
-    if hasattr(dataset, "_resume_shm"):
+    if has_stock_state(dataset):
         raise ConfigError(
             "dataset must not have been given a state by load_state_dict, got one that has; "
             "load the loader's own state into the loader."

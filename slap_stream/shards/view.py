@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
-from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -18,18 +17,11 @@ from slap_stream.shards.library import (
     Reader,
     StreamingDataset,
     coder_of,
+    without_process_state,
 )
 from slap_stream.shards.read import OpenShards, SampleGroups
-from slap_stream.shards.settings import (
-    DatasetShards,
-    plan_shards,
-)
+from slap_stream.shards.settings import DatasetShards, plan_shards
 from slap_stream.types import IntArray
-
-# Attributes of a dataset that belong to one process or one iteration: locks and threads cannot be
-# pickled, and a copy that still had `_locals_shm` would release the original's directories when
-# it is collected.
-_PROCESS_BOUND = ("_locals_shm", "_cache_filelock", "_executor", "_event", "_iterator")
 
 
 def dataset_shards(dataset: StreamingDataset) -> DatasetShards:
@@ -65,27 +57,15 @@ class ShardView:
 
     Args:
         dataset: The dataset; it is not changed.
-        max_open_shards: Files kept open per process.
-        deadline_seconds: Time that a missing shard may take to arrive.
     """
 
-    def __init__(
-        self,
-        dataset: StreamingDataset,
-        *,
-        max_open_shards: int = 64,
-        deadline_seconds: float = 600.0,
-    ) -> None:
+    def __init__(self, dataset: StreamingDataset) -> None:
         # Collecting the original would release its local directories to other datasets.
         self._owner = dataset
-        self._dataset = _without_process_state(dataset)
-        self._max_open_shards = max_open_shards
-        self._deadline_seconds = deadline_seconds
+        self._dataset = without_process_state(dataset)
         self._cache = ShardCache(self._dataset)
         shards = self._dataset.shards
-        files = OpenShards(
-            shards, self._cache, max_open=max_open_shards, deadline_seconds=deadline_seconds
-        )
+        files = OpenShards(shards, self._cache)
         self._reading = copy.copy(self._dataset)
         self._reading.prepare_shard = self._prepare_shard
         self._reading.shards = [
@@ -94,7 +74,7 @@ class ShardView:
         sizes = np.asarray(dataset.samples_per_shard, np.int64)
         # Bound before it is replaced below.
         read_one = self._reading.get_item
-        self._groups = SampleGroups(sizes, _decoders(shards), files, self._cache, read_one)
+        self._groups = SampleGroups(sizes, _decoders(shards), files, read_one)
         # Samples of the group at hand that `dataset[sample_id]` has not asked for yet.
         self._at_hand: dict[int, Any] = {}
         self._reads_groups = _is_stock(dataset, StreamingDataset, "get_item")
@@ -115,29 +95,17 @@ class ShardView:
 
         Raises:
             IndexError: If an id is not one of the dataset's.
-            ShardError: If a shard cannot be fetched or read.
+            ShardError: If a shard cannot be fetched or read; a DamagedShardError if it is damaged.
         """
         ids = np.asarray(sample_ids, np.int64)
         if self._plain:
             return self._groups.read(ids)
         if self._reads_groups:
             self._at_hand = dict(zip(ids.tolist(), self._groups.read(ids), strict=True))
-            return [self._reading[sample_id] for sample_id in ids.tolist()]
-        samples: list[Any] = [None] * len(ids)
-        order = np.argsort(ids, kind="stable")
-        for position, sample_id in zip(order.tolist(), ids[order].tolist(), strict=True):
-            samples[position] = self._reading[sample_id]
-        return samples
+        return [self._reading[sample_id] for sample_id in ids.tolist()]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            "dataset": self._dataset,
-            "max_open_shards": self._max_open_shards,
-            "deadline_seconds": self._deadline_seconds,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardView, (self._dataset,)
 
     def _get_item(self, sample_id: int, retry: int = 0) -> Any:
         """Stands in for the dataset's own: each sample at hand is given out once."""
@@ -147,16 +115,7 @@ class ShardView:
 
     def _prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Stands in for the dataset's own, which leaves a failed shard in preparation for ever."""
-        self._cache.ensure(int(shard_id), monotonic() + self._deadline_seconds)
-
-
-def _without_process_state(dataset: StreamingDataset) -> StreamingDataset:
-    clone = copy.copy(dataset)
-    for name in _PROCESS_BOUND:
-        clone.__dict__.pop(name, None)
-    clone._shared_barrier = copy.copy(dataset._shared_barrier)
-    clone._shared_barrier.__dict__.pop("lock", None)
-    return clone
+        self._cache.ensure(int(shard_id))
 
 
 def _is_stock(thing: Any, kind: type, *methods: str) -> bool:

@@ -201,7 +201,7 @@ def counted() -> Iterator[Counter[str]]:
 
 def cut_short(run: Run) -> dict[str, Any]:
     """A bad shard of one lane, and nothing to spare."""
-    config = config_of(num_lanes=4, lookahead=4, on_bad_shard="skip", keep=1.0)
+    config = config_of(num_lanes=4, lookahead=4, on_bad_shard="skip", max_withdrawn=1.0, keep=1.0)
     found: dict[str, Any] = {}
     for world_size in (4, 1):
         if run.rank < world_size:

@@ -63,17 +63,18 @@ def flip_byte(path: Path, position: int = -1) -> None:
 
 
 class FlakyStream(Stream):
-    """Fails the first `failures` downloads of shards."""
+    """Fails the first `failures` downloads of shards with an error."""
 
-    def __init__(self, *, failures: int, **kwargs: Any) -> None:
+    def __init__(self, *, failures: int, error: Exception, **kwargs: Any) -> None:
         super().__init__(download_retry=1, **kwargs)
+        self.error = error
         # A list, so that the fetcher's copies of the stream count together.
         self.left = [failures]
 
     def _download_file(self, from_basename: str, to_basename: str | None = None) -> str:
         if from_basename != "index.json" and self.left[0] > 0:
             self.left[0] -= 1
-            raise ConnectionError("the network went away")
+            raise self.error
         return super()._download_file(from_basename, to_basename)
 
 

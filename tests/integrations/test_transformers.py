@@ -380,7 +380,7 @@ def test_an_epoch_that_ends_early_ends_and_the_next_one_begins(
     shutil.copytree(folder / "corpus", corpus)
     with sorted(corpus.rglob("shard.*"))[1].open("r+b") as file:
         file.truncate(100)
-    config = config_of(num_lanes=2, lookahead=4, keep=1.0, on_bad_shard="skip")
+    config = config_of(num_lanes=2, lookahead=4, keep=1.0, on_bad_shard="skip", max_withdrawn=1.0)
     settings: dict[str, Any] = {
         "config": config,
         "corpus": corpus,

@@ -492,21 +492,40 @@ def test_a_bad_shard_raises_or_is_withdrawn(tmp_path: Path) -> None:
     break_shard(corpus, "shard.00002.mds")
     with pytest.raises(ShardError, match=r"shard.00002.mds"):
         run(make(corpus), 10)
-    config = config_of(num_lanes=2, lookahead=4, on_bad_shard="skip")
+    config = config_of(num_lanes=2, lookahead=4, on_bad_shard="skip", max_withdrawn=1.0)
     loader = make(corpus, config=config)
     ids = {i for batch in run(loader, len(loader)) for i in batch}
     bad = json.loads((corpus / "index.json").read_text())["shards"][2]["samples"]
     metrics = loader.metrics()
     assert metrics["withdrawn"] == bad
+    assert metrics["withdrawn_fraction"] == bad / NUM_SAMPLES
+    assert metrics["shards_withdrawn"] == 1
     assert metrics["offered"] == NUM_SAMPLES - bad
     assert metrics["epochs_cut_short"] == 0
     assert len(ids) == int(0.7 * NUM_SAMPLES // BATCH) * BATCH
 
 
+def test_a_run_that_loses_too_many_candidates_stops_and_may_go_on(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    break_shard(corpus, "shard.00002.mds")
+    settings: dict[str, Any] = {"num_lanes": 2, "lookahead": 4, "on_bad_shard": "skip"}
+    unbroken = make(corpus, config=config_of(**settings, max_withdrawn=1.0))
+    loader = make(corpus, config=config_of(**settings))
+    ids: list[list[int]] = []
+    with pytest.raises(ShardError, match=r"must be at most max_withdrawn = 0\.01 of the dataset"):
+        ids.extend(feed(loader, batch) for batch in loader)
+    with pytest.raises(ShardError, match="max_withdrawn"):
+        next(iter(loader))
+    loader.state_dict()
+    loader._fetcher.max_withdrawn = 1.0
+    ids += [feed(loader, batch) for batch in loader]
+    assert ids == [feed(unbroken, batch) for batch in unbroken]
+
+
 def test_an_epoch_ends_early_when_withdrawals_leave_too_little(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     break_shard(corpus, "shard.00002.mds")
-    config = config_of(num_lanes=2, lookahead=4, on_bad_shard="skip", keep=1.0)
+    config = config_of(num_lanes=2, lookahead=4, on_bad_shard="skip", max_withdrawn=1.0, keep=1.0)
     loader = make(corpus, config=config)
     delivered = [feed(loader, batch) for batch in loader]
     assert 0 < len(delivered) < len(loader)

@@ -1,9 +1,8 @@
-"""Shards fetched ahead: verified, tried again, withdrawn, and never waited on for ever."""
+"""Shards fetched ahead: verified, shared by the ranks of a node, never waited on for ever."""
 
 from __future__ import annotations
 
 import gc
-import logging
 import multiprocessing
 import threading
 import time
@@ -14,25 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 from streaming import JSONWriter, Stream, StreamingDataset
-from streaming.base.dataset import _ShardState
 from streaming.base.hashing import get_hash, get_hashes
 
-from slap_stream.errors import ConfigError, ShardError
+from slap_stream.errors import DamagedShardError, ShardError
 from slap_stream.shards import cache as shard_cache
-from slap_stream.shards.cache import LOCAL, PREPARING, REMOTE, hash_of
+from slap_stream.shards.cache import hash_of
 from slap_stream.shards.fetch import ShardFetcher
+from slap_stream.shards.library import LOCAL, PREPARING, REMOTE
 from slap_stream.shards.view import ShardView
 from tests.helpers.shard_corpora import (
-    FlakyStream,
     flip_byte,
     same,
     sample,
     shard_files,
     write_corpus,
 )
-
-# Streaming leaves the compressed files that it unpacks to the garbage collector.
-pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file.*shard\.:ResourceWarning")
 
 SIZES = [7, 3, 5, 1, 9]
 EVERY = np.arange(len(SIZES))
@@ -72,11 +67,6 @@ def _reads(dataset: StreamingDataset) -> None:
 
 def _holds(view: ShardView, ids: Sequence[int]) -> bool:
     return all(same(v, sample(i)) for i, v in zip(ids, view.__getitems__(ids), strict=True))
-
-
-def test_states_are_those_of_the_installed_streaming() -> None:
-    ours = (REMOTE, PREPARING, LOCAL)
-    assert ours == (_ShardState.REMOTE, _ShardState.PREPARING, _ShardState.LOCAL)
 
 
 def test_every_hash_of_streaming_is_known(tmp_path: Path) -> None:
@@ -120,30 +110,6 @@ def test_a_local_corpus_is_verified_only(remote: Path) -> None:
     fetcher.close()
 
 
-def test_a_download_that_fails_once_is_tried_again(tmp_path: Path, remote: Path) -> None:
-    stream = FlakyStream(failures=1, remote=str(remote), local=str(tmp_path / "local"))
-    dataset = _dataset(stream)
-    fetcher = ShardFetcher(dataset, num_threads=1)
-    assert fetcher.require(EVERY).tolist() == []
-    assert stream.left == [0]
-    _reads(dataset)
-    fetcher.close()
-
-
-def test_a_failed_download_leaves_nobody_waiting(tmp_path: Path, remote: Path) -> None:
-    stream = FlakyStream(failures=10**6, remote=str(remote), local=str(tmp_path / "local"))
-    dataset = _dataset(stream)
-    fetcher = ShardFetcher(dataset)
-    with pytest.raises(ShardError, match="the network went away; check the remote, or withdraw"):
-        fetcher.require(EVERY[:1])
-    assert _states(dataset) == [REMOTE] * 5
-    stream.left[0] = 0
-    # The stock path is not stuck either, and neither is a second try.
-    dataset.prepare_shard(1)
-    assert fetcher.require(EVERY).tolist() == []
-    fetcher.close()
-
-
 def test_a_cached_shard_that_rotted_is_fetched_again(tmp_path: Path, remote: Path) -> None:
     _reads(_dataset(_stream(tmp_path)))
     cut, flipped = sorted(shard_files(tmp_path / "local"))[1:3]
@@ -159,70 +125,6 @@ def test_a_cached_shard_that_rotted_is_fetched_again(tmp_path: Path, remote: Pat
     for path in (cut, flipped):
         assert path.read_bytes() == (remote / path.name).read_bytes()
     fetcher.close()
-
-
-@pytest.mark.parametrize("compression", [None, "zstd"])
-def test_a_remote_that_rotted_raises_or_is_skipped(
-    tmp_path: Path, compression: str | None, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_corpus(tmp_path / "remote", SIZES, compression=compression)
-    flip_byte(sorted(shard_files(tmp_path / "remote"))[2])
-    dataset = _dataset(_stream(tmp_path, validate_hash="xxh64"))
-    strict = ShardFetcher(dataset)
-    with pytest.raises(ShardError, match=r"shard 2 must be readable.*attempt 3 said"):
-        strict.require(EVERY)
-    strict.close()
-    assert _states(dataset)[2] == REMOTE
-    assert not (tmp_path / "local" / "shard.00002.mds").exists()
-    fetcher = ShardFetcher(dataset, on_bad_shard="skip")
-    with caplog.at_level(logging.WARNING, logger="slap_stream"):
-        assert fetcher.require(EVERY).tolist() == [2]
-    assert caplog.text.count("withdrawn: shard 2 must be readable") == 1
-    fetcher.hint(EVERY)
-    assert fetcher.require(EVERY[:2]).tolist() == []
-    assert fetcher.require(EVERY[1:3]).tolist() == [2]
-    assert fetcher.metrics()["shards_bad"] == 1
-    fetcher.close()
-
-
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-3])
-
-
-def _recount(path: Path) -> None:
-    flip_byte(path, 0)
-
-
-def _shift(path: Path) -> None:
-    flip_byte(path, 4 + 4 * SIZES[1])
-
-
-@pytest.mark.parametrize(
-    ("harm", "hashes", "message"),
-    [
-        (_cut, (), "bytes, its index says"),
-        (_recount, (), "holds 252 samples, its index says 3"),
-        (_shift, (), "should end after"),
-        (flip_byte, ("md5", "sha1"), "has sha1 .*, its index says"),
-        (Path.unlink, (), "attempt 1 said: its file is missing; its stream has no remote"),
-    ],
-)
-def test_a_bad_local_corpus_is_reported_and_not_touched(
-    tmp_path: Path, harm: Any, hashes: tuple[str, ...], message: str
-) -> None:
-    path = write_corpus(tmp_path / "corpus", SIZES, hashes=hashes)
-    dataset = _local_dataset(path)
-    bad = path / "shard.00001.mds"
-    harm(bad)
-    left = bad.read_bytes() if bad.exists() else None
-    fetcher = ShardFetcher(dataset)
-    with pytest.raises(ShardError, match=message):
-        fetcher.require(EVERY)
-    assert (bad.read_bytes() if bad.exists() else None) == left
-    fetcher.close()
-    lenient = ShardFetcher(dataset, on_bad_shard="skip")
-    assert lenient.require(EVERY).tolist() == [1]
-    lenient.close()
 
 
 def test_a_raw_file_that_rotted_is_unpacked_again(tmp_path: Path) -> None:
@@ -246,7 +148,7 @@ def test_split_shards_are_verified_file_by_file(tmp_path: Path) -> None:
     fetcher.close()
     flip_byte(tmp_path / "c" / "shard.00000.json.meta")
     other = ShardFetcher(dataset)
-    with pytest.raises(ShardError, match=r"shard\.00000\.json\.meta has sha1"):
+    with pytest.raises(DamagedShardError, match=r"shard\.00000\.json\.meta has sha1"):
         other.require(np.array([0]))
     other.close()
 
@@ -284,7 +186,7 @@ def test_a_shard_that_a_killed_process_was_fetching_raises(
     fetcher = ShardFetcher(dataset, deadline_seconds=0.3, on_bad_shard=on_bad_shard)
     fetcher.hint(EVERY)
     time.sleep(0.1)
-    with pytest.raises(ShardError, match=r"past the deadline, or was killed|must arrive within"):
+    with pytest.raises(ShardError, match=r"must arrive within 0\.3 seconds"):
         fetcher.require(EVERY)
     dataset._shard_states[3] = REMOTE
     fetcher.close()
@@ -393,18 +295,3 @@ def test_closing_or_forgetting_a_fetcher_ends_its_threads(remote: Path) -> None:
     while count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert count() == before
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"on_bad_shard": "ignore"}, "on_bad_shard must be one of raise, skip, got 'ignore'"),
-        ({"deadline_seconds": 0}, "deadline_seconds must be positive, got 0"),
-        ({"num_threads": 0}, "num_threads must be at least 1, got 0"),
-    ],
-)
-def test_bad_fetcher_settings_are_refused(
-    remote: Path, setting: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        ShardFetcher(_local_dataset(remote), **setting)

@@ -19,14 +19,12 @@ from hypothesis import strategies as st
 from streaming import JSONWriter, Stream, StreamingDataset
 from torch.utils.data import DataLoader
 
-from slap_stream.errors import ConfigError, ShardError
+from slap_stream.errors import ConfigError, DamagedShardError
+from slap_stream.shards import read
 from slap_stream.shards.opening import one_at_a_time
 from slap_stream.shards.settings import index_digests, min_cache_bytes
 from slap_stream.shards.view import ShardView, dataset_shards
 from tests.helpers.shard_corpora import Doubling, Numbering, same, sample, shard_files, write_corpus
-
-# Streaming leaves the compressed files that it unpacks to the garbage collector.
-pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file.*shard\.:ResourceWarning")
 
 SIZES = [7, 3, 5, 1, 9]
 NUM_SAMPLES = sum(SIZES)
@@ -171,8 +169,9 @@ def test_min_cache_bytes_counts_the_largest_shards(tmp_path: Path) -> None:
 def test_any_ids_come_back_in_the_order_asked(
     dataset: StreamingDataset, ids: list[int], open_shards: int
 ) -> None:
-    view = ShardView(dataset, max_open_shards=open_shards)
-    found = view.__getitems__(ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read, "MAX_OPEN", open_shards)
+        found = ShardView(dataset).__getitems__(ids)
     assert all(same(v, sample(i)) for i, v in zip(ids, found, strict=True))
 
 
@@ -211,8 +210,11 @@ def test_no_shard_file_is_opened_twice(
     assert sorted(shards) == [f"shard.{i:05}.mds" for i in range(len(SIZES))]
 
 
-def test_closed_files_are_the_least_recently_used(dataset: StreamingDataset) -> None:
-    view = ShardView(dataset, max_open_shards=2)
+def test_closed_files_are_the_least_recently_used(
+    dataset: StreamingDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "MAX_OPEN", 2)
+    view = ShardView(dataset)
     view.__getitems__([0, 7, 0, 10])
     assert sorted(view._groups._files._maps) == [1, 2]
     assert list(view[0]) == ["id", "input_ids", "messages"]
@@ -230,6 +232,8 @@ def _identity(batch: list[Any]) -> list[Any]:
     return batch
 
 
+# The dataset's own reads, not ours, leave the files that they unpack to the garbage collector.
+@pytest.mark.filterwarnings(r"ignore:unclosed file.*shard\.:ResourceWarning")
 def test_workers_read_what_the_main_process_reads(tmp_path: Path) -> None:
     write_corpus(tmp_path / "remote", SIZES, compression="zstd")
     dataset = Doubling(remote=str(tmp_path / "remote"), local=str(tmp_path / "local"), batch_size=4)
@@ -274,7 +278,7 @@ def test_a_cut_shard_without_a_remote_raises_and_stays(dataset: StreamingDataset
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
     view = ShardView(dataset)
-    with pytest.raises(ShardError, match=f"has {len(whole) - 10} bytes, its index says"):
+    with pytest.raises(DamagedShardError, match=f"has {len(whole) - 10} bytes, its index says"):
         view[8]
     assert path.exists()
     assert same(view[0], sample(0))
@@ -290,7 +294,7 @@ def test_a_shard_cut_while_open_raises(dataset: StreamingDataset) -> None:
         view[7]
         path.write_bytes(whole[:size])
         with pytest.raises(
-            ShardError, match=rf"must keep its size while it is read, got {size} bytes"
+            DamagedShardError, match=rf"must keep its size while it is read, got {size} bytes"
         ):
             view[9]
         path.write_bytes(whole)
