@@ -52,13 +52,15 @@ class single_threaded:
 def _set_threads(library: Any, count: int) -> None:
     """Have a library use so many threads, whichever thread asks for it.
 
-    Since 3.8 threadpoolctl lets only one thread of a process set those of OpenBLAS, and silently
-    does nothing for all others.
+    Threadpoolctl lets only one thread of a process set those of OpenBLAS, and silently does nothing
+    for all others.
     """
-    release = getattr(library, "clear_controlling_thread", lambda force: None)
-    release(force=True)
+    of_one_thread = library.internal_api == "openblas"
+    if of_one_thread:
+        library.clear_controlling_thread(force=True)
     library.set_num_threads(count)
-    release(force=True)
+    if of_one_thread:
+        library.clear_controlling_thread(force=True)
 
 
 class _Threads:

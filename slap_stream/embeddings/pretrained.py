@@ -67,7 +67,7 @@ def _digest(model: Any, path: str) -> str:
     """Of the configuration and of both ends of every weight file (whole files take minutes)."""
     digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
     if not Path(path).is_dir():
-        digest.update(str(getattr(model.config, "_commit_hash", None)).encode())
+        digest.update(str(model.config._commit_hash).encode())
         return digest.hexdigest()[:12]
     for file in sorted(Path(path).iterdir()):
         if file.suffix in {".safetensors", ".bin"}:

@@ -38,8 +38,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, parallel):
             model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
         else:
             return model
 
