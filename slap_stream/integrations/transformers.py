@@ -18,7 +18,7 @@ from slap_stream.errors import ConfigError, StateError
 from slap_stream.loader.loader import SAMPLE_ID, SlapDataLoader
 from slap_stream.probe.probe import LearnabilityProbe
 from slap_stream.probe.readout import per_sample_loss
-from slap_stream.shards.view import dataset_shards
+from slap_stream.shards.settings import dataset_shards
 from slap_stream.text.collate import ChatCollator
 
 STATE_FILE = "slap_stream.state"

@@ -30,8 +30,13 @@ from slap_stream.probe.probe import LearnabilityProbe
 from slap_stream.selection.sampler import SlapSampler
 from slap_stream.selection.state import check_ranks_agree
 from slap_stream.shards.fetch import ShardFetcher
-from slap_stream.shards.settings import index_digests, launched_ranks, processes_per_node
-from slap_stream.shards.view import ShardView, dataset_shards
+from slap_stream.shards.settings import (
+    dataset_shards,
+    index_digests,
+    launched_ranks,
+    processes_per_node,
+)
+from slap_stream.shards.view import ShardView
 from slap_stream.types import FloatArray, IntArray, Position, State
 
 SAMPLE_ID = "sample_id"

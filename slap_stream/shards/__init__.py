@@ -20,9 +20,15 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
-    "view": ("ShardView", "dataset_shards"),
+    "view": ("ShardView",),
     "fetch": ("ShardFetcher",),
-    "settings": ("index_digests", "launched_ranks", "min_cache_bytes", "processes_per_node"),
+    "settings": (
+        "dataset_shards",
+        "index_digests",
+        "launched_ranks",
+        "min_cache_bytes",
+        "processes_per_node",
+    ),
     "index": ("INDEX_NAME", "corpus_columns", "corpus_size", "merge_indexes"),
     "reader": ("iter_corpus",),
     "writer": ("open_writer",),

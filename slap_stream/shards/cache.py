@@ -91,11 +91,8 @@ class ShardCache:
 
     def present(self, shard_id: int) -> bool:
         """Whether the shard is there to be read; says nothing about what is in it."""
-        if shard_states(self._dataset)[shard_id] != LOCAL:
-            return False
-        directory = self.directory(shard_id)
-        pairs = self._dataset.shards[shard_id].file_pairs
-        return all((directory / raw.basename).is_file() for raw, _ in pairs)
+        arrived = shard_states(self._dataset)[shard_id] == LOCAL
+        return bool(arrived) and all(path.is_file() for path, _ in self._raw_files(shard_id))
 
     def touch(self, shard_id: int) -> None:
         """Mark the shard as used now: `cache_limit` evicts what was used longest ago."""
@@ -240,12 +237,11 @@ class ShardCache:
 
     def _reservation(self, shard_id: int) -> int:
         """Bytes that a shard may take while it is unpacked; nothing without a `cache_limit`."""
-        return self._dataset.shards[shard_id].get_max_size() if self._dataset.cache_limit else 0
+        return self.max_bytes(shard_id) if self._dataset.cache_limit else 0
 
     def _zipped(self, shard_id: int) -> bool:
         """Whether the compressed form of all the shard's files is on disk."""
-        directory = self.directory(shard_id)
-        pairs = self._dataset.shards[shard_id].file_pairs
+        directory, pairs = self.directory(shard_id), self._dataset.shards[shard_id].file_pairs
         return all(zipped and (directory / zipped.basename).is_file() for _, zipped in pairs)
 
     def _discard(self, shard_id: int) -> bool:
@@ -259,8 +255,8 @@ class ShardCache:
                 shard.evict()
                 states[shard_id] = REMOTE
             elif self._zipped(shard_id):
-                for raw, _ in shard.file_pairs:
-                    (self.directory(shard_id) / raw.basename).unlink(missing_ok=True)
+                for path, _ in self._raw_files(shard_id):
+                    path.unlink(missing_ok=True)
             else:
                 return False
             self._dataset.cache_usage += self._bytes_present(shard_id) - usage
@@ -275,8 +271,7 @@ class ShardCache:
         """
         shard = self._dataset.shards[shard_id]
         validate_hash = self._stock_stream(shard_id).validate_hash
-        for raw, _ in shard.file_pairs:
-            path = self.directory(shard_id) / raw.basename
+        for path, raw in self._raw_files(shard_id):
             check_size(path, raw.bytes)
             if isinstance(shard, MDSReader):
                 header = np.fromfile(path, np.uint32, shard.samples + 2)
@@ -310,9 +305,14 @@ class ShardCache:
             streams[stream_id] = own_stream(stream, partial(unpack, stream))
         return streams[stream_id]
 
+    def _raw_files(self, shard_id: int) -> list[tuple[Path, Any]]:
+        """Path and index entry of each file of the shard as it is read: one, for MDS."""
+        directory = self.directory(shard_id)
+        pairs = self._dataset.shards[shard_id].file_pairs
+        return [(directory / raw.basename, raw) for raw, _ in pairs]
+
     def _name(self, shard_id: int) -> str:
-        raw = self._dataset.shards[shard_id].file_pairs[-1][0]
-        return str(self.directory(shard_id) / raw.basename)
+        return str(self._raw_files(shard_id)[-1][0])
 
 
 def unpack(stream: Any, zipped: Any, zip_path: str, raw_path: str, compression: str) -> None:

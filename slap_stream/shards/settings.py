@@ -12,7 +12,7 @@ import numpy as np
 from slap_stream.core.files import file_digest
 from slap_stream.errors import ConfigError
 from slap_stream.shards.index import INDEX_NAME, apportion_counts
-from slap_stream.shards.library import has_stock_state, launched_world
+from slap_stream.shards.library import StreamingDataset, has_stock_state, launched_world
 from slap_stream.types import IntArray
 
 logger = logging.getLogger(__name__)
@@ -36,22 +36,21 @@ class DatasetShards:
         counts: (num_shards,) candidates that an epoch offers from each: the streams' proportion,
             repeat, choose, and the dataset's epoch_size.
         stream_of_shard: (num_shards,) index of the stream a shard belongs to, ascending.
-        index_paths: (num_streams,) local index.json of each stream.
     """
 
     sizes: IntArray
     counts: IntArray
     stream_of_shard: IntArray
-    index_paths: tuple[Path, ...]
 
 
-def plan_shards(dataset: Any) -> DatasetShards:
-    """Read a dataset's shards and weights; every setting is honoured, superseded or refused.
+def dataset_shards(dataset: Any) -> DatasetShards:
+    """A dataset's shards and weights; every setting is honoured, superseded or refused.
 
     Settings that only order samples (shuffle and its algorithm, seed and block size, partitioning,
     canonical nodes) are superseded by the sampler's order, which is logged if they were set.
 
     Raises:
+        TypeError: If it is no `StreamingDataset`.
         ConfigError: If a setting is refused; the message names it.
     """
     _refuse(dataset)
@@ -84,9 +83,6 @@ def plan_shards(dataset: Any) -> DatasetShards:
         sizes=sizes,
         counts=counts,
         stream_of_shard=stream_of_shard,
-        index_paths=tuple(
-            Path(stream.local, stream.split, INDEX_NAME) for stream in dataset.streams
-        ),
     )
 
 
@@ -120,6 +116,16 @@ def min_cache_bytes(dataset: Any, num_shards: int, ranks_on_node: int = 1) -> in
 
 
 def _refuse(dataset: Any) -> None:
+    if not isinstance(dataset, StreamingDataset):
+        raise TypeError(
+            f"dataset must be a streaming.StreamingDataset, got {type(dataset).__name__}; only "
+            "its shards can be planned ahead."
+        )
+    if type(dataset).__iter__ is not StreamingDataset.__iter__:
+        raise ConfigError(
+            f"dataset must not override __iter__, got {type(dataset).__name__}, which does; "
+            "samples are read by id: put the change into __getitem__."
+        )
     if dataset.batching_method != "random":
         raise ConfigError(
             f"batching_method must be 'random', got {dataset.batching_method!r}; strata decide "
@@ -141,8 +147,8 @@ def _refuse(dataset: Any) -> None:
         if stream.validate_hash:
             begin = int(dataset.shard_offset_per_stream[stream_id])
             end = begin + int(dataset.shards_per_stream[stream_id])
-            for shard in dataset.shards[begin:end]:
-                hashes = shard.file_pairs[0][0].hashes
+            pairs = (pair for shard in dataset.shards[begin:end] for pair in shard.file_pairs)
+            for hashes in (file.hashes for pair in pairs for file in pair if file):
                 if stream.validate_hash not in hashes:
                     raise ConfigError(
                         f"validate_hash must be one that the shards were written with "

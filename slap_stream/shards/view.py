@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from slap_stream.errors import ConfigError
 from slap_stream.shards.cache import ShardCache
 from slap_stream.shards.decode import SampleDecoder
 from slap_stream.shards.library import (
@@ -20,28 +18,7 @@ from slap_stream.shards.library import (
     without_process_state,
 )
 from slap_stream.shards.read import OpenShards, SampleGroups
-from slap_stream.shards.settings import DatasetShards, plan_shards
 from slap_stream.types import IntArray
-
-
-def dataset_shards(dataset: StreamingDataset) -> DatasetShards:
-    """A dataset's shards and how many candidates an epoch offers from each.
-
-    Raises:
-        TypeError: If it is no `StreamingDataset`.
-        ConfigError: If it asks for something that cannot be honoured; the message names it.
-    """
-    if not isinstance(dataset, StreamingDataset):
-        raise TypeError(
-            f"dataset must be a streaming.StreamingDataset, got {type(dataset).__name__}; only "
-            "its shards can be planned ahead."
-        )
-    if type(dataset).__iter__ is not StreamingDataset.__iter__:
-        raise ConfigError(
-            f"dataset must not override __iter__, got {type(dataset).__name__}, which does; "
-            "samples are read by id: put the change into __getitem__."
-        )
-    return plan_shards(dataset)
 
 
 class ShardView:
@@ -60,13 +37,12 @@ class ShardView:
     """
 
     def __init__(self, dataset: StreamingDataset) -> None:
-        # Collecting the original would release its local directories to other datasets.
-        self._owner = dataset
-        self._dataset = without_process_state(dataset)
-        self._cache = ShardCache(self._dataset)
-        shards = self._dataset.shards
+        # Kept, since collecting it would release its local directories to other datasets.
+        self._dataset = dataset
+        self._cache = ShardCache(dataset)
+        shards = dataset.shards
         files = OpenShards(shards, self._cache)
-        self._reading = copy.copy(self._dataset)
+        self._reading = without_process_state(dataset)
         self._reading.prepare_shard = self._prepare_shard
         self._reading.shards = [
             _reading_through(files, shard_id, shard) for shard_id, shard in enumerate(shards)
@@ -105,7 +81,7 @@ class ShardView:
         return [self._reading[sample_id] for sample_id in ids.tolist()]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardView, (self._dataset,)
+        return ShardView, (without_process_state(self._dataset),)
 
     def _get_item(self, sample_id: int, retry: int = 0) -> Any:
         """Stands in for the dataset's own: each sample at hand is given out once."""
@@ -131,12 +107,8 @@ def _reading_through(files: OpenShards, shard_id: int, shard: Reader) -> Reader:
     if not _is_stock(shard, MDSReader, "get_sample_data"):
         return shard
     reader = copy.copy(shard)
-    reader.get_sample_data = partial(_read_one, files, shard_id)
+    reader.get_sample_data = lambda row: files.read(shard_id, np.array([row]))[0]
     return reader
-
-
-def _read_one(files: OpenShards, shard_id: int, row: int) -> bytes:
-    return files.read(shard_id, np.array([row]))[0]
 
 
 def _decoders(shards: Sequence[Reader]) -> list[SampleDecoder | None]:

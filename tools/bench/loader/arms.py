@@ -179,7 +179,8 @@ def _reading(run: Run, selecting: Clock) -> Iterator[Any]:
     from torch.utils.data import DataLoader
 
     from slap_stream.selection.order import LaneOrder, ShardTable
-    from slap_stream.shards.view import ShardView, dataset_shards
+    from slap_stream.shards.settings import dataset_shards
+    from slap_stream.shards.view import ShardView
 
     dataset = _dataset(run)
     order = LaneOrder(
