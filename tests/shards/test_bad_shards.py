@@ -145,10 +145,9 @@ def test_a_hinted_shard_that_could_not_be_fetched_is_tried_again_when_required(
     stream, dataset = _flaky(remote, shard_cache.ATTEMPTS, ConnectionError("gone for a while"))
     with closing(ShardFetcher(dataset)) as fetcher:
         fetcher.hint(EVERY[:1])
-        end = time.monotonic() + 10
-        while stream.left[0] and time.monotonic() < end:
-            time.sleep(0.01)
-        time.sleep(0.05)
+        [job] = fetcher._jobs.values()
+        assert isinstance(job.future.exception(timeout=60), ShardError)
+        assert stream.left == [0]
         assert fetcher.require(EVERY[:1]).tolist() == []
 
 
