@@ -215,7 +215,7 @@ def test_a_world_that_was_not_connected_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = make(write_corpus(tmp_path / "corpus"))
-    dataset = loader.dataset._owner
+    dataset = loader.dataset._dataset
     monkeypatch.setattr(dataset._unique_rank_world, "num_ranks", 2)
     with pytest.raises(ConfigError, match=r"got a world of 2 without; call torch.distributed.init"):
         make(tmp_path, dataset=dataset)
