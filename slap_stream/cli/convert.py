@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from slap_stream.cli.command_line import CommandLine, ended, to_write
-from slap_stream.corpus.convert import SHARD_BYTES, ConvertReport, convert
+from slap_stream.corpus.convert import ConvertReport, convert
 from slap_stream.corpus.records import KNOWN_SHAPES
+from slap_stream.shards.index import SHARD_BYTES
 
 _SHOWN_SOURCES = 10
 

@@ -29,6 +29,7 @@ EXPORTS = {
     "linear": (
         "inverse_of_triangle",
         "leading_directions",
+        "normalised",
         "power_after",
         "row_chunks",
         "single_threaded",
@@ -38,6 +39,6 @@ EXPORTS = {
     "background": ("Background", "BackgroundThread"),
     "interrupts": ("handler_of", "ready_to_wait", "undisturbed", "waiting"),
     "processes": ("run_jobs", "usable_cores"),
-    "files": ("file_digest", "read_json", "write_json"),
+    "files": ("file_digest", "read_json", "write_json", "write_text"),
     "state_bytes": ("from_bytes", "to_bytes"),
 }

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
-    "convert": ("SHARD_BYTES", "ConvertReport", "convert"),
+    "convert": ("ConvertReport", "convert"),
     "records": ("KNOWN_SHAPES",),
     "tokenising": ("find_tokenizer",),
 }

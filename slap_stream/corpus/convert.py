@@ -36,13 +36,10 @@ from slap_stream.corpus.tally import Tally
 from slap_stream.corpus.tokenising import find_tokenizer, load_tokenizer, tokenizer_digest
 from slap_stream.corpus.work_dir import WORK_NAME, claimed, run_missing
 from slap_stream.errors import ConfigError, CorpusError
-from slap_stream.shards.index import INDEX_NAME, merge_indexes
+from slap_stream.shards.index import INDEX_NAME, SHARD_BYTES, merge_indexes
 from slap_stream.text.chat import encode
 
 CORPUS_NAME = "corpus.json"
-# Smaller than streaming's 64 MiB: a block of the sampler is 8 shards, whose embeddings are in
-# memory and whose shards are at hand together.
-SHARD_BYTES = 16 << 20
 
 _PLAN_VERSION = 1
 _SHARDS_PER_PART = 4

@@ -15,16 +15,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from slap_stream.core.processes import usable_cores
 from slap_stream.embeddings.corpus_texts import CorpusTexts
 from slap_stream.embeddings.encoders import Encoder
 from slap_stream.embeddings.features import FEATURE_NAMES, FIT_SAMPLES, HashedTfidf, feature_columns
-from slap_stream.embeddings.layout import MAX_SOURCES, ROWS_PER_CHUNK, ROWS_PER_SHARD, StoreLayout
+from slap_stream.embeddings.layout import ROWS_PER_CHUNK, ROWS_PER_SHARD, StoreLayout
 from slap_stream.embeddings.pairing import PairModel, cut_sides
 from slap_stream.embeddings.reference import ReferenceLoss
 from slap_stream.embeddings.store import EmbeddingStore, EmbeddingWriter
 from slap_stream.errors import CorpusError
 from slap_stream.text.sample import TextSample
-from slap_stream.types import MISMATCH_COLUMN, Rows
+from slap_stream.types import MAX_SOURCES, MISMATCH_COLUMN, Rows
 
 # Samples held as text at once, per process.
 _BATCH = 512
@@ -178,7 +179,7 @@ def embed(
     if num_workers is None:
         # A process takes seconds to start, in which one that runs embeds tens of thousands.
         useful = max(1, num_samples // SAMPLES_PER_WORKER) if in_workers else 1
-        num_workers = min(useful, len(os.sched_getaffinity(0)))
+        num_workers = min(useful, usable_cores())
     if num_workers > 1 and not in_workers:
         raise CorpusError(
             f"num_workers must be 1 with a model, got {num_workers!r}; the model uses all cores."

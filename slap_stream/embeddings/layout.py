@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from slap_stream.errors import CorpusError
+from slap_stream.types import MAX_SOURCES
 
 FORMAT = "slap_stream.embeddings.store"
 FORMAT_VERSION = 1
-# Kept as int16.
-MAX_SOURCES = 32_767
 # Rows of one file: what is written, and after a kill written again, at once.
 ROWS_PER_SHARD = 16_384
 # Rows of the smallest piece that is read: small enough that a slice of a data shard costs little

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -22,6 +23,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slap_stream.corpus.tally import Tally
 from slap_stream.embeddings.journal import Journal
 from slap_stream.embeddings.store import (
     EmbeddingStore,
@@ -32,7 +34,7 @@ from slap_stream.embeddings.store import (
     open_embeddings,
 )
 from slap_stream.errors import AlignmentError, CorpusError
-from slap_stream.types import Rows
+from slap_stream.types import MAX_SOURCES, Rows
 from tests.helpers.embed_rows import (
     array_store,
     assert_rows_are,
@@ -318,12 +320,29 @@ def test_rows_that_cannot_be_kept_are_refused(
     [
         ({"num_samples": 0}, "num_samples must be at least 1"),
         ({"rows_per_shard": 9}, "rows_per_shard must be a multiple of rows_per_chunk"),
-        ({"source_names": ("x",) * 32_768}, "source_names must be at most 32767, got 32768"),
+        ({"source_names": ("x",) * 32_769}, "source_names must be at most 32768, got 32769"),
     ],
 )
 def test_a_layout_that_cannot_be_written_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CorpusError, match=message):
         make_layout(**changes)
+
+
+def test_as_many_sources_as_a_corpus_may_have_are_embedded(tmp_path: Path) -> None:
+    tally = Tally()
+    for number in range(MAX_SOURCES):
+        tally.keep(f"page {number}")
+    with pytest.raises(CorpusError, match="at most 32768 groups of records"):
+        tally.keep("one more")
+    layout = make_layout(8, source_names=tuple(f"page {n}" for n in range(MAX_SOURCES)))
+    last = np.full(8, MAX_SOURCES - 1)
+    writer = EmbeddingWriter(tmp_path / "embeddings.zarr", layout)
+    with writer.open() as (_, journal):
+        writer.write(0, dataclasses.replace(make_rows(8), source=last))
+        journal.append({"block": 0})
+    store = EmbeddingStore(tmp_path / "embeddings.zarr")
+    np.testing.assert_array_equal(store.read(0, 8).source, last)
+    assert len(store.source_names) == MAX_SOURCES
 
 
 def test_a_killed_writer_leaves_no_store_and_every_journaled_block(tmp_path: Path) -> None:
