@@ -17,6 +17,9 @@ State = dict[str, Any]
 # Label of a token that the model is not to learn, as torch's and transformers' losses have it.
 IGNORED_LABEL = -100
 
+# Sources that a corpus may tell apart: embeddings keep them as int16.
+MAX_SOURCES = 1 << 15
+
 # Feature column with the probability that the target belongs to another prompt.
 MISMATCH_COLUMN = "mismatch"
 # Feature column with the losses of a model that was trained on clean data.

@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is found whole or not at all, whatever ends this process."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is found whole, old or new, whatever ends this process."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     with unfinished.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file with `write_text`."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from slap_stream.types import Float32Array, FloatArray
+
+Float = TypeVar("Float", bound=np.floating[Any])
 
 # Rows whose products are added up in float32, before they go to a float64 sum. Fixed, so that a
 # sum does not depend on how the rows came.
@@ -78,6 +81,22 @@ class _Threads:
 
 
 _threads = _Threads()
+
+
+def normalised(rows: NDArray[Float]) -> NDArray[Float]:
+    """Scale each row to unit length; a zero row stays zero.
+
+    `kernels.unit_rows` is the compiled one, of which a row's bits depend on that row alone.
+
+    Args:
+        rows: (n, dim) floats.
+
+    Returns:
+        (n, dim), a new array in the same precision.
+    """
+    norm = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit: NDArray[Float] = rows / np.where(norm > 0, norm, 1)
+    return unit
 
 
 def row_chunks(parts: Sequence[Float32Array]) -> Iterator[Float32Array]:

@@ -9,9 +9,7 @@ from typing import Any
 
 from slap_stream.corpus.records import DropReason
 from slap_stream.errors import CorpusError
-
-MAX_SOURCES = 1 << 15
-"""Sources that a corpus may tell apart; they are kept as int16."""
+from slap_stream.types import MAX_SOURCES
 
 _MAX_EXAMPLES = 5
 

@@ -11,19 +11,16 @@ pairing.py       the column `mismatch`: does a target belong to another prompt?
 reference.py     the column `reference_loss`: what another model loses on a sample
 layout.py        shape, columns and origin of a store
 store.py         `EmbeddingStore`: the store itself; the only importer of zarr
-plain_rows.py    rows of an uncompressed store without Zarr, for speed
+plain_rows.py    rows of an array without Zarr, for speed
 rows.py          arrays in memory and several stores as one row store
-journal.py       which blocks are done
 """
 
 from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
-    "store": ("EmbeddingStore", "StackedStore", "open_embeddings"),
-    "rows": ("as_row_store", "take"),
-    "corpus_texts": ("CorpusTexts", "describe_corpus"),
-    "embed": ("EmbedReport", "embed", "source_names"),
-    "encoders": ("open_encoder",),
-    "reference": ("ReferenceLoss",),
+    "store": ("EmbeddingStore", "open_embeddings"),
+    "rows": ("StackedStore", "as_row_store", "take"),
+    "embed": ("EmbedReport", "embed"),
+    "pretrained": ("torch_device",),
 }

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from slap_stream.core.checks import require_whole
+from slap_stream.core.linear import normalised
 from slap_stream.embeddings.features import NUM_BUCKETS, HashedPairs
 from slap_stream.embeddings.pretrained import load_pretrained, pad, token_batches
 from slap_stream.errors import ConfigError
@@ -68,13 +69,6 @@ class Encoder(Protocol):
         ...
 
 
-def unit_rows(vectors: NDArray[Any]) -> Float32Array:
-    """(n, dim) scaled to length one; rows of zeros stay."""
-    norm = np.linalg.norm(vectors, axis=1, keepdims=True)
-    scaled: Float32Array = (vectors / np.where(norm > 0, norm, 1)).astype(np.float32)
-    return scaled
-
-
 class HashingEncoder:
     """Sparse random projection of the sum of prompt and target vectors; needs no download.
 
@@ -90,13 +84,8 @@ class HashingEncoder:
     """
 
     def __init__(self, dim: int = DEFAULT_DIM) -> None:
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < ENTRIES_PER_BUCKET:
-            raise ConfigError(
-                f"dim must be a whole number >= {ENTRIES_PER_BUCKET}, got {dim!r}; try "
-                f"{DEFAULT_DIM}."
-            )
-        self._dim = dim
-        self._projection = sparse_projection(dim)
+        self._dim = require_whole("dim", dim, ENTRIES_PER_BUCKET, f"try {DEFAULT_DIM}")
+        self._projection = sparse_projection(self._dim)
 
     def __reduce__(self) -> tuple[type[HashingEncoder], tuple[int]]:
         # The projection is sixteen megabytes, and follows from the dimension.
@@ -132,7 +121,7 @@ class HashingEncoder:
     ) -> tuple[Float32Array, Float32Array]:
         """Project the hashed vectors; see `Encoder.encode`."""
         vectors = ((pairs.prompt + pairs.target) @ self._projection).toarray()
-        return unit_rows(vectors), np.zeros((len(samples), 0), dtype=np.float32)
+        return normalised(vectors), np.zeros((len(samples), 0), dtype=np.float32)
 
 
 def sparse_projection(dim: int, entries: int = ENTRIES_PER_BUCKET) -> Any:
@@ -210,7 +199,7 @@ class HFEncoder:
         vectors = self._pooled(texts)
         prompt, target = vectors[: len(samples)], vectors[len(samples) :]
         similarity: Float32Array = np.einsum("nd,nd->n", prompt, target)[:, None]
-        return unit_rows(prompt + target), similarity
+        return normalised(prompt + target), similarity
 
     def _pooled(self, texts: Sequence[str]) -> Float32Array:
         """(texts, dim) unit rows; zeros for a text without tokens of its own."""
@@ -234,7 +223,7 @@ class HFEncoder:
                 weight = mask.unsqueeze(-1).float()  # (batch, tokens, 1)
                 pooled = (hidden.float() * weight).sum(1) / weight.sum(1).clamp(min=1)
             vectors[[filled[at] for at in batch]] = pooled.cpu().numpy()
-        return unit_rows(vectors)
+        return normalised(vectors)
 
 
 def open_encoder(

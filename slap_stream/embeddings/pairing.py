@@ -28,6 +28,7 @@ import xxhash
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from slap_stream.core.linear import normalised
 from slap_stream.embeddings.encoders import sparse_projection
 from slap_stream.embeddings.features import (
     FEATURE_NAMES,
@@ -211,8 +212,8 @@ class PairModel:
             samples=samples,
             pairs=pairs,
             features=feature_columns(samples, pairs) if features is None else features,
-            prompt=_unit((pairs.prompt @ self._projection).toarray()),
-            target=_unit((pairs.target @ self._projection).toarray()),
+            prompt=normalised((pairs.prompt @ self._projection).toarray()),
+            target=normalised((pairs.target @ self._projection).toarray()),
         )
 
     def _columns(
@@ -239,7 +240,7 @@ class PairModel:
             mine = fold == f
             if mine.any():
                 predicted = _with_one(sides.prompt[mine]) @ linear - self._centre
-                likeness[mine] = np.sum(_unit(predicted) * _unit(centred[mine]), axis=1)
+                likeness[mine] = np.sum(normalised(predicted) * normalised(centred[mine]), axis=1)
         columns = (
             cosine.reshape(-1),
             likeness,
@@ -340,9 +341,3 @@ def _ridge(prompt: Float32Array, target: Float32Array) -> Float32Array:
 
 def _with_one(rows: Float32Array) -> Float32Array:
     return np.concatenate([rows, np.ones((len(rows), 1), np.float32)], axis=1)
-
-
-def _unit(rows: Float32Array) -> Float32Array:
-    norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit: Float32Array = rows / np.maximum(norm, 1e-9)
-    return unit

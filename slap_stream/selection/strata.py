@@ -7,6 +7,7 @@ import logging
 import numpy as np
 
 from slap_stream.core.kernels import sum_by_group, weigh
+from slap_stream.core.linear import normalised
 from slap_stream.core.rng import Purpose, generator
 from slap_stream.types import Float32Array, FloatArray, IntArray
 
@@ -64,7 +65,7 @@ class Strata:
         Reference: Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", 2007;
             on the unit sphere, with 1 - cosine as the squared distance.
         """
-        rows = _unit(embedding.astype(np.float64))
+        rows = normalised(embedding.astype(np.float64))
         rng = generator(seed, Purpose.CENTROIDS)
         rows = rows[rng.permutation(len(rows))[:4096]]
         chosen = [rows[0]]
@@ -79,7 +80,7 @@ class Strata:
         for _ in range(LLOYD_ROUNDS):
             nearest = np.argmax(rows @ centroids.T, axis=1)
             sums = np.stack([rows[nearest == c].sum(axis=0) for c in range(len(centroids))])
-            centroids = np.where(np.any(sums != 0, axis=1)[:, None], _unit(sums), centroids)
+            centroids = np.where(np.any(sums != 0, axis=1)[:, None], normalised(sums), centroids)
         self.centroids = centroids.astype(np.float32)
         self._mass = np.bincount(nearest, minlength=len(centroids)).astype(np.float64)
 
@@ -106,7 +107,9 @@ class Strata:
         weight = self._mass * decay
         moved = self.centroids * weight[:, None] + sums
         some = counts > 0
-        self.centroids = np.where(some[:, None], _unit(moved), self.centroids).astype(np.float32)
+        self.centroids = np.where(some[:, None], normalised(moved), self.centroids).astype(
+            np.float32
+        )
         self._mass = weight + counts
 
     def state_dict(self) -> dict[str, object]:
@@ -125,9 +128,3 @@ def cluster_sums(
     """Sums (clusters, dim) of (n, dim) unit embeddings by cluster, and counts (clusters,)."""
     sums = sum_by_group(embedding, cluster, num_clusters)
     return sums, np.bincount(cluster, minlength=num_clusters).astype(np.float64)
-
-
-def _unit(rows: FloatArray) -> FloatArray:
-    norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit: FloatArray = rows / np.maximum(norm, 1e-12)
-    return unit

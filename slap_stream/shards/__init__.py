@@ -29,7 +29,7 @@ EXPORTS = {
         "min_cache_bytes",
         "processes_per_node",
     ),
-    "index": ("INDEX_NAME", "corpus_columns", "corpus_size", "merge_indexes"),
+    "index": ("INDEX_NAME", "SHARD_BYTES", "corpus_columns", "corpus_size", "merge_indexes"),
     "reader": ("iter_corpus",),
     "writer": ("open_writer",),
     "opening": ("one_at_a_time",),

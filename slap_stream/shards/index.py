@@ -10,11 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from slap_stream.core.files import write_text
 from slap_stream.errors import ConfigError, CorpusError
 from slap_stream.types import IntArray
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 2
+# Size above which a new shard is started. Smaller than streaming's own 64 MiB: a block of the
+# sampler is 8 shards, whose embeddings are in memory and whose shards are at hand together.
+SHARD_BYTES = 16 << 20
 _FILE_KEYS = ("raw_data", "zip_data", "raw_meta", "zip_meta")
 
 ShardInfo = dict[str, Any]
@@ -63,13 +67,7 @@ def read_index(corpus_dir: PathLike) -> list[ShardInfo]:
 def write_index(directory: PathLike, shards: Sequence[ShardInfo]) -> Path:
     """Write index.json so that a kill leaves either the old one or the new one."""
     path = Path(directory) / INDEX_NAME
-    partial = path.with_name(f"{INDEX_NAME}.{os.getpid()}.tmp")
-    text = json.dumps({"version": INDEX_VERSION, "shards": list(shards)}, sort_keys=True)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_text(path, json.dumps({"version": INDEX_VERSION, "shards": list(shards)}, sort_keys=True))
     return path
 
 

@@ -11,15 +11,8 @@ from typing import Any
 import numpy as np
 
 from slap_stream.errors import CorpusError
-from slap_stream.shards.index import (
-    PathLike,
-    read_index,
-)
-from slap_stream.shards.library import (
-    Reader,
-    decompress,
-    reader_from_json,
-)
+from slap_stream.shards.index import PathLike, read_index
+from slap_stream.shards.library import Reader, decompress, reader_from_json
 
 
 def iter_corpus(

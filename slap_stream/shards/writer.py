@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slap_stream.errors import ConfigError, CorpusError
-from slap_stream.shards.index import (
-    PathLike,
-    write_index,
-)
+from slap_stream.shards.index import SHARD_BYTES, PathLike, write_index
 from slap_stream.shards.library import (
     MDSWriter,
     get_mds_encodings,
@@ -19,12 +16,7 @@ from slap_stream.shards.library import (
     is_mds_encoding_safe,
 )
 
-SHARD_BYTES = 1 << 26
-
-
 MAX_SHARD_BYTES = (1 << 32) - 1
-
-
 # Fast enough that writing and every later check of a shard cost next to nothing.
 SHARD_HASH = "xxh64"
 

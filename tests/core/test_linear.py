@@ -16,10 +16,12 @@ from slap_stream.core.linear import (
     ROWS_AT_A_TIME,
     inverse_of_triangle,
     leading_directions,
+    normalised,
     power_after,
     row_chunks,
     single_threaded,
 )
+from tests import reference
 from tests.strategies import seeds
 
 
@@ -112,3 +114,15 @@ def test_one_thread_lasts_until_the_last_who_wants_it_has_done() -> None:
         assert library.get_num_threads() == 2
     finally:
         library.set_num_threads(before)
+
+
+@given(seed=seeds, dtype=st.sampled_from([np.float32, np.float64]))
+def test_rows_are_normalised_in_their_own_precision_and_zero_rows_stay(
+    seed: int, dtype: type
+) -> None:
+    rows = np.random.default_rng(seed).normal(size=(9, 5)).astype(dtype) * 1e-15
+    rows[4] = 0
+    unit = normalised(rows)
+    assert unit.dtype == dtype
+    np.testing.assert_allclose(unit, reference.unit_rows(rows), rtol=1e-5)
+    np.testing.assert_array_equal(unit[4], 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import pickle
 import shutil
@@ -21,18 +21,15 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.codecs import ZstdCodec
 
-from slap_stream.embeddings.journal import Journal
-from slap_stream.embeddings.store import (
-    EmbeddingStore,
-    EmbeddingWriter,
-    StackedStore,
-    StoreLayout,
-    file_digest,
-    open_embeddings,
-)
+from slap_stream.core.files import file_digest
+from slap_stream.corpus.tally import Tally
+from slap_stream.embeddings.layout import StoreLayout
+from slap_stream.embeddings.rows import StackedStore
+from slap_stream.embeddings.store import EmbeddingStore, EmbeddingWriter, open_embeddings
 from slap_stream.errors import AlignmentError, CorpusError
-from slap_stream.types import Rows
+from slap_stream.types import MAX_SOURCES, Rows
 from tests.helpers.embed_rows import (
     array_store,
     assert_rows_are,
@@ -68,6 +65,7 @@ def test_the_group_is_plain_zarr_v3_as_the_format_says(store: EmbeddingStore) ->
         "feature": ("float16", (20, 2)),
         "source": ("int16", (20,)),
     }
+    np.testing.assert_array_equal(group["length"][:], np.arange(1, 21))
     assert group.attrs["command"] == "slap-embed corpus"
     assert sorted(p.name for p in store.path.parent.iterdir()) == ["embeddings.zarr"]
 
@@ -150,23 +148,38 @@ def test_a_file_of_a_store_that_is_gone_is_told(tmp_path: Path, name: str) -> No
     store = write_store(tmp_path / "embeddings.zarr", make_layout())
     [file] = [path for path in (store.path / name / "c").rglob("*") if path.is_file()][:1]
     file.unlink()
-    with pytest.raises(AlignmentError, match=f"got no file in .*{name}/c/.*; run slap-embed again"):
+    with pytest.raises(
+        AlignmentError, match=f"got No such file .*{name}/c/.*; run slap-embed again"
+    ):
         store.read(0, 20)
 
 
-def test_a_packed_column_that_is_damaged_is_told_with_the_path(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"shards": (8, 4)}, {"compressors": ZstdCodec(level=1)}, {"chunks": (4, 2)}],
+    ids=["shards", "packed", "columns"],
+)
+def test_arrays_that_are_no_plain_rows_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     path = write_store(tmp_path / "embeddings.zarr", make_layout()).path
-    shutil.rmtree(path / "length")
-    lengths = zarr.create_array(
-        path / "length", shape=(20,), dtype="int32", chunks=(4,), shards=(8,)
-    )
-    lengths[:] = np.arange(1, 21)
-    store = EmbeddingStore(path)
-    np.testing.assert_array_equal(store.read(0, 20).length, np.arange(1, 21))
-    file = path / "length" / "c" / "0"
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(AlignmentError, match=r"rows 0 to 20 of .*embeddings.zarr' of which Zar"):
-        store.read(0, 20)
+    shutil.rmtree(path / "embedding")
+    plain: dict[str, Any] = {"chunks": (4, 4), "compressors": None}
+    zarr.create_array(path / "embedding", shape=(20, 4), dtype="float16", **(plain | options))
+    with pytest.raises(
+        AlignmentError, match=r"embedding not in files of plain rows\); run slap-em"
+    ):
+        EmbeddingStore(path)
+
+
+def test_a_store_of_another_version_is_refused_and_can_be_replaced(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "embeddings.zarr", make_layout()).path
+    edit(path / "zarr.json", '"format_version":2', '"format_version":1')
+    with pytest.raises(AlignmentError, match=r"\(format_version 1, not 2\); run slap-embed"):
+        EmbeddingStore(path)
+    writer = EmbeddingWriter(path, make_layout())
+    with pytest.raises(CorpusError, match="with another format_version; pass overwrite"):
+        writer.is_finished()
+    with pytest.raises(CorpusError, match="got 3 missing"), writer.open(overwrite=True):
+        pass
 
 
 def test_embeddings_of_another_dataset_are_refused(store: EmbeddingStore) -> None:
@@ -200,12 +213,11 @@ def test_a_writer_stopped_anywhere_goes_on_where_it_stopped(
         if path.exists():
             break
         writer = EmbeddingWriter(path, layout)
-        with suppress(CorpusError), writer.open() as (blocks, journal):
+        with suppress(CorpusError), writer.open() as blocks:
             assert blocks == sorted(set(range(layout.num_blocks)) - set(written))
             for block in blocks[:budget]:
                 start, stop = layout.block(block)
                 writer.write(block, make_rows(stop - start, first=start))
-                journal.append({"block": block})
                 written.append(block)
     assert sorted(written) == list(range(layout.num_blocks))
     assert_rows_are(EmbeddingStore(path).read(0, num_samples), np.arange(num_samples))
@@ -220,11 +232,10 @@ def test_a_finished_store_is_replaced_only_on_demand(tmp_path: Path) -> None:
     ):
         pass
     writer = EmbeddingWriter(path, make_layout(6))
-    with writer.open(overwrite=True) as (blocks, journal):
+    with writer.open(overwrite=True) as blocks:
         # Until the new one is whole, the old one is there.
         assert EmbeddingStore(path).shape == (20, 4)
         writer.write(blocks[0], make_rows(6))
-        journal.append({"block": 0})
     assert EmbeddingStore(path).shape == (6, 4)
 
 
@@ -238,8 +249,9 @@ def test_a_finished_store_is_recognised_and_one_of_other_settings_refused(tmp_pa
 
 
 def stop_half_way(path: Path, layout: StoreLayout) -> None:
-    with suppress(CorpusError), EmbeddingWriter(path, layout).open() as (_, journal):
-        journal.append({"block": 0})
+    writer = EmbeddingWriter(path, layout)
+    with suppress(CorpusError), writer.open():
+        writer.write(0, make_rows(8))
 
 
 def test_a_half_written_store_of_other_settings_is_refused(tmp_path: Path) -> None:
@@ -247,13 +259,15 @@ def test_a_half_written_store_of_other_settings_is_refused(tmp_path: Path) -> No
     stop_half_way(path, make_layout())
     other = EmbeddingWriter(path, make_layout(index_digest="e" * 64, feature_names=("up",)))
     with (
-        pytest.raises(CorpusError, match="with another index_digest, feature_names"),
+        pytest.raises(
+            CorpusError, match="left by one with other index_digest, feature_names; make the"
+        ),
         other.open(),
     ):
         pass
     with (
         pytest.raises(CorpusError, match="got 3 missing; run again"),
-        other.open(overwrite=True) as (blocks, _),
+        other.open(overwrite=True) as blocks,
     ):
         assert blocks == [0, 1, 2]
 
@@ -263,32 +277,29 @@ def test_the_command_may_differ_when_a_writer_goes_on(tmp_path: Path) -> None:
     stop_half_way(path, make_layout())
     with (
         pytest.raises(CorpusError, match="got 2 missing"),
-        EmbeddingWriter(path, make_layout(command="other")).open() as (blocks, _),
+        EmbeddingWriter(path, make_layout(command="other")).open() as blocks,
     ):
         assert blocks == [1, 2]
 
 
-def test_two_processes_cannot_write_one_store(tmp_path: Path) -> None:
+def test_arrays_that_were_not_all_made_are_made_again(tmp_path: Path) -> None:
     path = tmp_path / "embeddings.zarr"
     stop_half_way(path, make_layout())
+    partial = tmp_path / "embeddings.zarr.partial"
+    (partial / "store").rename(partial / "store.new")
+    shutil.rmtree(partial / "store.new" / "length")
+    assert_rows_are(write_store(path, make_layout()).read(0, 20), np.arange(20))
+    assert [found.name for found in tmp_path.iterdir()] == ["embeddings.zarr"]
+
+
+def test_two_processes_cannot_write_one_store(tmp_path: Path) -> None:
+    first, second = (EmbeddingWriter(tmp_path / "e.zarr", make_layout()) for _ in range(2))
     with (
-        Journal(tmp_path / "embeddings.zarr.partial" / "journal.jsonl"),
-        pytest.raises(CorpusError, match="must be written by one process"),
-        EmbeddingWriter(path, make_layout()).open(),
+        pytest.raises(CorpusError, match=r"embeddings must not be in use, got .*e\.zarr', which"),
+        first.open(),
+        second.open(overwrite=True),
     ):
         pass
-
-
-def test_a_torn_line_does_not_count_and_does_not_spoil_the_next(tmp_path: Path) -> None:
-    path = tmp_path / "job" / "journal.jsonl"
-    with Journal(path) as journal:
-        journal.append({"block": 1})
-    with open(path, "ab") as file:
-        file.write(b'{"block": 2')
-    with Journal(path) as journal:
-        assert journal.lines() == [{"block": 1}]
-        journal.append({"block": 3})
-        assert journal.lines() == [{"block": 1}, {"block": 3}]
 
 
 @pytest.mark.parametrize(
@@ -317,8 +328,8 @@ def test_rows_that_cannot_be_kept_are_refused(
     ("changes", "message"),
     [
         ({"num_samples": 0}, "num_samples must be at least 1"),
-        ({"rows_per_shard": 9}, "rows_per_shard must be a multiple of rows_per_chunk"),
-        ({"source_names": ("x",) * 32_768}, "source_names must be at most 32767, got 32768"),
+        ({"rows_per_chunk": 0}, "rows_per_chunk must be at least 1"),
+        ({"source_names": ("x",) * 32_769}, "source_names must be at most 32768, got 32769"),
     ],
 )
 def test_a_layout_that_cannot_be_written_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -326,7 +337,23 @@ def test_a_layout_that_cannot_be_written_is_refused(changes: dict[str, Any], mes
         make_layout(**changes)
 
 
-def test_a_killed_writer_leaves_no_store_and_every_journaled_block(tmp_path: Path) -> None:
+def test_as_many_sources_as_a_corpus_may_have_are_embedded(tmp_path: Path) -> None:
+    tally = Tally()
+    for number in range(MAX_SOURCES):
+        tally.keep(f"page {number}")
+    with pytest.raises(CorpusError, match="at most 32768 groups of records"):
+        tally.keep("one more")
+    layout = make_layout(8, source_names=tuple(f"page {n}" for n in range(MAX_SOURCES)))
+    last = np.full(8, MAX_SOURCES - 1)
+    writer = EmbeddingWriter(tmp_path / "embeddings.zarr", layout)
+    with writer.open():
+        writer.write(0, dataclasses.replace(make_rows(8), source=last))
+    store = EmbeddingStore(tmp_path / "embeddings.zarr")
+    np.testing.assert_array_equal(store.read(0, 8).source, last)
+    assert len(store.source_names) == MAX_SOURCES
+
+
+def test_a_killed_writer_leaves_no_store_and_every_block_done(tmp_path: Path) -> None:
     path = tmp_path / "embeddings.zarr"
     script = textwrap.dedent(
         """
@@ -337,31 +364,29 @@ def test_a_killed_writer_leaves_no_store_and_every_journaled_block(tmp_path: Pat
 
         layout = make_layout(400)
         writer = EmbeddingWriter(Path(sys.argv[1]), layout)
-        with writer.open() as (blocks, journal):
+        with writer.open() as blocks:
             for block in blocks:
                 start, stop = layout.block(block)
                 writer.write(block, make_rows(stop - start, first=start))
-                journal.append({"block": block})
                 time.sleep(0.02)
         """
     )
     root = Path(__file__).parents[2]
-    journal = tmp_path / "embeddings.zarr.partial" / "journal.jsonl"
+    partial = tmp_path / "embeddings.zarr.partial"
     process = subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=root)
     deadline = time.monotonic() + 60
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 6:
+    while len(list(partial.glob("block-*.json"))) < 5:
         assert time.monotonic() < deadline, "the writer did not start"
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not path.exists()
-    before = {json.loads(line)["block"] for line in journal.read_bytes().split(b"\n")[1:-1]}
+    before = {int(mark.stem.split("-")[1]) for mark in partial.glob("block-*.json")}
     layout = make_layout(400)
     writer = EmbeddingWriter(path, layout)
-    with writer.open() as (blocks, notes):
+    with writer.open() as blocks:
         assert blocks == sorted(set(range(layout.num_blocks)) - before)
         for block in blocks:
             start, stop = layout.block(block)
             writer.write(block, make_rows(stop - start, first=start))
-            notes.append({"block": block})
     assert_rows_are(EmbeddingStore(path).read(0, 400), np.arange(400))

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from slap_stream.embeddings.store import ArrayStore, EmbeddingStore, EmbeddingWriter, StoreLayout
+from slap_stream.embeddings.layout import StoreLayout
+from slap_stream.embeddings.rows import ArrayStore
+from slap_stream.embeddings.store import EmbeddingStore, EmbeddingWriter
 from slap_stream.types import Rows
 
 
@@ -32,19 +34,17 @@ def make_layout(num_samples: int = 20, **changes: Any) -> StoreLayout:
         "feature_names": ("up", "down"),
         "source_names": ("a", "b", "c"),
         "command": "slap-embed corpus",
-        "rows_per_shard": 8,
-        "rows_per_chunk": 4,
+        "rows_per_chunk": 8,
     }
     return StoreLayout(**(settings | changes))
 
 
 def write_store(path: Path, layout: StoreLayout) -> EmbeddingStore:
     writer = EmbeddingWriter(path, layout)
-    with writer.open() as (blocks, journal):
+    with writer.open() as blocks:
         for block in reversed(blocks):
             start, stop = layout.block(block)
             writer.write(block, make_rows(stop - start, layout.dim, first=start))
-            journal.append({"block": block})
     return EmbeddingStore(path)
 
 

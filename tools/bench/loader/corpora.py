@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from slap_stream.embeddings.store import EmbeddingWriter, StoreLayout, file_digest
+from slap_stream.core.files import file_digest
+from slap_stream.embeddings.layout import StoreLayout
+from slap_stream.embeddings.store import EmbeddingWriter
 from slap_stream.shards.writer import open_writer
 from slap_stream.types import Rows
 
@@ -103,7 +105,7 @@ def _write_embeddings(corpus: Path, count: int) -> None:
     if writer.is_finished():
         return
     centres = np.random.default_rng(SEED).normal(size=(CENTRES, DIM))
-    with writer.open() as (blocks, journal):
+    with writer.open() as blocks:
         for block in blocks:
             start, stop = layout.block(block)
             rng = np.random.default_rng([SEED, block])
@@ -119,4 +121,3 @@ def _write_embeddings(corpus: Path, count: int) -> None:
                     source=np.zeros(stop - start, np.int16),
                 ),
             )
-            journal.append({"block": block})
