@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from slap_stream.loader.loader import SlapDataLoader
     from slap_stream.probe.probe import LearnabilityProbe
     from slap_stream.probe.readout import per_sample_loss
+    from slap_stream.selection.policies.base import Policy
+    from slap_stream.selection.policies.registry import register_policy
     from slap_stream.selection.sampler import SlapSampler
     from slap_stream.shards.opening import one_at_a_time
     from slap_stream.text.collate import ChatCollator
@@ -31,11 +33,13 @@ __all__ = [
     "ChatCollator",
     "EmbeddingStore",
     "LearnabilityProbe",
+    "Policy",
     "SlapConfig",
     "SlapDataLoader",
     "SlapSampler",
     "one_at_a_time",
     "per_sample_loss",
+    "register_policy",
 ]
 
 # Resolved on first use: importing the package must not import torch, streaming, zarr or numba.
@@ -43,11 +47,13 @@ _HOME = {
     "ChatCollator": "text.collate",
     "EmbeddingStore": "embeddings.store",
     "LearnabilityProbe": "probe.probe",
+    "Policy": "selection.policies.base",
     "SlapConfig": "config",
     "SlapDataLoader": "loader.loader",
     "SlapSampler": "selection.sampler",
     "one_at_a_time": "shards.opening",
     "per_sample_loss": "probe.readout",
+    "register_policy": "selection.policies.registry",
 }
 
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
+    "policies.registry": ("make_policy",),
     "sampler": ("SlapSampler",),
     "state": ("check_ranks_agree", "require_keys"),
     "shared": ("sum_in_order",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -259,6 +259,30 @@ def check_sketches(sketches: ArrayLike, shape: tuple[int, ...]) -> Float32Array:
         wanted = "(n, sketch_dim)" if len(shape) == 2 else "(sketch_dim,)"
         raise FeedbackError(f"sketches must be {wanted} = {shape}, got {rows.shape}.")
     return rows
+
+
+def check_measurements(
+    measurements: Mapping[str, ArrayLike], count: int, wanted: Sequence[str]
+) -> dict[str, FloatArray]:
+    """The (count,) numbers of these names that a policy wants; others are left out.
+
+    Raises:
+        FeedbackError: If one is missing or has another shape.
+    """
+    columns = {}
+    for name in wanted:
+        if name not in measurements:
+            raise FeedbackError(
+                f"measurements must hold {', '.join(wanted)}, got "
+                f"{', '.join(measurements) or 'none'}; the policy chooses by them."
+            )
+        columns[name] = np.array(measurements[name], np.float64)
+        if columns[name].shape != (count,):
+            raise FeedbackError(
+                f"measurement {name} must be ({count},) numbers, one a sample, got "
+                f"{columns[name].shape}."
+            )
+    return columns
 
 
 def weights_of(ids: ArrayLike, awaiting: Sequence[Awaiting]) -> FloatArray:

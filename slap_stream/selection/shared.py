@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from slap_stream.config import SlapConfig
-from slap_stream.errors import ConfigError
 from slap_stream.selection.loss_model import (
     INTERCEPT,
     LOG_LENGTH,
@@ -93,18 +92,10 @@ class Shared:
         strata: Who belongs to which stratum.
         keep: Fraction that is kept.
         seeded: Whether the strata have centroids.
-
-    Raises:
-        ConfigError: If the policy needs a column that the store lacks.
     """
 
     def __init__(self, plan: LanePlan) -> None:
         config, store = plan.config, plan.store
-        if config.policy == "rho_loss" and REFERENCE_COLUMN not in store.feature_names:
-            raise ConfigError(
-                "policy='rho_loss' needs the feature column reference_loss, got "
-                f"{', '.join(store.feature_names) or 'no columns'}; embed with --reference-model."
-            )
         self._config: SlapConfig = config
         column_of = {
             name: NUM_OWN_COLUMNS + place for place, name in enumerate(store.feature_names)

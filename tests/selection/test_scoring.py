@@ -13,7 +13,7 @@ from slap_stream.core.kernels import unit_rows
 from slap_stream.embeddings.store import ArrayStore
 from slap_stream.selection.loss_model import LossModel
 from slap_stream.selection.moments import Moments
-from slap_stream.selection.policies import make_policy
+from slap_stream.selection.policies.slap import Slap
 from slap_stream.selection.pool import Pool, RecentlyTrained
 from slap_stream.selection.scoring import (
     NO_COPY,
@@ -100,12 +100,7 @@ class Lane:
         self.recent = RecentlyTrained(num_strata=STRATA, per_stratum=200, **shape)
         self.yardsticks = Yardsticks(self.model, (), columns=POOL_COLUMNS, dim=POOL_DIM)
         self.scorer = Scorer(
-            make_policy(SlapConfig(), has_reference=False),
-            self.model,
-            self.pool,
-            self.recent,
-            self.yardsticks,
-            measured_for_good=False,
+            Slap(SlapConfig()), self.model, self.pool, self.recent, self.yardsticks
         )
         self.offered = 0
 

@@ -47,6 +47,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     line.add_argument("--repeats", type=whole(1), default=3, help="processes that measure speed")
     line.add_argument("--arm", default="", help=argparse.SUPPRESS)
     arguments = line.parse_args(argv)
+    # Loads NumPy, which must find the variables above set.
+    from slap_stream.selection.policies.registry import make_policy
+
     try:
         arguments.config = SlapConfig(
             keep=arguments.keep,
@@ -54,6 +57,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             pool_batches=arguments.pool_batches,
             metric_dim=arguments.metric_dim,
         )
+        make_policy(arguments.config)
     except ConfigError as error:
         line.error(str(error))
     name, sizes = (
