@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slap_stream.config import SlapConfig
+    from slap_stream.config import Advanced, SlapConfig
     from slap_stream.embeddings.store import EmbeddingStore
     from slap_stream.loader.loader import SlapDataLoader
     from slap_stream.probe.probe import LearnabilityProbe
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Advanced",
     "ChatCollator",
     "EmbeddingStore",
     "LearnabilityProbe",
@@ -44,6 +45,7 @@ __all__ = [
 
 # Resolved on first use: importing the package must not import torch, streaming, zarr or numba.
 _HOME = {
+    "Advanced": "config",
     "ChatCollator": "text.collate",
     "EmbeddingStore": "embeddings.store",
     "LearnabilityProbe": "probe.probe",

@@ -135,6 +135,10 @@ def hold_resume_law(
             np.testing.assert_array_equal(left, right)
 
 
+# Weights beside which the noise hardly counts.
+FIRM = {"copy_weight": 40.0, "mismatch_weight": 40.0, "rank_weight": 2.0}
+
+
 def config_of(**settings: Any) -> SlapConfig:
     """A config small enough for tests."""
     small: dict[str, Any] = {
@@ -147,4 +151,4 @@ def config_of(**settings: Any) -> SlapConfig:
         "metric_dim": 8,
         "recent_per_stratum": 16,
     }
-    return SlapConfig(**(small | settings))
+    return SlapConfig.from_dict(small | settings)

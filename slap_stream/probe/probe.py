@@ -177,14 +177,14 @@ class LearnabilityProbe:
         self._optimizer_given = optimizer is not None
         self._moment = SecondMoment(
             (vocabulary, hidden),
-            decay=config.decay,
+            decay=config.advanced.decay,
             device=device,
             weight=weight,
             optimizer=optimizer,
         )
         if sketches:
             self._sketch = TensorSketch(
-                vocabulary, hidden, config.sketch_dim, seed=config.seed, device=device
+                vocabulary, hidden, config.advanced.sketch_dim, seed=config.seed, device=device
             )
             # A first estimate of the second moment, so that the first sketches are preconditioned.
             self._moment.update(self._read(checked[None])[3][0])

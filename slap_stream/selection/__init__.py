@@ -14,7 +14,7 @@ lane.py           one lane: candidates in, batches out, step by step
   composer.py     which candidates make the next batch, which leave, which are probed
   batch_kernels.py  its compiled inner loops
   repeats.py      samples that an epoch offers more than once
-  policies/       the rules themselves
+  policies/       the rules themselves, and registry.py: which there are, by name
 questions.py      losses that were asked for, over the lanes of a rank
   awaiting.py     whom a lane waits for
   feedback.py     what has come back to a lane

@@ -151,8 +151,11 @@ class Awaiting:
 
     def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
         """Take over saved questions; `rows_of` gives (n, columns) design rows of (n,) ids."""
-        self._asked.clear()
         cuts = np.cumsum(np.asarray(state["sizes"], np.int64))
+        # All of them, if they were remembered for longer: with a longer lookahead, of which batches
+        # are still to be delivered.
+        self.depth = max(self.depth, len(cuts))
+        self._asked = deque(maxlen=self.depth)
         ids = np.asarray(state["sample_id"], np.int64)
         x = rows_of(ids)
         start = 0

@@ -147,7 +147,7 @@ class LaneFeedback:
         self._share = min(1.0, TRAINED_PER_REFRESH / trained)
         self._learns = policy.learns_losses
         self.awaiting_trained, self.awaiting_probed = Awaiting(plan.patience), Awaiting(2)
-        self.answers = Answers(columns=plan.columns, sketch_dim=plan.config.sketch_dim)
+        self.answers = Answers(columns=plan.columns, sketch_dim=plan.config.advanced.sketch_dim)
         self.agreement = np.zeros(6)
         self.counters: Counter[str] = Counter()
 

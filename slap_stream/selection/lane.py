@@ -79,11 +79,11 @@ class Lane:
                 "seed": config.seed,
                 "lane": index,
                 "num_lanes": plan.num_lanes,
-                "shards_per_block": config.shards_per_block,
+                "shards_per_block": config.advanced.shards_per_block,
                 "min_block": plan.pool_size,
             },
         )
-        sketch_dim = config.sketch_dim if policy.keeps_sketches else 0
+        sketch_dim = config.advanced.sketch_dim if policy.keeps_sketches else 0
         self.pool = Pool(
             capacity=plan.pool_size,
             sketch_dim=sketch_dim,
@@ -92,7 +92,9 @@ class Lane:
         )
         remembered = CHOSEN_SKETCHES if "chosen_sketches" in policy.needs else 0
         self._chosen = SketchQueue(length=remembered, sketch_dim=sketch_dim)
-        per_stratum = min(config.recent_per_stratum, max(1, MAX_RECENT // strata.num_strata))
+        per_stratum = min(
+            config.advanced.recent_per_stratum, max(1, MAX_RECENT // strata.num_strata)
+        )
         self._recent = RecentlyTrained(
             num_strata=strata.num_strata,
             per_stratum=per_stratum,
@@ -340,7 +342,7 @@ class Lane:
 
     def refresh(self) -> None:
         """Scorer everything anew: model and strata have just been refreshed."""
-        self.feedback.refresh(self._plan.config.decay)
+        self.feedback.refresh(self._plan.config.advanced.decay)
         self._centroid_sum[:] = 0.0
         self._centroid_count[:] = 0.0
         self._left_worth, self._left_count = 0.0, 0

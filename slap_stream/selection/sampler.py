@@ -275,7 +275,7 @@ class SlapSampler:
                 losses,
                 sketches,
                 measurements or {},
-                sketch_dim=self.config.sketch_dim,
+                sketch_dim=self.config.advanced.sketch_dim,
                 wanted=self.measurements,
             )
 
@@ -289,7 +289,9 @@ class SlapSampler:
         Raises:
             FeedbackError: If it has another shape or is not finite.
         """
-        target = None if sketch is None else check_sketches(sketch, (self.config.sketch_dim,))
+        target = (
+            None if sketch is None else check_sketches(sketch, (self.config.advanced.sketch_dim,))
+        )
         if target is not None and not np.isfinite(target).all():
             raise FeedbackError("sketch must be finite, got NaN or infinity; keep the last one.")
         self._target = target

@@ -103,16 +103,16 @@ class Shared:
         self.model = LossModel(
             columns=plan.columns,
             dim=store.shape[1],
-            metric_dim=config.metric_dim,
-            sketch_dim=config.sketch_dim,
-            warmup_losses=config.warmup_losses,
+            metric_dim=config.advanced.metric_dim,
+            sketch_dim=config.advanced.sketch_dim,
+            warmup_losses=config.advanced.warmup_losses,
             length_columns=[INTERCEPT, LOG_LENGTH]
             + [column_of[name] for name in LENGTH_FEATURES if name in column_of],
             reference_column=column_of.get(REFERENCE_COLUMN),
         )
         self.strata = Strata(
             num_sources=len(store.source_names),
-            num_clusters=config.num_clusters,
+            num_clusters=config.advanced.num_clusters,
             pool_size=plan.pool_size,
             dim=store.shape[1],
         )
@@ -126,7 +126,7 @@ class Shared:
 
     def learn(self, sums: State) -> None:
         """Take in statistics summed over all lanes, as `Lane.statistics` names them."""
-        self.model.refresh([Moments.from_dict(sums[MOMENTS])], self._config.decay)
+        self.model.refresh([Moments.from_dict(sums[MOMENTS])], self._config.advanced.decay)
         self._take_counts(sums)
 
     def lesson(self, sums: State) -> State:
@@ -143,7 +143,7 @@ class Shared:
         self._take_counts(lesson)
 
     def _take_counts(self, sums: State) -> None:
-        decay = self._config.decay
+        decay = self._config.advanced.decay
         self.strata.move(sums["centroid_sum"], sums["centroid_count"], decay)
         self.keep.refresh(float(sums["left_worth"]), float(sums["left_count"]))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from slap_stream import SlapConfig
+from slap_stream import Advanced, SlapConfig
 from slap_stream.probe.sketch import TensorSketch
 from tests.helpers.tiny_models import HIDDEN, MODELS, VOCABULARY
 
@@ -29,7 +29,7 @@ class Host:
     """A loader of a fixed table: two lanes, everything handed over is kept."""
 
     def __init__(self, read=None, *, every=1, n=6, measurements=()):
-        self.config = SlapConfig(probe_every=every, sketch_dim=DIM, seed=5)
+        self.config = SlapConfig(probe_every=every, seed=5, advanced=Advanced(sketch_dim=DIM))
         self.measurements = measurements
         self.num_local_lanes = 2
         self.read = read or text_batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from slap_stream.selection.policies import registry
 from slap_stream.selection.policies.base import PoolView, top
 from slap_stream.selection.policies.registry import make_policy
 from slap_stream.types import FloatArray, IntArray
-from tests.laws import LossTable, as_json, config_of, drive, hold_epoch_laws, hold_resume_law
+from tests.laws import (
+    LossTable,
+    as_json,
+    config_of,
+    drive,
+    hold_epoch_laws,
+    hold_proportionality,
+    hold_resume_law,
+)
 
 
 class Surprising(Policy):
@@ -131,6 +140,19 @@ def test_an_installed_package_names_its_policies(
         make("x")
 
 
+def test_the_example_of_the_docs_keeps_the_laws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+    docs = Path(__file__).parent.parent.parent / "docs" / "selection.md"
+    (block,) = re.findall(r"```python\n(.*?)```", docs.read_text(), flags=re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(compile(block, str(docs), "exec"), scope)
+    assert len(scope["batches"]) == 12
+    sampler = make("middling", probe_fraction=0.1)
+    table = LossTable(480, 16)
+    hold_epoch_laws(sampler, drive([sampler], table))
+    hold_proportionality(sampler)
+
+
 def test_a_name_of_ours_is_not_given_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_registered", {})
     for name in ("slap", "", 3):
@@ -193,6 +215,6 @@ def test_the_weight_of_the_rank_follows_the_reference_unless_it_is_given() -> No
         one = {name: np.zeros(1) for name in ("loss", "copy", "mismatch")}
         return float(policy.utility(rank=np.full(1, 0.5), **one)[0] / 0.5)
 
-    assert weight(["reference_loss"]) == 2.0
-    assert weight(["other"]) == 0.1
+    assert weight(["reference_loss"]) == 8.0
+    assert weight(["other"]) == 0.4
     assert weight(["reference_loss"], rank_weight=0.5) == 0.5

@@ -15,6 +15,7 @@ from slap_stream.embeddings.store import ArrayStore
 from slap_stream.errors import AlignmentError, ConfigError, FeedbackError, ShardError, StateError
 from slap_stream.selection.policies.registry import OURS, make_policy
 from tests.laws import (
+    FIRM,
     LossTable,
     as_json,
     config_of,
@@ -256,7 +257,7 @@ def test_slap_prefers_what_has_excess_loss() -> None:
     vectors = embeddings(2400)
     table.losses = 2.0 + vectors[:, 0].astype(float)
     sampler = SlapSampler(
-        [200] * 12, vectors, batch_size=32, config=config_of(num_clusters=1, temperature=0.05)
+        [200] * 12, vectors, batch_size=32, config=config_of(num_clusters=1, **FIRM)
     )
     trained = np.concatenate(drive([sampler], table)[10:])
     pruned = np.setdiff1d(np.arange(2400), trained)
@@ -275,8 +276,8 @@ def test_a_reference_gives_the_rank_more_weight() -> None:
         sampler = SlapSampler([200] * 4, rows, batch_size=16, config=config_of(**options))
         return [batch.tolist() for batch in drive([sampler], LossTable(800, 16))]
 
-    assert batches(True) == batches(True, rank_weight=2.0) != batches(True, rank_weight=0.1)
-    assert batches(False) == batches(False, rank_weight=0.1) != batches(False, rank_weight=2.0)
+    assert batches(True) == batches(True, rank_weight=8.0) != batches(True, rank_weight=0.4)
+    assert batches(False) == batches(False, rank_weight=0.4) != batches(False, rank_weight=8.0)
 
 
 def test_probes_come_by_length_lane_by_lane() -> None:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from slap_stream import SlapConfig
+from slap_stream import Advanced, SlapConfig
 from slap_stream.cli.command_line import CommandLine, ended, in_own_process, share, whole
 from slap_stream.errors import ConfigError
 
@@ -54,8 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         arguments.config = SlapConfig(
             keep=arguments.keep,
             policy=arguments.policy,
-            pool_batches=arguments.pool_batches,
-            metric_dim=arguments.metric_dim,
+            advanced=Advanced(pool_batches=arguments.pool_batches, metric_dim=arguments.metric_dim),
         )
         make_policy(arguments.config)
     except ConfigError as error:

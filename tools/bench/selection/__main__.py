@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from slap_stream import SlapConfig
@@ -92,7 +92,7 @@ def overridden(arm: Arm, settings: Sequence[str]) -> Arm:
     Raises:
         ConfigError: If one is not NAME=VALUE, or there is no such setting.
     """
-    names = [field.name for field in fields(SlapConfig)]
+    names = list(SlapConfig().to_dict())
     extra = {}
     for setting in settings:
         name, _, value = setting.partition("=")
