@@ -45,7 +45,8 @@ def register_policy(name: str, factory: PolicyFactory) -> None:
 
     Args:
         name: The name; a name of yours may be given another factory.
-        factory: (config, names of the feature columns) -> policy; as a rule a subclass of `Policy`.
+        factory: (config, names of the feature columns, none while they are not known) -> policy;
+            as a rule a subclass of `Policy`.
 
     Raises:
         ConfigError: If the name is one of slap_stream's own.
