@@ -16,13 +16,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slap_stream.config import SlapConfig
+    from slap_stream.config import Advanced, SlapConfig
     from slap_stream.corpus.convert import convert
     from slap_stream.embeddings.embed import embed
     from slap_stream.embeddings.store import EmbeddingStore
     from slap_stream.loader.loader import SlapDataLoader
     from slap_stream.probe.probe import LearnabilityProbe
     from slap_stream.probe.readout import per_sample_loss
+    from slap_stream.selection.policies.base import Policy
+    from slap_stream.selection.policies.registry import register_policy
     from slap_stream.selection.sampler import SlapSampler
     from slap_stream.shards.opening import one_at_a_time
     from slap_stream.text.collate import ChatCollator
@@ -30,9 +32,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Advanced",
     "ChatCollator",
     "EmbeddingStore",
     "LearnabilityProbe",
+    "Policy",
     "SlapConfig",
     "SlapDataLoader",
     "SlapSampler",
@@ -40,13 +44,16 @@ __all__ = [
     "embed",
     "one_at_a_time",
     "per_sample_loss",
+    "register_policy",
 ]
 
 # Resolved on first use: importing the package must not import torch, streaming, zarr or numba.
 _HOME = {
+    "Advanced": "config",
     "ChatCollator": "text.collate",
     "EmbeddingStore": "embeddings.store",
     "LearnabilityProbe": "probe.probe",
+    "Policy": "selection.policies.base",
     "SlapConfig": "config",
     "SlapDataLoader": "loader.loader",
     "SlapSampler": "selection.sampler",
@@ -54,6 +61,7 @@ _HOME = {
     "embed": "embeddings.embed",
     "one_at_a_time": "shards.opening",
     "per_sample_loss": "probe.readout",
+    "register_policy": "selection.policies.registry",
 }
 
 

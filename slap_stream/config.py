@@ -3,71 +3,36 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from slap_stream.errors import ConfigError
 
-PolicyName = Literal[
-    "slap",
-    "slap_paper",
-    "uniform",
-    "subset",
-    "rs2",
-    "max_loss",
-    "infobatch",
-    "k_centre",
-    "rho_loss",
-    "greats",
-    "divbs",
-    "uds",
-]
 OnBadShard = Literal["raise", "skip"]
 
-# Policies whose sources measure every candidate.
-_MEASURING = ("max_loss", "rho_loss", "greats", "divbs", "uds")
-_WEIGHTS = ("copy_weight", "mismatch_weight", "curvature", "diversity")
-_FLOATS = (
-    "keep_min",
-    "probe_fraction",
-    "decay",
-    "temperature",
-    "rank_cap",
-    "max_withdrawn",
-    *_WEIGHTS,
-)
-RANK_WEIGHT, RANK_WEIGHT_WITH_REFERENCE = 0.1, 2.0
+# Settings of running: they may be others when a run goes on from a checkpoint.
+RUNNING = ("lookahead", "on_bad_shard", "max_withdrawn")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SlapConfig:
-    """Settings of a run; the defaults are meant to work without tuning.
+class Advanced:
+    """Settings of the method, which seldom need another value; `SlapConfig(advanced=...)`.
 
     Attributes:
-        keep: Fraction of the candidates that is trained on, in (0, 1]; "auto": what is not shown
-            to be dispensable, followed online.
-        keep_min: Least fraction that "auto" goes down to, in (0, 1].
-        policy: Rule that picks a batch from the pool.
-        seed: Seed of every draw.
-        num_lanes: Independent composers; None means the world size at the first construction.
-            Fixed for a run: it is what the batches depend on, so that the world size is free.
         num_clusters: Embedding clusters; a stratum is one cluster of one source.
         shards_per_block: Shards whose candidates are interleaved, at least (small shards: more,
             until a block fills the pool).
         pool_batches: Lane batches of candidates that wait in the pool, at most.
-        lookahead: Batches composed ahead of the one that is asked for; feedback is late by this.
-        probe_every: Optimizer steps between two refreshes.
-        probe_fraction: Fraction of the offered candidates that the probe reads, in [0, 0.15]; in
-            [0, 1] for policies that are meant to measure every candidate.
         sketch_dim: Length of a gradient sketch, a power of two.
         metric_dim: Dimensions of the learned metric space, in which batches are made diverse.
         warmup_losses: Losses that must have been seen before a batch is composed by them; until
             then batches are drawn uniformly at the same `keep`.
         decay: Factor on the old statistics at every refresh, in (0, 1].
-        temperature: Utilities are divided by this before the Gumbel noise is added.
         rank_weight: Weight of the rank of the length-residual loss inside the stratum, or of what
-            it is above a reference model's where the embeddings have `reference_loss`. None: 0.1,
-            more loses to uniform batches on clean data; with a reference 2, which tells what can be
+            it is above a reference model's where the embeddings have `reference_loss`. None: 0.4,
+            more loses to uniform batches on clean data; with a reference 8, which tells what can be
             learnt from what is noise.
         rank_cap: Ranks above this count as this: the very highest losses are mostly noise.
         copy_weight: Weight of being a near-copy of what was trained on lately and is learnt.
@@ -76,78 +41,36 @@ class SlapConfig:
         diversity: Weight of the distance to the nearest neighbour, relative to the scores.
         shortlist: Candidates examined per slot when a batch is composed.
         recent_per_stratum: Samples of a stratum trained on last that distances look at.
-        on_bad_shard: Whether a damaged shard raises, or is withdrawn and counted. A shard that
-            cannot be fetched raises in any case.
-        max_withdrawn: Fraction of the dataset's candidates, in [0, 1], that a process may withdraw
-            with their damaged shards; beyond it, the run stops.
     """
 
-    keep: float | Literal["auto"] = 0.7
-    keep_min: float = 0.5
-    policy: PolicyName = "slap"
-    seed: int = 0
-    num_lanes: int | None = None
     num_clusters: int = 16
     shards_per_block: int = 8
     pool_batches: int = 16
-    lookahead: int = 8
-    probe_every: int = 16
-    probe_fraction: float = 0.1
     sketch_dim: int = 512
     metric_dim: int = 64
     warmup_losses: int = 256
     decay: float = 0.9
-    temperature: float = 0.25
     rank_weight: float | None = None
     rank_cap: float = 0.9
-    copy_weight: float = 2.0
-    mismatch_weight: float = 2.0
+    copy_weight: float = 8.0
+    mismatch_weight: float = 8.0
     curvature: float = 0.25
     diversity: float = 0.25
     shortlist: int = 2
     recent_per_stratum: int = 256
-    on_bad_shard: OnBadShard = "raise"
-    max_withdrawn: float = 0.01
 
     def __post_init__(self) -> None:
-        given = () if self.rank_weight is None else ("rank_weight",)
-        for name in (*_FLOATS, *given):
-            if not _is_finite(getattr(self, name)):
-                raise ConfigError(f"{name} must be a finite number, got {getattr(self, name)!r}.")
-        if self.keep != "auto" and not (_is_finite(self.keep) and 0.0 < self.keep <= 1.0):
-            raise ConfigError(
-                f'keep must be in (0, 1] or "auto", got {self.keep!r}; it is the fraction of '
-                "candidates that is trained on."
-            )
-        if self.keep == "auto" and self.policy != "slap":
-            raise ConfigError(
-                f'keep must be a number with policy {self.policy!r}, got "auto"; only slap finds '
-                "out what is dispensable."
-            )
-        for name, choices in (("policy", PolicyName), ("on_bad_shard", OnBadShard)):
-            value = getattr(self, name)
-            if value not in get_args(choices):
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}."
-                )
-        if self.num_lanes is not None:
-            self._require_int("num_lanes", 1)
-        self._require_int("seed", 0)
-        if self.seed >= 2**63:
-            raise ConfigError(f"seed must be below 2**63, got {self.seed!r}.")
-        self._require_int("lookahead", 0)
         for name in (
             "num_clusters",
             "shards_per_block",
             "pool_batches",
-            "probe_every",
             "metric_dim",
             "warmup_losses",
             "shortlist",
             "recent_per_stratum",
         ):
-            self._require_int(name, 1)
-        self._require_int("sketch_dim", 16)
+            _take_whole(self, name, 1)
+        _take_whole(self, "sketch_dim", 16)
         if self.sketch_dim & (self.sketch_dim - 1):
             raise ConfigError(
                 f"sketch_dim must be a power of two, got {self.sketch_dim!r}; try 512."
@@ -157,69 +80,143 @@ class SlapConfig:
                 f"pool_batches must be at least 2, got {self.pool_batches!r}; with fewer there is "
                 "nothing to choose from."
             )
-        if self.measures_all and not 0.0 <= self.probe_fraction <= 1.0:
-            raise ConfigError(
-                f"probe_fraction must be in [0, 1], got {self.probe_fraction!r}; with 1 every "
-                "candidate is measured."
-            )
-        if not self.measures_all and not 0.0 <= self.probe_fraction <= 0.15:
-            raise ConfigError(
-                f"probe_fraction must be in [0, 0.15], got {self.probe_fraction!r}; probing more "
-                f"costs more than selection saves (only {', '.join(_MEASURING)} may)."
-            )
-        for name in ("keep_min", "decay", "rank_cap"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} must be in (0, 1], got {getattr(self, name)!r}.")
-        if not 0.0 <= self.max_withdrawn <= 1.0:
-            raise ConfigError(
-                f"max_withdrawn must be in [0, 1], got {self.max_withdrawn!r}; it is the fraction "
-                "of candidates that a run may lose to damaged shards."
-            )
-        if not self.temperature > 0.0:
-            raise ConfigError(
-                f"temperature must be positive, got {self.temperature!r}; a small one, such as "
-                "0.01, all but removes the noise."
-            )
-        for name in (*_WEIGHTS, *given):
-            if not getattr(self, name) >= 0.0:
+        for name in ("decay", "rank_cap"):
+            _take_fraction(self, name)
+        given = () if self.rank_weight is None else ("rank_weight",)
+        for name in ("copy_weight", "mismatch_weight", "curvature", "diversity", *given):
+            if _take_number(self, name) < 0.0:
                 raise ConfigError(
                     f"{name} must not be negative, got {getattr(self, name)!r}; 0 switches it off."
                 )
 
-    @property
-    def measures_all(self) -> bool:
-        """Whether the policy is meant to see a measurement of every candidate: `probe_fraction` may
-        then be up to 1, and what was measured stays as long as the candidate does."""
-        return self.policy in _MEASURING
 
-    @property
-    def measures_nuclear_norms(self) -> bool:
-        """Whether the policy wants the nuclear norm of each measured candidate's logits."""
-        return self.policy == "uds"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlapConfig:
+    """Settings of a run; the defaults are meant to work without tuning.
 
-    def rank_weight_for(self, *, has_reference: bool) -> float:
-        """The weight of the rank, with or without losses of a reference model."""
-        if self.rank_weight is not None:
-            return self.rank_weight
-        return RANK_WEIGHT_WITH_REFERENCE if has_reference else RANK_WEIGHT
+    The last three before `advanced` are settings of running, which may be others when a run goes
+    on from a checkpoint. All others decide which samples come, and stay.
 
-    def _require_int(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} must be a whole number >= {least}, got {value!r}.")
+    Attributes:
+        keep: Fraction of the candidates that is trained on, in (0, 1]; "auto": what is not shown
+            to be dispensable, followed online.
+        keep_min: Least fraction that "auto" goes down to, in (0, 1].
+        policy: Name of the rule that picks a batch from the pool.
+        seed: Seed of every draw.
+        num_lanes: Independent composers; None means the world size at the first construction.
+            Fixed for a run: it is what the batches depend on, so that the world size is free.
+        probe_every: Optimizer steps between two refreshes.
+        probe_fraction: Fraction of the offered candidates that the probe reads, in [0, 0.15]; in
+            [0, 1] for policies that are meant to measure every candidate.
+        lookahead: Batches composed ahead of the one that is asked for; feedback is late by this.
+        on_bad_shard: Whether a damaged shard raises, or is withdrawn and counted. A shard that
+            cannot be fetched raises in any case.
+        max_withdrawn: Fraction of the dataset's candidates, in [0, 1], that a process may withdraw
+            with their damaged shards; beyond it, the run stops.
+        advanced: Settings of the method.
+    """
+
+    keep: float | Literal["auto"] = 0.7
+    keep_min: float = 0.5
+    policy: str = "slap"
+    seed: int = 0
+    num_lanes: int | None = None
+    probe_every: int = 16
+    probe_fraction: float = 0.1
+    lookahead: int = 8
+    on_bad_shard: OnBadShard = "raise"
+    max_withdrawn: float = 0.01
+    advanced: Advanced = field(default_factory=Advanced)
+
+    def __new__(cls, **settings: Any) -> SlapConfig:
+        misplaced = [name for name in settings if name in Advanced.__slots__]
+        if misplaced:
+            raise TypeError(
+                f"{misplaced[0]} must be given to Advanced, got it for SlapConfig; write "
+                f"SlapConfig(advanced=Advanced({misplaced[0]}={settings[misplaced[0]]!r}))."
+            )
+        # Not super(): with slots the decorator makes another class of this one.
+        return object.__new__(cls)
+
+    def __post_init__(self) -> None:
+        if self.keep != "auto":
+            if not _is_finite(self.keep) or not 0.0 < self.keep <= 1.0:
+                raise ConfigError(
+                    f'keep must be in (0, 1] or "auto", got {self.keep!r}; it is the fraction of '
+                    "candidates that is trained on."
+                )
+            _take_number(self, "keep")
+        _take_fraction(self, "keep_min")
+        if not isinstance(self.policy, str) or not self.policy:
+            raise ConfigError(
+                f'policy must be the name of a policy, got {self.policy!r}; such as "slap".'
+            )
+        if self.num_lanes is not None:
+            _take_whole(self, "num_lanes", 1)
+        _take_whole(self, "seed", 0)
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed must be below 2**63, got {self.seed!r}.")
+        _take_whole(self, "lookahead", 0)
+        _take_whole(self, "probe_every", 1)
+        for name in ("probe_fraction", "max_withdrawn"):
+            if not 0.0 <= _take_number(self, name) <= 1.0:
+                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)!r}.")
+        if self.on_bad_shard not in get_args(OnBadShard):
+            raise ConfigError(
+                f"on_bad_shard must be one of {', '.join(get_args(OnBadShard))}, got "
+                f"{self.on_bad_shard!r}."
+            )
+        if not isinstance(self.advanced, Advanced):
+            raise ConfigError(
+                f"advanced must be an Advanced, got {self.advanced!r}; write "
+                "advanced=Advanced(pool_batches=8)."
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dict of the settings, for checkpoints."""
-        return asdict(self)
+        """All settings by name, those of `advanced` among the others: for checkpoints."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "advanced"}
+        return own | {f.name: getattr(self.advanced, f.name) for f in fields(Advanced)}
 
-    def differences(self, saved: dict[str, Any]) -> list[str]:
-        """Settings in which a saved config differs, as `name: saved -> current`."""
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> SlapConfig:
+        """Inverse of `to_dict`; what is not given is as by default."""
+        advanced = {f.name for f in fields(Advanced)} & settings.keys()
+        return cls(
+            **{name: settings[name] for name in settings.keys() - advanced},
+            advanced=Advanced(**{name: settings[name] for name in advanced}),
+        )
+
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """Settings in which a saved config differs, as `name: saved -> current`; those of running
+        are left out."""
         return [
-            f"{f.name}: {saved.get(f.name)!r} -> {getattr(self, f.name)!r}"
-            for f in fields(self)
-            if saved.get(f.name) != getattr(self, f.name)
+            f"{name}: {saved.get(name)!r} -> {value!r}"
+            for name, value in self.to_dict().items()
+            if name not in RUNNING and saved.get(name) != value
         ]
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def _take_number(settings: Advanced | SlapConfig, name: str) -> float:
+    """Have a setting be a plain float: NumPy's do not go into JSON."""
+    value = getattr(settings, name)
+    if not _is_finite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value!r}.")
+    object.__setattr__(settings, name, float(value))
+    return float(value)
+
+
+def _take_fraction(settings: Advanced | SlapConfig, name: str) -> None:
+    if not 0.0 < _take_number(settings, name) <= 1.0:
+        raise ConfigError(f"{name} must be in (0, 1], got {getattr(settings, name)!r}.")
+
+
+def _take_whole(settings: Advanced | SlapConfig, name: str, least: int) -> None:
+    """Have a setting be a plain int, likewise."""
+    value = getattr(settings, name)
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ConfigError(f"{name} must be a whole number >= {least}, got {value!r}.")
+    object.__setattr__(settings, name, int(value))

@@ -30,6 +30,10 @@ class LossTable:
         """(n,) losses."""
         return self.losses[ids]
 
+    def measured(self, ids: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        """(n,) what policies ask for besides losses and sketches, by name."""
+        return {"nuclear_norm": self.norms[ids]}
+
 
 def drive(
     samplers: Sequence[SlapSampler], table: LossTable, *, epochs: int = 1, stop_after: int = -1
@@ -56,7 +60,7 @@ def drive(
             statistics = []
             for sampler in samplers:
                 ids = sampler.probe_candidates(sampler.probe_budget())
-                sampler.update(ids, table.of(ids), table.sketches[ids], table.norms[ids])
+                sampler.update(ids, table.of(ids), table.sketches[ids], table.measured(ids))
                 statistics += sampler.statistics()
             for sampler in samplers:
                 sampler.merge(copy.deepcopy(statistics))
@@ -131,6 +135,10 @@ def hold_resume_law(
             np.testing.assert_array_equal(left, right)
 
 
+# Weights beside which the noise hardly counts.
+FIRM = {"copy_weight": 40.0, "mismatch_weight": 40.0, "rank_weight": 2.0}
+
+
 def config_of(**settings: Any) -> SlapConfig:
     """A config small enough for tests."""
     small: dict[str, Any] = {
@@ -143,4 +151,4 @@ def config_of(**settings: Any) -> SlapConfig:
         "metric_dim": 8,
         "recent_per_stratum": 16,
     }
-    return SlapConfig(**(small | settings))
+    return SlapConfig.from_dict(small | settings)

@@ -18,6 +18,7 @@ from slap_stream.errors import ConfigError, StateError
 from slap_stream.loader.loader import SAMPLE_ID, SlapDataLoader
 from slap_stream.probe.probe import LearnabilityProbe
 from slap_stream.probe.readout import per_sample_loss
+from slap_stream.selection.policies.registry import make_policy
 from slap_stream.shards.settings import dataset_shards
 from slap_stream.text.collate import ChatCollator
 
@@ -93,10 +94,11 @@ class SlapTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
                 f"slap_config must be a SlapConfig, got {type(slap_config).__name__}; write "
                 "SlapConfig(keep=0.7)."
             )
-        if self._slap_config.policy == "infobatch":
+        if make_policy(self._slap_config).weighs_losses:
             raise ConfigError(
-                "policy must not be 'infobatch' with SlapTrainer, got it; its losses need weights, "
-                "and the loss here is the stock Trainer's: use a loop of your own."
+                f"policy must not be {self._slap_config.policy!r} with SlapTrainer, got it; its "
+                "losses need weights, and the loss here is the stock Trainer's: use a loop of your "
+                "own."
             )
         self._head, self._loss_fn = head, loss_fn
         self._resume_from: str | None = None

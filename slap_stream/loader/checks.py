@@ -10,6 +10,7 @@ import numpy as np
 from slap_stream.config import SlapConfig
 from slap_stream.embeddings.rows import StackedStore
 from slap_stream.errors import AlignmentError, ConfigError
+from slap_stream.selection.policies.registry import make_policy
 from slap_stream.shards.settings import min_cache_bytes
 from slap_stream.types import IntArray, RowStore
 
@@ -20,7 +21,7 @@ def check_arguments(
     """Refuse arguments of another kind than they must be; the settings.
 
     Raises:
-        ConfigError: If one is.
+        ConfigError: If one is, or the policy is not known.
     """
     if not isinstance(config, SlapConfig | None):
         raise ConfigError(
@@ -36,7 +37,11 @@ def check_arguments(
         raise ConfigError(
             f"collate_fn must be a function of a list of samples, got {collate_fn!r}."
         )
-    return config or SlapConfig()
+    settings: SlapConfig = config or SlapConfig()
+    # The sampler makes it again, for the columns at hand: here a bad policy is refused before ranks
+    # and embeddings are waited for.
+    make_policy(settings)
+    return settings
 
 
 def check_batch_size(batch_size: int, dataset: Any) -> None:

@@ -224,6 +224,11 @@ class SlapDataLoader(DataLoader[Any]):
         return self._sampler.config
 
     @property
+    def measurements(self) -> tuple[str, ...]:
+        """Names of what the policy wants measured besides losses and sketches."""
+        return self._sampler.measurements
+
+    @property
     def num_local_lanes(self) -> int:
         """Lanes of this rank."""
         return len(self._sampler.lanes)
@@ -294,10 +299,10 @@ class SlapDataLoader(DataLoader[Any]):
         return _with_ids(collate(view.__getitems__(ids)), ids)
 
     def update(
-        self, ids: IntArray, losses: FloatArray, sketches: Any = None, nuclear_norms: Any = None
+        self, ids: IntArray, losses: FloatArray, sketches: Any = None, measurements: Any = None
     ) -> None:
         """Feed back what the probe measured of the ids that `probe_candidates` gave."""
-        self.composer.update(ids, losses, sketches, nuclear_norms)
+        self.composer.update(ids, losses, sketches, measurements)
 
     def refresh(self, also: FloatArray | None = None) -> FloatArray:
         """Take in all feedback since the last refresh, of all ranks; every rank calls it.

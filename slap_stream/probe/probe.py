@@ -53,6 +53,11 @@ class ProbeHost(Protocol):
         ...
 
     @property
+    def measurements(self) -> Sequence[str]:
+        """Names of what is wanted besides losses and sketches."""
+        ...
+
+    @property
     def num_local_lanes(self) -> int:
         """Lanes of this rank."""
         ...
@@ -74,10 +79,10 @@ class ProbeHost(Protocol):
         ids: IntArray,
         losses: FloatArray,
         sketches: Float32Array | None,
-        nuclear_norms: FloatArray | None,
+        measurements: Mapping[str, FloatArray],
         /,
     ) -> None:
-        """Take (n,) losses, (n, sketch_dim) sketches and (n,) nuclear norms of these samples."""
+        """Take (n,) losses, (n, sketch_dim) sketches and (n,) `measurements` of these samples."""
         ...
 
     def refresh(self, also: FloatArray, /) -> FloatArray:
@@ -136,6 +141,7 @@ class LearnabilityProbe:
 
         Raises:
             HeadError: If the head cannot be found or read, or the losses differ.
+            ConfigError: If the policy wants a measurement that the probe cannot make.
             ValueError: If batch_size is not positive or check_ids is empty.
         """
         if batch_size < 1:
@@ -155,11 +161,11 @@ class LearnabilityProbe:
         reshard(self._model)
         found = find_head(self._model, head)
         weight = head_weight(found)
-        norms = loader.config.measures_nuclear_norms
+        wanted = loader.measurements
         self._reader: Reader = (
-            CausalReader(self._model, found, nuclear_norms=norms)
+            CausalReader(self._model, found, measurements=wanted)
             if loss_fn is None
-            else LossFnReader(self._model, found, loss_fn, nuclear_norms=norms)
+            else LossFnReader(self._model, found, loss_fn, measurements=wanted)
         )
         checked = np.asarray(check_ids, np.int64)
         with quiet(self._model, self._device):
@@ -171,14 +177,14 @@ class LearnabilityProbe:
         self._optimizer_given = optimizer is not None
         self._moment = SecondMoment(
             (vocabulary, hidden),
-            decay=config.decay,
+            decay=config.advanced.decay,
             device=device,
             weight=weight,
             optimizer=optimizer,
         )
         if sketches:
             self._sketch = TensorSketch(
-                vocabulary, hidden, config.sketch_dim, seed=config.seed, device=device
+                vocabulary, hidden, config.advanced.sketch_dim, seed=config.seed, device=device
             )
             # A first estimate of the second moment, so that the first sketches are preconditioned.
             self._moment.update(self._read(checked[None])[3][0])
@@ -205,13 +211,13 @@ class LearnabilityProbe:
                 raise ValueError(
                     f"probe_candidates must be equally many of {lanes} lanes, got {len(ids)} ids."
                 )
-            losses, sketches, norms, curvature = self._read(ids.reshape(lanes, -1))
+            losses, sketches, measured, curvature = self._read(ids.reshape(lanes, -1))
             by_lane = losses.reshape(lanes, -1)
             finite = np.isfinite(by_lane)
             counts = finite.sum(axis=1), np.where(finite, by_lane, 0.0).sum(axis=1)
             seen = np.column_stack([np.full(lanes, finite.shape[1]), *counts, curvature])
             self._seconds += time.perf_counter() - began
-            self._loader.update(ids, losses, sketches, norms)
+            self._loader.update(ids, losses, sketches, measured)
         # Also without anything probed: a refresh is an exchange that every rank takes part in.
         with undisturbed():
             total = self._loader.refresh(seen)
@@ -298,9 +304,9 @@ class LearnabilityProbe:
 
     def _read(
         self, ids: IntArray
-    ) -> tuple[FloatArray, Float32Array | None, FloatArray | None, FloatArray]:
-        """Losses, sketches and nuclear norms of (lanes, n) samples, as far as they are wanted, and
-        the (lanes, ...) curvature seen.
+    ) -> tuple[FloatArray, Float32Array | None, dict[str, FloatArray], FloatArray]:
+        """Losses, sketches and wanted measurements of (lanes, n) samples, and the (lanes, ...)
+        curvature seen.
 
         One preconditioner serves all of them.
 
@@ -322,7 +328,8 @@ class LearnabilityProbe:
                 curvature.append(np.zeros(0) if sink is None else sink.take_curvature())
         reshard(self._model)
         table: Float32Array = np.concatenate(rows)
-        numbers = 2 if self._loader.config.measures_nuclear_norms else 1
-        sketches = None if sink is None else np.ascontiguousarray(table[:, numbers:])
-        norms = table[:, 1].astype(np.float64) if numbers == 2 else None
-        return table[:, 0].astype(np.float64), sketches, norms, np.stack(curvature)
+        wanted = self._loader.measurements
+        numbers = table[:, : 1 + len(wanted)].astype(np.float64).T
+        sketches = None if sink is None else np.ascontiguousarray(table[:, len(numbers) :])
+        measured = dict(zip(wanted, numbers[1:], strict=True))
+        return numbers[0], sketches, measured, np.stack(curvature)

@@ -7,7 +7,7 @@ after a forward, and both go to a `GradientSink` in blocks of tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +23,7 @@ from slap_stream.probe.head import (
     gradients_from_head,
     run_to_head,
 )
+from slap_stream.probe.measurements import functions_of
 from slap_stream.probe.second_moment import SecondMoment
 from slap_stream.probe.sketch import TensorSketch
 from slap_stream.types import IGNORED_LABEL, FloatArray
@@ -154,8 +155,8 @@ class Reader(Protocol):
         """Read a batch; gradients go to the sink.
 
         Returns:
-            (size, 1) float32 losses of the batch's samples; (size, 2) with the nuclear norms of
-            their logits if these were asked for.
+            (size, 1 + measurements) float32 losses of the batch's samples, and what else was asked
+            for of their logits.
         """
         ...
 
@@ -163,11 +164,13 @@ class Reader(Protocol):
 class CausalReader:
     """Next-token cross-entropy at a linear head, a block of tokens at a time."""
 
-    def __init__(self, model: nn.Module, head: nn.Module, *, nuclear_norms: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, head: nn.Module, *, measurements: Sequence[str] = ()
+    ) -> None:
         """Read the model's logit transform from its configuration."""
         self._model = model
         self._head = head
-        self._nuclear_norms = nuclear_norms
+        self._measure = functions_of(measurements)
         self._transform = LogitTransform.of(model)
         # The head of ChatGLM works on (tokens, batch, hidden).
         self._tokens_first = False
@@ -255,24 +258,24 @@ class CausalReader:
             # The vocabulary is known after the first token.
             block = _block_tokens(logits)
         losses = _mean_over_tokens(token_losses, supervised)
-        if not self._nuclear_norms:
+        if not self._measure:
             return losses[:, None]
-        return torch.stack([losses, self._nuclear_norms_of(inputs, supervised)], 1)
+        return torch.cat([losses[:, None], self._measured_of(inputs, supervised)], 1)
 
-    def _nuclear_norms_of(self, inputs: Tensor, supervised: Tensor) -> Tensor:
-        """(batch,) nuclear norms from what enters the head at the (supervised tokens,).
+    def _measured_of(self, inputs: Tensor, supervised: Tensor) -> Tensor:
+        """(batch, measurements) from what enters the head at the (supervised tokens,).
 
         A pass of its own: blocks of tokens cut samples, and a sample's logits are needed at once.
         """
-        norms, start = [], 0
+        rows, start = [], 0
         for tokens in supervised.sum(1).tolist():
             logits = self._head.forward(inputs[start : start + tokens])
             start += tokens
             with torch.autocast(logits.device.type, enabled=False):
                 logits = logits.float()
                 self._transform.apply_(logits)
-                norms.append(_nuclear_norm(logits))
-        return torch.stack(norms)
+                rows.append(torch.stack([measure(logits) for measure in self._measure]))
+        return torch.stack(rows)
 
     def _read_block(
         self,
@@ -326,7 +329,7 @@ class CausalReader:
 class LossFnReader:
     """Losses of the caller's making; gradients by autograd from the head's output on.
 
-    The model makes its own logits here, of every token; nuclear norms are of all that left the head
+    The model makes its own logits here, of every token; measurements are of all that left the head
     for a sample, because which tokens a loss looks at is not known.
     """
 
@@ -336,13 +339,13 @@ class LossFnReader:
         head: nn.Module,
         loss_fn: LossFn,
         *,
-        nuclear_norms: bool = False,
+        measurements: Sequence[str] = (),
     ) -> None:
         """Keep what is needed to read."""
         self._model = model
         self._head = head
         self._loss_fn = loss_fn
-        self._nuclear_norms = nuclear_norms
+        self._measure = functions_of(measurements)
         self._batch_axis = 0
 
     def check(self, batch: Any, size: int) -> tuple[int, int, torch.device]:
@@ -373,10 +376,10 @@ class LossFnReader:
         """As `Reader.read`."""
         losses, entered, left = self._forward(batch, size)
         columns = losses.detach()[:, None]
-        if self._nuclear_norms:
-            outputs = left.detach().float().movedim(self._batch_axis, 0)
-            norms = [_nuclear_norm(output.reshape(-1, left.shape[-1])) for output in outputs]
-            columns = torch.cat([columns, torch.stack(norms)[:, None]], 1)
+        outputs = left.detach().movedim(self._batch_axis, 0).reshape(size, -1, left.shape[-1])
+        for measure in self._measure:
+            measured = torch.stack([measure(output.float()) for output in outputs])
+            columns = torch.cat([columns, measured[:, None]], 1)
         if sink is None:
             return columns
         # The sum: each loss touches its own rows only.
@@ -414,14 +417,6 @@ class LossFnReader:
             )
         entered, left = calls[0]
         return losses.float(), entered, left
-
-
-def _nuclear_norm(logits: Tensor) -> Tensor:
-    """() sum of the singular values of (tokens, vocabulary) float32 logits; 0 of no tokens."""
-    if not bool(torch.isfinite(logits).all()):
-        return logits.new_tensor(torch.nan)
-    values: Tensor = torch.linalg.svdvals(logits)
-    return values.sum()
 
 
 def _over_all_tokens(losses: Tensor, supervised: Tensor) -> float:

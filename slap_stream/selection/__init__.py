@@ -14,7 +14,7 @@ lane.py           one lane: candidates in, batches out, step by step
   composer.py     which candidates make the next batch, which leave, which are probed
   batch_kernels.py  its compiled inner loops
   repeats.py      samples that an epoch offers more than once
-  policies/       the rules themselves
+  policies/       the rules themselves, and registry.py: which there are, by name
 questions.py      losses that were asked for, over the lanes of a rank
   awaiting.py     whom a lane waits for
   feedback.py     what has come back to a lane
@@ -30,6 +30,7 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
+    "policies.registry": ("make_policy",),
     "sampler": ("SlapSampler",),
     "state": ("check_ranks_agree", "require_keys"),
     "shared": ("sum_in_order",),

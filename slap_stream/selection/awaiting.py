@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,8 +151,11 @@ class Awaiting:
 
     def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
         """Take over saved questions; `rows_of` gives (n, columns) design rows of (n,) ids."""
-        self._asked.clear()
         cuts = np.cumsum(np.asarray(state["sizes"], np.int64))
+        # All of them, if they were remembered for longer: with a longer lookahead, of which batches
+        # are still to be delivered.
+        self.depth = max(self.depth, len(cuts))
+        self._asked = deque(maxlen=self.depth)
         ids = np.asarray(state["sample_id"], np.int64)
         x = rows_of(ids)
         start = 0
@@ -259,6 +262,30 @@ def check_sketches(sketches: ArrayLike, shape: tuple[int, ...]) -> Float32Array:
         wanted = "(n, sketch_dim)" if len(shape) == 2 else "(sketch_dim,)"
         raise FeedbackError(f"sketches must be {wanted} = {shape}, got {rows.shape}.")
     return rows
+
+
+def check_measurements(
+    measurements: Mapping[str, ArrayLike], count: int, wanted: Sequence[str]
+) -> dict[str, FloatArray]:
+    """The (count,) numbers of these names that a policy wants; others are left out.
+
+    Raises:
+        FeedbackError: If one is missing or has another shape.
+    """
+    columns = {}
+    for name in wanted:
+        if name not in measurements:
+            raise FeedbackError(
+                f"measurements must hold {', '.join(wanted)}, got "
+                f"{', '.join(measurements) or 'none'}; the policy chooses by them."
+            )
+        columns[name] = np.array(measurements[name], np.float64)
+        if columns[name].shape != (count,):
+            raise FeedbackError(
+                f"measurement {name} must be ({count},) numbers, one a sample, got "
+                f"{columns[name].shape}."
+            )
+    return columns
 
 
 def weights_of(ids: ArrayLike, awaiting: Sequence[Awaiting]) -> FloatArray:

@@ -7,8 +7,8 @@ import numpy as np
 from slap_stream.core.rng import Purpose, generator, uniforms
 from slap_stream.selection.intake import Intake
 from slap_stream.selection.loss_model import LOG_LENGTH, NUM_OWN_COLUMNS, LossModel
-from slap_stream.selection.policies import InfoBatch, Policy, PoolView, Slap, Uniform
-from slap_stream.selection.policies.base import top_of_each_stratum
+from slap_stream.selection.policies.base import Policy, PoolView, top_of_each_stratum
+from slap_stream.selection.policies.uniform import Uniform
 from slap_stream.selection.pool import Pool, RecentlyTrained, SketchQueue
 from slap_stream.selection.repeats import Turns, copy_number, pressing
 from slap_stream.selection.schedule import Keep, LanePlan, LaneProgress, apportion, claims_of
@@ -58,7 +58,7 @@ class Composer:
         progress: LaneProgress,
     ) -> None:
         self._index, self._plan, self._model, self._keep = index, plan, model, keep
-        self._trained_policy = policy
+        self._trained_policy, self._uniform = policy, Uniform(plan.config)
         self._intake, self._pool, self._recent, self._chosen = intake, pool, recent, chosen
         self._yardsticks, self._progress = yardsticks, progress
         names = plan.store.feature_names
@@ -71,8 +71,8 @@ class Composer:
     @property
     def policy(self) -> Policy:
         """The policy now in force: uniform until losses can be predicted."""
-        if self._trained_policy.needs_losses and not self._model.fitted:
-            return Uniform()
+        if self._trained_policy.waits_for_losses and not self._model.fitted:
+            return self._uniform
         return self._trained_policy
 
     def _turns(self, step: int, part: int) -> Turns:
@@ -149,7 +149,7 @@ class Composer:
         take(due, wanted, within_quota=not held)
         take(everyone, wanted, within_quota=False)
         positions = np.concatenate(chosen)
-        if self.compare and isinstance(policy, Slap):
+        if self.compare and policy.compares_batches:
             self._compare_with_uniform(policy, slots, positions)
         return slots[positions]
 
@@ -176,7 +176,7 @@ class Composer:
         known = ~np.isnan(pool.columns.own_loss[slots])
         if np.count_nonzero(~known) >= count:
             slots = slots[~known]
-        elif self._plan.config.measures_all:
+        elif self._trained_policy.measures_all:
             # All that is new, then what was measured longest ago.
             since = np.where(known, pool.columns.own_since[slots], -1)
             slots = slots[np.lexsort((pool.columns.offered_at[slots], since))[:count]]
@@ -211,7 +211,7 @@ class Composer:
             (batch_size,) weights; ones unless the policy makes up for what it prunes.
         """
         policy = self.policy
-        if not isinstance(policy, InfoBatch):
+        if not policy.weighs_losses:
             return np.ones(len(chosen))
         return policy.loss_weights(self.view(slots))[np.searchsorted(slots, chosen)]
 
@@ -233,7 +233,7 @@ class Composer:
             embedding=lambda: pool.unit[slots],
             measured=lambda: ~np.isnan(pool.columns.own_loss[slots]),
             sketch=lambda: pool.sketch[slots],
-            nuclear_norm=lambda: pool.columns.nuclear_norm[slots],
+            measurement=lambda name: pool.measured[name][slots],
             chosen=lambda: self._chosen.sketch,
             reference_loss=lambda: pool.x[slots, self._reference_column].astype(np.float64),
             target=self.target,
@@ -246,7 +246,7 @@ class Composer:
             ),
         )
 
-    def _compare_with_uniform(self, policy: Slap, slots: IntArray, positions: IntArray) -> None:
+    def _compare_with_uniform(self, policy: Policy, slots: IntArray, positions: IntArray) -> None:
         """Learnability of a batch beside that of one drawn uniformly with the same quotas."""
         view = self.view(slots)
         draws = uniforms(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from slap_stream.selection.awaiting import (
 )
 from slap_stream.selection.loss_model import LossModel
 from slap_stream.selection.moments import Moments
-from slap_stream.selection.policies import Policy
+from slap_stream.selection.policies.base import Policy
 from slap_stream.selection.pool import Pool
 from slap_stream.selection.schedule import LanePlan
 from slap_stream.selection.scoring import Scorer
@@ -145,9 +145,9 @@ class LaneFeedback:
         self._seed = plan.config.seed
         trained = plan.batch_size * plan.num_lanes * plan.config.probe_every
         self._share = min(1.0, TRAINED_PER_REFRESH / trained)
-        self._learns = policy.uses_losses or policy.needs_losses
+        self._learns = policy.learns_losses
         self.awaiting_trained, self.awaiting_probed = Awaiting(plan.patience), Awaiting(2)
-        self.answers = Answers(columns=plan.columns, sketch_dim=plan.config.sketch_dim)
+        self.answers = Answers(columns=plan.columns, sketch_dim=plan.config.advanced.sketch_dim)
         self.agreement = np.zeros(6)
         self.counters: Counter[str] = Counter()
 
@@ -156,17 +156,17 @@ class LaneFeedback:
         ids: IntArray,
         x: Float32Array,
         losses: FloatArray,
-        sketches: Float32Array | None = None,
-        nuclear_norms: FloatArray | None = None,
+        sketches: Float32Array | None,
+        measurements: Mapping[str, FloatArray],
     ) -> None:
         """Take in what the probe measured of (n,) samples with design rows x (n, columns)."""
         fine = self._finite(ids, losses)
         ids, losses = ids[fine], losses[fine]
         sketches = None if sketches is None else sketches[fine]
-        norms = None if nuclear_norms is None else nuclear_norms[fine]
+        measured = {name: values[fine] for name, values in measurements.items()}
         if self._learns:
             self.answers.add(ids, x[fine], losses, sketches)
-        self._pool.measure(ids, losses, sketches, norms, since=self._scorer.refreshes)
+        self._pool.measure(ids, losses, sketches, measured, since=self._scorer.refreshes)
 
     def take_trained(self, ids: IntArray, x: Float32Array, losses: FloatArray) -> None:
         """Take in the losses of (n,) samples that were trained on, with rows x (n, columns).

@@ -17,8 +17,7 @@ from slap_stream.selection.composer import Composer
 from slap_stream.selection.feedback import Answers, LaneFeedback
 from slap_stream.selection.intake import Intake
 from slap_stream.selection.loss_model import NUM_OWN_COLUMNS, LossModel
-from slap_stream.selection.policies import Policy, Uds
-from slap_stream.selection.policies.base import SketchPolicy, sees_vectors
+from slap_stream.selection.policies.base import Policy
 from slap_stream.selection.pool import Pool, RecentlyTrained, SketchQueue
 from slap_stream.selection.schedule import Keep, LanePlan, LaneProgress
 from slap_stream.selection.scoring import Scorer, Yardsticks
@@ -61,7 +60,7 @@ class Lane:
     ) -> None:
         config = plan.config
         # Where nobody will look at them, candidates leave their vectors behind.
-        vectors = sees_vectors(policy)
+        vectors = policy.sees_vectors
         self._columns = plan.columns if vectors else NUM_OWN_COLUMNS
         shape = {
             "columns": self._columns,
@@ -80,15 +79,22 @@ class Lane:
                 "seed": config.seed,
                 "lane": index,
                 "num_lanes": plan.num_lanes,
-                "shards_per_block": config.shards_per_block,
+                "shards_per_block": config.advanced.shards_per_block,
                 "min_block": plan.pool_size,
             },
         )
-        sketch_dim = config.sketch_dim if isinstance(policy, SketchPolicy) else 0
-        self.pool = Pool(capacity=plan.pool_size, sketch_dim=sketch_dim, **shape)
-        remembered = CHOSEN_SKETCHES if isinstance(policy, Uds) else 0
+        sketch_dim = config.advanced.sketch_dim if policy.keeps_sketches else 0
+        self.pool = Pool(
+            capacity=plan.pool_size,
+            sketch_dim=sketch_dim,
+            measurements=policy.measurements,
+            **shape,
+        )
+        remembered = CHOSEN_SKETCHES if "chosen_sketches" in policy.needs else 0
         self._chosen = SketchQueue(length=remembered, sketch_dim=sketch_dim)
-        per_stratum = min(config.recent_per_stratum, max(1, MAX_RECENT // strata.num_strata))
+        per_stratum = min(
+            config.advanced.recent_per_stratum, max(1, MAX_RECENT // strata.num_strata)
+        )
         self._recent = RecentlyTrained(
             num_strata=strata.num_strata,
             per_stratum=per_stratum,
@@ -97,14 +103,7 @@ class Lane:
         self._yardsticks = Yardsticks(
             model, plan.store.feature_names, columns=shape["columns"], dim=shape["dim"]
         )
-        self._scorer = Scorer(
-            policy,
-            model,
-            self.pool,
-            self._recent,
-            self._yardsticks,
-            measured_for_good=config.measures_all,
-        )
+        self._scorer = Scorer(policy, model, self.pool, self._recent, self._yardsticks)
         self.feedback = LaneFeedback(plan, policy, model, self.pool, self._scorer)
         self._centroid_sum = np.zeros(strata.centroids.shape)
         self._centroid_count = np.zeros(len(strata.centroids))
@@ -261,7 +260,7 @@ class Lane:
         """Book a batch: its samples leave the pool, their losses are awaited."""
         stratum, x = self.pool.columns.stratum[slots], self.pool.x[slots]
         self.feedback.awaiting_trained.ask(self._composed, ids, x, weights)
-        if self._policy.looks_back:
+        if "recent" in self._policy.needs:
             self._recent.add(ids, stratum, x, self.pool.z[slots])
         self._chosen.add(self.pool.sketch[slots])
         self.progress.trained += self.progress.by_stratum(stratum)
@@ -343,7 +342,7 @@ class Lane:
 
     def refresh(self) -> None:
         """Scorer everything anew: model and strata have just been refreshed."""
-        self.feedback.refresh(self._plan.config.decay)
+        self.feedback.refresh(self._plan.config.advanced.decay)
         self._centroid_sum[:] = 0.0
         self._centroid_count[:] = 0.0
         self._left_worth, self._left_count = 0.0, 0

@@ -6,7 +6,7 @@ function of the sample id, so a checkpoint holds ids and small numbers only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -34,7 +34,6 @@ class Columns:
         loss: (capacity,) current estimate of the loss.
         own_loss: (capacity,) the candidate's own probed loss, NaN if none.
         own_since: (capacity,) refresh that `own_loss` is from.
-        nuclear_norm: (capacity,) nuclear norm of the candidate's logits, 0 if it was not measured.
         rank: (capacity,) rank of the excess loss in the stratum.
         mismatch: (capacity,) probability that the target belongs to another prompt.
         distance: (capacity,) distance of the unit embedding to the nearest one trained on lately;
@@ -52,7 +51,6 @@ class Columns:
     loss: FloatArray
     own_loss: FloatArray
     own_since: IntArray
-    nuclear_norm: FloatArray
     rank: FloatArray
     mismatch: FloatArray
     distance: FloatArray
@@ -84,6 +82,7 @@ class Pool:
         dim: Dimensions of the unit embedding, the last columns of a design row; 0: it is not kept.
         metric_dim: Dimensions of the metric space.
         sketch_dim: Length of the gradient sketches that candidates carry; 0: they carry none.
+        measurements: Names of other numbers that are measured of candidates.
 
     Attributes:
         x: (capacity, columns) float32 design rows.
@@ -91,11 +90,19 @@ class Pool:
         heads: Heads of the unit embeddings.
         z: (capacity, metric_dim) float32 unit vectors of the metric space.
         sketch: (capacity, sketch_dim) float32 measured gradient sketches, zero where none was.
+        measured: By name, (capacity,) other numbers that were measured, 0 where none was.
         columns: What is kept of each candidate besides.
     """
 
     def __init__(
-        self, *, capacity: int, columns: int, dim: int, metric_dim: int, sketch_dim: int = 0
+        self,
+        *,
+        capacity: int,
+        columns: int,
+        dim: int,
+        metric_dim: int,
+        sketch_dim: int = 0,
+        measurements: Sequence[str] = (),
     ) -> None:
         self.capacity = capacity
         self.first_of_unit = columns - dim
@@ -103,6 +110,7 @@ class Pool:
         self.heads = heads_of(self.unit)
         self.z: Float32Array = np.zeros((capacity, metric_dim), np.float32)
         self.sketch: Float32Array = np.zeros((capacity, sketch_dim), np.float32)
+        self.measured: dict[str, FloatArray] = {name: np.zeros(capacity) for name in measurements}
         self.columns = Columns.free(capacity)
 
     def __len__(self) -> int:
@@ -139,6 +147,8 @@ class Pool:
         slots = free[: len(x)]
         self.x[slots] = x
         self.sketch[slots] = 0.0
+        for column in self.measured.values():
+            column[slots] = 0.0
         self.heads.put(slots, heads_of(x[:, self.first_of_unit :]))
         self.columns.own_loss[slots] = np.nan
         for name, values in self.columns.by_name().items():
@@ -153,7 +163,7 @@ class Pool:
         sample_id: IntArray,
         losses: FloatArray,
         sketches: Float32Array | None = None,
-        nuclear_norms: FloatArray | None = None,
+        measurements: Mapping[str, FloatArray] | None = None,
         *,
         since: int,
     ) -> None:
@@ -163,7 +173,7 @@ class Pool:
             sample_id: (n,) sample ids, in the pool or not; the first of equal ones counts.
             losses: (n,) finite losses.
             sketches: (n, sketch_dim) gradient sketches; not finite ones count as not measured.
-            nuclear_norms: (n,) nuclear norms of the logits.
+            measurements: (n,) other numbers, by name.
             since: Refreshes before.
         """
         known, first = np.unique(sample_id, return_index=True)
@@ -175,8 +185,8 @@ class Pool:
         if sketches is not None and self.sketch.shape[1]:
             usable = np.isfinite(sketches).all(axis=1)
             self.sketch[slots] = np.where(usable[:, None], sketches, 0.0)[at]
-        if nuclear_norms is not None:
-            self.columns.nuclear_norm[slots] = nuclear_norms[at]
+        for name, values in (measurements or {}).items():
+            self.measured[name][slots] = values[at]
 
     def remove(self, slots: IntArray) -> None:
         """Free these slots."""
@@ -211,10 +221,11 @@ class Pool:
         return slots[first_of_each(stratum[order], quota, order)]
 
     def state_dict(self) -> State:
-        """Columns and sketches of the slots in use, and which slots these are."""
+        """All of the slots in use but what follows from sample ids, and which slots these are."""
         slots = self.slots()
         columns = {name: values[slots] for name, values in self.columns.by_name().items()}
-        return {"slots": slots, "sketch": self.sketch[slots], **columns}
+        measured = {name: values[slots] for name, values in self.measured.items()}
+        return {"slots": slots, "sketch": self.sketch[slots], "measured": measured, **columns}
 
     def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
         """Take over saved candidates; `rows_of` gives (n, columns) design rows of (n,) ids."""
@@ -222,6 +233,8 @@ class Pool:
         slots = np.asarray(state["slots"], np.int64)
         for name, values in self.columns.by_name().items():
             values[slots] = np.asarray(state[name], values.dtype)
+        for name, values in self.measured.items():
+            values[slots] = np.asarray(state["measured"][name], np.float64)
         self.x[slots] = x = rows_of(self.columns.sample_id[slots])
         self.sketch[slots] = np.reshape(state["sketch"], (len(slots), self.sketch.shape[1]))
         self.heads.put(slots, heads_of(x[:, self.first_of_unit :]))

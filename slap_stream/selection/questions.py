@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from slap_stream.selection.awaiting import (
     Asked,
     Awaiting,
     check_feedback,
+    check_measurements,
     check_sketches,
     find_questions,
     weights_of,
@@ -38,18 +39,20 @@ def take_probed(
     ids: ArrayLike,
     losses: ArrayLike,
     sketches: ArrayLike | None,
-    nuclear_norms: ArrayLike | None,
+    measurements: Mapping[str, ArrayLike],
     *,
     sketch_dim: int,
+    wanted: Sequence[str],
 ) -> None:
     """Hand what the probe measured of (n,) samples to the lanes that asked for it.
 
     Raises:
-        FeedbackError: If shapes differ or an id was not given by `choose_probes`.
+        FeedbackError: If shapes differ, a wanted measurement is missing, or an id was not given by
+            `choose_probes`.
     """
     ids, values = check_feedback(ids, losses)
     rows = None if sketches is None else check_sketches(sketches, (len(ids), sketch_dim))
-    norms = None if nuclear_norms is None else check_feedback(ids, nuclear_norms)[1]
+    measured = check_measurements(measurements, len(ids), wanted)
     awaiting = [lane.feedback.awaiting_probed for lane in lanes]
     for place, mine, x in close_questions(ids, awaiting, "update: ids to be probed"):
         lanes[place].feedback.take_probed(
@@ -57,7 +60,7 @@ def take_probed(
             x,
             values[mine],
             None if rows is None else rows[mine],
-            None if norms is None else norms[mine],
+            {name: column[mine] for name, column in measured.items()},
         )
 
 

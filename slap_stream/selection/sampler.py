@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,13 @@ from slap_stream.selection.awaiting import check_sketches
 from slap_stream.selection.lane import Lane
 from slap_stream.selection.metrics import count_lanes, shards_needed
 from slap_stream.selection.order import ShardTable
-from slap_stream.selection.policies import make_policy
+from slap_stream.selection.policies.registry import make_policy
 from slap_stream.selection.refresh import Refreshes
 from slap_stream.selection.schedule import plan_run
 from slap_stream.selection.shared import Shared
 from slap_stream.selection.state import check_state, describe_run, fingerprint
 from slap_stream.types import (
     MISMATCH_COLUMN,
-    REFERENCE_COLUMN,
     FloatArray,
     IntArray,
     LaneExchange,
@@ -36,7 +35,7 @@ from slap_stream.types import (
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 6
+STATE_VERSION = 7
 
 
 class SlapSampler:
@@ -65,7 +64,8 @@ class SlapSampler:
             Without one a sampler of several ranks waits for `merge`.
 
     Raises:
-        ConfigError: If batch size, lanes and ranks do not fit together, or an epoch is too short.
+        ConfigError: If batch size, lanes and ranks do not fit together, an epoch is too short, or
+            the policy is not known or lacks what it needs.
         AlignmentError: If there are fewer rows than samples.
     """
 
@@ -90,6 +90,7 @@ class SlapSampler:
         counts = None if shard_counts is None else np.asarray(shard_counts, np.int64)
         self.table = ShardTable.of(sizes, counts)
         self._store = as_row_store(embeddings, lengths, features, sources)
+        self._policy = make_policy(config, self._store.feature_names)
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
         self._gate, self._exchange = gate, exchange
         if not (world_size >= 1 and 0 <= rank < world_size):
@@ -134,9 +135,14 @@ class SlapSampler:
         )
 
     def _lane(self, index: int, gate: ShardGate | None) -> Lane:
-        has_reference = REFERENCE_COLUMN in self._store.feature_names
-        shared, policy = self._shared, make_policy(self.config, has_reference=has_reference)
-        return Lane(index, self._plan, policy, shared.strata, shared.model, shared.keep, gate)
+        shared = self._shared
+        return Lane(index, self._plan, self._policy, shared.strata, shared.model, shared.keep, gate)
+
+    @property
+    def measurements(self) -> tuple[str, ...]:
+        """Names of what the policy wants measured of probed candidates, besides losses and
+        sketches."""
+        return self._policy.measurements
 
     @property
     def step(self) -> int:
@@ -248,7 +254,7 @@ class SlapSampler:
         ids: ArrayLike,
         losses: ArrayLike,
         sketches: ArrayLike | None = None,
-        nuclear_norms: ArrayLike | None = None,
+        measurements: Mapping[str, ArrayLike] | None = None,
     ) -> None:
         """Feed back what the probe measured of the ids that `probe_candidates` gave.
 
@@ -256,14 +262,21 @@ class SlapSampler:
             ids: (n,) sample ids.
             losses: (n,) mean loss per supervised token.
             sketches: (n, sketch_dim) gradient sketches.
-            nuclear_norms: (n,) nuclear norms of the logits, for `uds`.
+            measurements: (n,) other numbers by name: those of `measurements` at least.
 
         Raises:
-            FeedbackError: If shapes differ or an id was not given by `probe_candidates`.
+            FeedbackError: If shapes differ, a wanted measurement is missing, or an id was not given
+                by `probe_candidates`.
         """
         with undisturbed():
             questions.take_probed(
-                self.lanes, ids, losses, sketches, nuclear_norms, sketch_dim=self.config.sketch_dim
+                self.lanes,
+                ids,
+                losses,
+                sketches,
+                measurements or {},
+                sketch_dim=self.config.advanced.sketch_dim,
+                wanted=self.measurements,
             )
 
     def set_target(self, sketch: ArrayLike | None) -> None:
@@ -276,7 +289,9 @@ class SlapSampler:
         Raises:
             FeedbackError: If it has another shape or is not finite.
         """
-        target = None if sketch is None else check_sketches(sketch, (self.config.sketch_dim,))
+        target = (
+            None if sketch is None else check_sketches(sketch, (self.config.advanced.sketch_dim,))
+        )
         if target is not None and not np.isfinite(target).all():
             raise FeedbackError("sketch must be finite, got NaN or infinity; keep the last one.")
         self._target = target

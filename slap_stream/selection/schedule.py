@@ -83,7 +83,7 @@ class LanePlan:
         """
         largest = -(-self.table.num_candidates // self.num_lanes)
         intake = self.leaving_most(self.config.keep_min, largest)
-        return min(largest, max(self.config.pool_batches * self.batch_size, 2 * intake))
+        return min(largest, max(self.config.advanced.pool_batches * self.batch_size, 2 * intake))
 
     def leaving_most(self, keep: float, candidates: int) -> int:
         """Most candidates that leave a lane with so many at a batch."""
@@ -265,8 +265,8 @@ class Keep:
 
     def refresh(self, worth: float, count: float) -> None:
         """Take in the sum of the worth of so many candidates that left since the last refresh."""
-        self._worth = self._worth * self._config.decay + worth
-        self._count = self._count * self._config.decay + count
+        self._worth = self._worth * self._config.advanced.decay + worth
+        self._count = self._count * self._config.advanced.decay + count
         if self._config.keep == "auto" and self._count:
             self.value = float(np.clip(1.0 - self.dispensable, self._config.keep_min, 1.0))
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from slap_stream.core.kernels import heads_of, nearest_of_group, project, unit_rows, weigh
 from slap_stream.selection.loss_model import NUM_OWN_COLUMNS, LossModel, RankTable
-from slap_stream.selection.policies import Policy
+from slap_stream.selection.policies.base import Policy
 from slap_stream.selection.pool import Pool, RecentlyTrained
 from slap_stream.types import (
     MISMATCH_COLUMN,
@@ -239,7 +239,6 @@ class Scorer:
         pool: The lane's pool.
         recent: What the lane trained on lately.
         yardsticks: The lane's yardsticks.
-        measured_for_good: Whether a measured loss is never given up for a prediction.
 
     Attributes:
         refreshes: Refreshes so far; part of the lane's state.
@@ -253,12 +252,11 @@ class Scorer:
         pool: Pool,
         recent: RecentlyTrained,
         yardsticks: Yardsticks,
-        *,
-        measured_for_good: bool,
     ) -> None:
         self._policy, self._model = policy, model
         self._pool, self._recent, self._yardsticks = pool, recent, yardsticks
-        self._measured_for_good = measured_for_good
+        self._measured_for_good = policy.measures_all
+        self._weighs_evidence = "evidence" in policy.needs
         self.refreshes = 0
         self.reach = REACH * self._copies_within
         self._metric: Float32Array | None = None
@@ -270,11 +268,11 @@ class Scorer:
 
     @property
     def _model_counts(self) -> bool:
-        return self._model.fitted and self._policy.uses_losses
+        return self._model.fitted and "losses" in self._policy.needs
 
     @property
     def _scores(self) -> bool:
-        return self._policy.uses_losses or self._policy.weighs_evidence
+        return not self._policy.needs.isdisjoint(("losses", "evidence"))
 
     def watch(self, ids: IntArray, x: Float32Array, stratum: IntArray) -> None:
         """Take the yardsticks from (n,) samples that were just offered, too."""
@@ -290,7 +288,7 @@ class Scorer:
             x: (n, columns) their design rows, which the pool holds too, but not in one piece.
         """
         self._pool.columns.worth[slots] = 1.0
-        if not len(slots) or not (self._model_counts or self._policy.weighs_evidence):
+        if not len(slots) or not (self._model_counts or self._weighs_evidence):
             return
         self._place(slots, x)
         self._look_for_copies(slots)
@@ -320,7 +318,7 @@ class Scorer:
         """Compare (n,) pooled candidates with all that was trained on lately."""
         pool = self._pool
         pool.columns.distance[slots] = np.inf
-        if self._policy.weighs_evidence:
+        if self._weighs_evidence:
             pool.columns.distance[slots] = self._recent.nearest_embedding(
                 pool.x,
                 slots,
@@ -341,7 +339,7 @@ class Scorer:
             copy=copy,
             mismatch=mismatch,
         )
-        if self._policy.weighs_evidence:
+        if self._weighs_evidence:
             pool.columns.worth[slots] = worth(copy, mismatch)
 
     def bring_near(self, ids: IntArray, stratum: IntArray, x: Float32Array) -> None:
@@ -352,7 +350,7 @@ class Scorer:
             stratum: (n,) their strata.
             x: (n, columns) their design rows.
         """
-        if not self._policy.weighs_evidence:
+        if not self._weighs_evidence:
             return
         pool, slots = self._pool, self._pool.slots()
         waiting, before = pool.columns.stratum[slots], pool.columns.distance[slots]
@@ -383,7 +381,7 @@ class Scorer:
         have been kept up to date; they are looked for again if the yardstick has outgrown them.
         """
         self.refreshes += 1
-        if not (self._model_counts or self._policy.weighs_evidence):
+        if not (self._model_counts or self._weighs_evidence):
             return False
         self._yardsticks.refresh()
         slots = self._pool.slots()

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from slap_stream.config import SlapConfig
-from slap_stream.errors import ConfigError
 from slap_stream.selection.loss_model import (
     INTERCEPT,
     LOG_LENGTH,
@@ -93,18 +92,10 @@ class Shared:
         strata: Who belongs to which stratum.
         keep: Fraction that is kept.
         seeded: Whether the strata have centroids.
-
-    Raises:
-        ConfigError: If the policy needs a column that the store lacks.
     """
 
     def __init__(self, plan: LanePlan) -> None:
         config, store = plan.config, plan.store
-        if config.policy == "rho_loss" and REFERENCE_COLUMN not in store.feature_names:
-            raise ConfigError(
-                "policy='rho_loss' needs the feature column reference_loss, got "
-                f"{', '.join(store.feature_names) or 'no columns'}; embed with --reference-model."
-            )
         self._config: SlapConfig = config
         column_of = {
             name: NUM_OWN_COLUMNS + place for place, name in enumerate(store.feature_names)
@@ -112,16 +103,16 @@ class Shared:
         self.model = LossModel(
             columns=plan.columns,
             dim=store.shape[1],
-            metric_dim=config.metric_dim,
-            sketch_dim=config.sketch_dim,
-            warmup_losses=config.warmup_losses,
+            metric_dim=config.advanced.metric_dim,
+            sketch_dim=config.advanced.sketch_dim,
+            warmup_losses=config.advanced.warmup_losses,
             length_columns=[INTERCEPT, LOG_LENGTH]
             + [column_of[name] for name in LENGTH_FEATURES if name in column_of],
             reference_column=column_of.get(REFERENCE_COLUMN),
         )
         self.strata = Strata(
             num_sources=len(store.source_names),
-            num_clusters=config.num_clusters,
+            num_clusters=config.advanced.num_clusters,
             pool_size=plan.pool_size,
             dim=store.shape[1],
         )
@@ -135,7 +126,7 @@ class Shared:
 
     def learn(self, sums: State) -> None:
         """Take in statistics summed over all lanes, as `Lane.statistics` names them."""
-        self.model.refresh([Moments.from_dict(sums[MOMENTS])], self._config.decay)
+        self.model.refresh([Moments.from_dict(sums[MOMENTS])], self._config.advanced.decay)
         self._take_counts(sums)
 
     def lesson(self, sums: State) -> State:
@@ -152,7 +143,7 @@ class Shared:
         self._take_counts(lesson)
 
     def _take_counts(self, sums: State) -> None:
-        decay = self._config.decay
+        decay = self._config.advanced.decay
         self.strata.move(sums["centroid_sum"], sums["centroid_count"], decay)
         self.keep.refresh(float(sums["left_worth"]), float(sums["left_count"]))
 

@@ -19,6 +19,7 @@ from scipy import stats
 
 from slap_stream import SlapConfig
 from slap_stream.errors import CorpusError
+from slap_stream.selection.policies.registry import make_policy
 from tools.bench.selection import __main__ as bench_selection
 from tools.bench.selection import generation, schedule, tasks
 from tools.bench.selection.corpora import Workshop, encoded, groups_of_copies
@@ -170,7 +171,7 @@ def test_the_learning_rate_warms_up_and_decays_fully() -> None:
 def test_every_arm_is_a_config(name: str) -> None:
     arm = arms()[name]
     assert arm.name == name
-    SlapConfig(**{"keep": 0.7} | dict(arm.config))
+    make_policy(SlapConfig.from_dict({"keep": 0.7} | dict(arm.config)))
 
 
 def test_every_preset_names_arms_and_conditions_that_exist() -> None:

@@ -23,7 +23,7 @@ import torch
 from streaming import StreamingDataset
 from torch import nn
 
-from slap_stream import LearnabilityProbe, SlapConfig, SlapDataLoader, per_sample_loss
+from slap_stream import Advanced, LearnabilityProbe, SlapConfig, SlapDataLoader, per_sample_loss
 from slap_stream.cli import convert, embed
 
 LENGTH, BATCH = 24, 64
@@ -60,7 +60,7 @@ def train(folder: Path) -> dict[str, float]:
         StreamingDataset(local=str(folder / "corpus"), batch_size=BATCH),
         BATCH,
         embeddings=folder / "corpus" / "embeddings.zarr",
-        config=SlapConfig(shards_per_block=1, sketch_dim=64, num_clusters=4),
+        config=SlapConfig(advanced=Advanced(shards_per_block=1, sketch_dim=64, num_clusters=4)),
         collate_fn=collate,
     )
     probe = LearnabilityProbe(model, loader, head=head, loss_fn=losses_of)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from slap_stream import SlapConfig
+from slap_stream import Advanced, SlapConfig
 from slap_stream.probe.sketch import TensorSketch
 from tests.helpers.tiny_models import HIDDEN, MODELS, VOCABULARY
 
@@ -28,13 +28,14 @@ def one_thread():
 class Host:
     """A loader of a fixed table: two lanes, everything handed over is kept."""
 
-    def __init__(self, read=None, *, every=1, n=6, policy="slap"):
-        self.config = SlapConfig(probe_every=every, sketch_dim=DIM, seed=5, policy=policy)
+    def __init__(self, read=None, *, every=1, n=6, measurements=()):
+        self.config = SlapConfig(probe_every=every, seed=5, advanced=Advanced(sketch_dim=DIM))
+        self.measurements = measurements
         self.num_local_lanes = 2
         self.read = read or text_batch
         self.n = n
         self.reads, self.updates, self.refreshes, self.probe = [], [], 0, None
-        self.nuclear_norms = []
+        self.measured = []
 
     def probe_budget(self):
         return self.n
@@ -46,9 +47,9 @@ class Host:
         self.reads.append(np.asarray(ids).tolist())
         return self.read(ids)
 
-    def update(self, ids, losses, sketches, nuclear_norms):
+    def update(self, ids, losses, sketches, measurements):
         self.updates.append((ids, losses, sketches))
-        self.nuclear_norms.append(nuclear_norms)
+        self.measured.append(measurements)
 
     def refresh(self, also):
         self.refreshes += 1

@@ -19,7 +19,7 @@ from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.errors import ConfigError, StateError
 from slap_stream.integrations.transformers import STATE_FILE, SlapTrainer, planned_steps
 from slap_stream.text.collate import ChatCollator
-from tests.laws import config_of
+from tests.laws import FIRM, config_of
 from tests.test_training import BATCH, byte_tokenizer, folder  # noqa: F401  (a fixture)
 
 COLLATE = ChatCollator(byte_tokenizer(), max_length=96)
@@ -175,7 +175,7 @@ def test_with_auto_the_schedule_follows_the_data(folder: Path, tmp_path: Path) -
     known = ArrayStore(
         rows.embedding, features=wrong.astype(np.float16), feature_names=["mismatch"]
     )
-    config = config_of(keep="auto", lookahead=4, probe_every=4, temperature=0.05)
+    config = config_of(keep="auto", lookahead=4, probe_every=4, **FIRM)
     trainer = make(folder, tmp_path, config=config, options={"embeddings": known})
     trainer.train()
     # About 40 % less than was planned for, and fully decayed all the same.

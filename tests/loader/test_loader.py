@@ -32,7 +32,7 @@ from slap_stream.errors import (
 )
 from slap_stream.loader.workers import describe_dead
 from slap_stream.shards.writer import open_writer
-from tests.laws import as_json, config_of
+from tests.laws import FIRM, as_json, config_of
 
 NUM_SAMPLES, BATCH = 400, 16
 # Batches that are compared after a resume: several refreshes.
@@ -143,7 +143,7 @@ def auto(corpus: Path) -> SlapDataLoader:
     """A loader that finds three in ten dispensable by itself."""
     wrong = np.random.default_rng(1).random((NUM_SAMPLES, 1)) < 0.3
     store = ArrayStore(vectors(), features=wrong.astype(np.float16), feature_names=["mismatch"])
-    config = config_of(num_lanes=2, lookahead=4, keep="auto", temperature=0.05)
+    config = config_of(num_lanes=2, lookahead=4, keep="auto", **FIRM)
     return make(corpus, embeddings=store, config=config)
 
 
@@ -516,10 +516,60 @@ def test_a_run_that_loses_too_many_candidates_stops_and_may_go_on(tmp_path: Path
         ids.extend(feed(loader, batch) for batch in loader)
     with pytest.raises(ShardError, match="max_withdrawn"):
         next(iter(loader))
-    loader.state_dict()
-    loader._fetcher.max_withdrawn = 1.0
-    ids += [feed(loader, batch) for batch in loader]
+    again = make(corpus, config=config_of(**settings, max_withdrawn=1.0))
+    again.load_state_dict(loader.state_dict())
+    ids += [feed(again, batch) for batch in again]
     assert ids == [feed(unbroken, batch) for batch in unbroken]
+
+
+def test_a_run_that_a_bad_shard_ended_goes_on_without_it(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    options = {"num_lanes": 1, "lookahead": 1, "pool_batches": 2, "shards_per_block": 1}
+    loader = make(corpus, config=config_of(**options))
+    order = loader.composer.lanes[0].intake.order
+    (broken,) = order.shards_of_block(order.num_blocks // 2)
+    break_shard(corpus, f"shard.{broken:05}.mds")
+    ids: list[list[int]] = []
+
+    def train(loader: SlapDataLoader) -> None:
+        for batch in loader:
+            ids.append(feed(loader, batch))
+
+    with pytest.raises(ShardError, match=rf"shard.{broken:05}.mds"):
+        train(loader)
+    before = len(ids)
+    skipping = config_of(**options, on_bad_shard="skip", max_withdrawn=1.0)
+    again = make(corpus, config=skipping)
+    again.load_state_dict(as_json(loader.state_dict()))
+    train(again)
+    assert 0 < before < len(ids) <= len(again)
+    metrics = again.metrics()
+    first, size = again.composer.table.first_id[broken], again.composer.table.sizes[broken]
+    assert metrics["withdrawn"] == size
+    assert metrics["offered"] == NUM_SAMPLES - size
+    trained = np.concatenate(ids)
+    assert len(np.unique(trained)) == len(trained)
+    assert not np.isin(np.arange(first, first + size), trained).any()
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 0), (0, 6), (40, 2)])
+def test_a_run_goes_on_with_another_lookahead(corpus: Path, before: int, after: int) -> None:
+    config = config_of(num_lanes=2, lookahead=before, probe_every=1)
+    loader = make(corpus, config=config)
+    first = run(loader, 3)
+    state = as_json(loader.state_dict())
+    composed = first + state["pending"]
+    again = make(corpus, config=config_of(num_lanes=2, lookahead=after, probe_every=1))
+    again.load_state_dict(state)
+    # What was composed comes as it was, is fed back like the rest, and the epoch ends as it should.
+    rest = run(again, len(again) - 3)
+    assert (first + rest)[: len(composed)] == composed
+    trained = [i for batch in first + rest for i in batch]
+    assert len(set(trained)) == len(trained) == int(0.7 * NUM_SAMPLES // BATCH) * BATCH
+    assert again.metrics()["observed"] == len(trained)
+    # From here on feedback is late by the new number.
+    run(again, 3)
+    assert len(again.state_dict()["pending"]) == after
 
 
 def test_an_epoch_ends_early_when_withdrawals_leave_too_little(tmp_path: Path) -> None:

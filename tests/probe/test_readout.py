@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from slap_stream.errors import ConfigError
 from slap_stream.probe.probe import LearnabilityProbe
 from slap_stream.probe.readout import per_sample_loss
 from slap_stream.probe.sketch import TensorSketch
@@ -145,7 +146,7 @@ def test_without_sketches_only_losses_are_handed_over():
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "chatglm", "qwen2_lora"])
 def test_nuclear_norms_are_those_of_the_models_own_supervised_logits(name):
-    model, host = make(name), Host(policy="uds")
+    model, host = make(name), Host(measurements=["nuclear_norm"])
     LearnabilityProbe(model, host).step()
     model.eval()
     expected = []
@@ -155,18 +156,18 @@ def test_nuclear_norms_are_those_of_the_models_own_supervised_logits(name):
             inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
             logits = model(**inputs).logits[0, :-1][batch["labels"][0, 1:] != -100]
         expected.append(np.linalg.svd(logits.numpy(), compute_uv=False).sum())
-    np.testing.assert_allclose(host.nuclear_norms[0], expected, rtol=2e-4)
+    np.testing.assert_allclose(host.measured[0]["nuclear_norm"], expected, rtol=2e-4)
     np.testing.assert_allclose(host.updates[0][1], own_losses(model), rtol=2e-5)
 
 
 def test_nuclear_norms_of_any_model_are_of_what_leaves_its_head():
     torch.manual_seed(0)
-    model, host = Classifier(), Host(vector_batch, policy="uds")
+    model, host = Classifier(), Host(vector_batch, measurements=["nuclear_norm"])
     LearnabilityProbe(model, host, head=model.out, loss_fn=softmax_losses).step()
     with torch.no_grad():
         left = model.eval().out(model.body(vector_batch(np.arange(6))["x"]))
     # One row a sample: its only singular value is its length.
-    np.testing.assert_allclose(host.nuclear_norms[0], left.norm(dim=1), rtol=1e-4)
+    np.testing.assert_allclose(host.measured[0]["nuclear_norm"], left.norm(dim=1), rtol=1e-4)
 
 
 def test_nuclear_norms_are_made_on_demand_and_of_what_is_there():
@@ -176,16 +177,22 @@ def test_nuclear_norms_are_made_on_demand_and_of_what_is_there():
         return batch
 
     model = make("llama")
-    plain, host = Host(), Host(nothing_in_row_3, policy="uds")
+    plain, host = Host(), Host(nothing_in_row_3, measurements=["nuclear_norm"])
     LearnabilityProbe(model, plain).step()
-    assert plain.nuclear_norms == [None]
+    assert plain.measured == [{}]
     probe = LearnabilityProbe(model, host)
     with torch.no_grad():
         model.get_input_embeddings().weight[text_batch([4])["input_ids"][0, 4:]] = float("nan")
     probe.step()
-    norms = host.nuclear_norms[0]
+    norms = host.measured[0]["nuclear_norm"]
     assert norms[3] == 0
     assert np.isnan(norms[4])
+
+
+def test_a_measurement_that_nobody_can_make_is_refused_by_name():
+    host = Host(measurements=["nuclear_norm", "perplexity"])
+    with pytest.raises(ConfigError, match="must be of nuclear_norm, got perplexity; without the"):
+        LearnabilityProbe(make("llama"), host)
 
 
 def test_a_sample_without_supervised_tokens_has_loss_and_sketch_zero():

@@ -136,6 +136,17 @@ def test_questions_survive_a_checkpoint() -> None:
     assert as_json(awaiting.state_dict()) == state
 
 
+def test_questions_of_a_longer_memory_are_taken_over_all() -> None:
+    longer, shorter = Awaiting(depth=5), Awaiting(depth=2)
+    for step in range(4):
+        ask(longer, step, 10 + step)
+    shorter.load_state_dict(as_json(longer.state_dict()), rows_of)
+    assert shorter.entries()[0].tolist() == [10, 11, 12, 13]
+    # Each new one takes the place of the oldest.
+    ask(shorter, 4, 14)
+    assert shorter.entries()[0].tolist() == [11, 12, 13, 14]
+
+
 def test_weights_belong_to_questions_and_survive_a_checkpoint() -> None:
     awaiting = Awaiting(depth=2)
     names = np.array([4, 5, 6])

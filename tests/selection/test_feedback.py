@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from slap_stream import SlapConfig, SlapSampler
+from slap_stream import Advanced, SlapConfig, SlapSampler
 from slap_stream.selection.feedback import TRAINED_PER_REFRESH
 from tests.strategies import Array
 
@@ -21,7 +21,9 @@ def learnt_from(batch_size: int, cut: Callable[[Array], list[Array]], *, lanes: 
         [1000] * 4,
         np.random.default_rng(0).normal(size=(4000, 8)).astype(np.float32),
         batch_size=batch_size,
-        config=SlapConfig(num_lanes=lanes, probe_every=PROBE_EVERY, pool_batches=2),
+        config=SlapConfig(
+            num_lanes=lanes, probe_every=PROBE_EVERY, advanced=Advanced(pool_batches=2)
+        ),
     )
     losses = 1.0 + ids % 7
     for _ in range(BATCHES):

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from slap_stream import SlapSampler
-from slap_stream.config import PolicyName
 from slap_stream.errors import FeedbackError
-from slap_stream.selection.policies import RS2, InfoBatch, KCentre, Subset
-from slap_stream.selection.policies.peers.infobatch import MAX_PRUNED
-from slap_stream.selection.policies.peers.subset import GROUP, places
+from slap_stream.selection.policies.peers.infobatch import MAX_PRUNED, InfoBatch
+from slap_stream.selection.policies.peers.k_centre import KCentre
+from slap_stream.selection.policies.peers.rs2 import RS2
+from slap_stream.selection.policies.peers.subset import GROUP, Subset, places
 from tests import reference
 from tests.laws import LossTable, as_json, config_of
 from tests.selection.test_policies import (
@@ -27,7 +27,7 @@ from tests.selection.test_policies import (
 from tests.strategies import Array, seeds, unit_vectors
 
 
-def epochs_of(policy: PolicyName, count: int, *, keep: float, num_lanes: int = 1) -> list[Array]:
+def epochs_of(policy: str, count: int, *, keep: float, num_lanes: int = 1) -> list[Array]:
     """What a sampler of 12 shards trains on in each epoch, without any feedback."""
     vectors = np.random.default_rng(0).normal(size=(2400, 8)).astype(np.float16)
     config = config_of(policy=policy, keep=keep, num_lanes=num_lanes, pool_batches=8)
@@ -194,7 +194,7 @@ def test_k_centre_equals_its_twin(seed: int, n: int, data: st.DataObject, lately
     )
     count = data.draw(st.integers(0, n))
     expected = reference.farthest_from(unit, known, count, first=int(np.argmax(view.gumbel)))
-    assert KCentre().select(view, np.array([count, 0, 0])).tolist() == expected
+    assert KCentre(SlapConfig()).select(view, np.array([count, 0, 0])).tolist() == expected
 
 
 def test_k_centre_prunes_copies_of_what_it_has_whatever_the_stratum() -> None:
@@ -216,7 +216,7 @@ def test_k_centre_prunes_copies_of_what_it_has_whatever_the_stratum() -> None:
 
 def test_k_centre_drops_the_oldest_and_draws_its_first_centre() -> None:
     view = view_of(3, 20)
-    rule = KCentre()
+    rule = KCentre(SlapConfig())
     assert np.array_equal(np.argsort(rule.score(view)), np.argsort(view.offered_at))
     assert rule.select(view, np.array([1, 0, 0])).tolist() == [int(np.argmax(view.gumbel))]
 
@@ -235,4 +235,4 @@ def test_k_centre_does_not_take_a_sample_for_a_copy_of_its_own_earlier_visit() -
             embedding=lambda: unit,
             recent=recent,
         )
-        assert KCentre().select(view, quota).tolist() == [expected]
+        assert KCentre(SlapConfig()).select(view, quota).tolist() == [expected]

@@ -96,15 +96,24 @@ def test_the_lowest_scores_leave_but_those_due_go_first(
 
 
 def test_what_was_measured_is_noted_on_every_copy() -> None:
-    pool = Pool(capacity=6, columns=COLUMNS, dim=2, metric_dim=METRIC_DIM, sketch_dim=2)
+    pool = Pool(
+        capacity=6,
+        columns=COLUMNS,
+        dim=2,
+        metric_dim=METRIC_DIM,
+        sketch_dim=2,
+        measurements=["norm"],
+    )
     slots = offer(pool, np.array([5, 6, 5, 7]), occurrence=np.array([0, 0, 1, 0]))
     ids, sketches = np.array([7, 5, 99, 5]), np.arange(8, dtype=np.float32).reshape(4, 2)
     sketches[0, 1] = np.inf
-    pool.measure(ids, np.array([0.7, 0.5, 9.9, 8.8]), sketches, np.arange(4.0) + 1, since=3)
+    pool.measure(
+        ids, np.array([0.7, 0.5, 9.9, 8.8]), sketches, {"norm": np.arange(4.0) + 1}, since=3
+    )
     np.testing.assert_array_equal(pool.columns.own_loss[slots], [0.5, np.nan, 0.5, 0.7])
     assert pool.columns.own_since[slots].tolist() == [3, 0, 3, 3]
     assert pool.sketch[slots].tolist() == [[2.0, 3.0], [0.0, 0.0], [2.0, 3.0], [0.0, 0.0]]
-    assert pool.columns.nuclear_norm[slots].tolist() == [2.0, 0.0, 2.0, 1.0]
+    assert pool.measured["norm"][slots].tolist() == [2.0, 0.0, 2.0, 1.0]
     # A loss alone leaves the rest as it was.
     pool.measure(np.array([5]), np.array([0.4]), since=4)
     assert pool.sketch[slots[0]].tolist() == [2.0, 3.0]

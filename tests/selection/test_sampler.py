@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +11,11 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from slap_stream import SlapConfig, SlapSampler
-from slap_stream.config import PolicyName
 from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.errors import AlignmentError, ConfigError, FeedbackError, ShardError, StateError
+from slap_stream.selection.policies.registry import OURS, make_policy
 from tests.laws import (
+    FIRM,
     LossTable,
     as_json,
     config_of,
@@ -24,7 +25,7 @@ from tests.laws import (
     hold_resume_law,
 )
 
-POLICIES = get_args(PolicyName)
+POLICIES = tuple(OURS)
 # Every policy, and the one that follows what it finds dispensable.
 RULES: list[dict[str, Any]] = [
     *({"policy": policy} for policy in POLICIES),
@@ -59,7 +60,7 @@ def make(
     Policies that measure every candidate do so. `mismatched`: share of targets of other prompts.
     """
     policy = settings.get("policy", "slap")
-    if SlapConfig(policy=policy).measures_all:
+    if make_policy(SlapConfig(policy=policy)).measures_all:
         settings.setdefault("probe_fraction", 1.0)
     rows: Any = embeddings(sum(sizes))
     columns = {}
@@ -150,7 +151,7 @@ def test_repeated_samples_never_share_a_batch_when_there_is_room() -> None:
 
 @pytest.mark.parametrize("policy", ["slap", "uniform"])
 @pytest.mark.parametrize("num_lanes", range(1, 9))
-def test_strata_are_trained_in_proportion(policy: PolicyName, num_lanes: int) -> None:
+def test_strata_are_trained_in_proportion(policy: str, num_lanes: int) -> None:
     sizes = [60] * 20
     sources = np.random.default_rng(1).choice(3, 1200, p=[0.7, 0.25, 0.05])
     sampler = make(
@@ -256,7 +257,7 @@ def test_slap_prefers_what_has_excess_loss() -> None:
     vectors = embeddings(2400)
     table.losses = 2.0 + vectors[:, 0].astype(float)
     sampler = SlapSampler(
-        [200] * 12, vectors, batch_size=32, config=config_of(num_clusters=1, temperature=0.05)
+        [200] * 12, vectors, batch_size=32, config=config_of(num_clusters=1, **FIRM)
     )
     trained = np.concatenate(drive([sampler], table)[10:])
     pruned = np.setdiff1d(np.arange(2400), trained)
@@ -275,8 +276,8 @@ def test_a_reference_gives_the_rank_more_weight() -> None:
         sampler = SlapSampler([200] * 4, rows, batch_size=16, config=config_of(**options))
         return [batch.tolist() for batch in drive([sampler], LossTable(800, 16))]
 
-    assert batches(True) == batches(True, rank_weight=2.0) != batches(True, rank_weight=0.1)
-    assert batches(False) == batches(False, rank_weight=0.1) != batches(False, rank_weight=2.0)
+    assert batches(True) == batches(True, rank_weight=8.0) != batches(True, rank_weight=0.4)
+    assert batches(False) == batches(False, rank_weight=0.4) != batches(False, rank_weight=8.0)
 
 
 def test_probes_come_by_length_lane_by_lane() -> None:
@@ -533,7 +534,7 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing() -> None:
         with pytest.raises(StateError, match=difference):
             other.load_state_dict(state)
         assert as_json(other.state_dict()) == before
-    with pytest.raises(StateError, match="version must be 6, got 0"):
+    with pytest.raises(StateError, match="version must be 7, got 0"):
         sampler.load_state_dict({**state, "version": 0})
 
 

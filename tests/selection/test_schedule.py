@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from slap_stream.config import SlapConfig
+from slap_stream.config import Advanced, SlapConfig
 from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.selection.order import ShardTable, lane_bounds
 from slap_stream.selection.schedule import (
@@ -29,7 +29,7 @@ def plan_of(
     return LanePlan(
         table=ShardTable.of(np.array([num_candidates])),
         store=ArrayStore(np.zeros((num_candidates, 3), np.float16)),
-        config=SlapConfig(keep=keep, pool_batches=pool_batches),
+        config=SlapConfig(keep=keep, advanced=Advanced(pool_batches=pool_batches)),
         num_lanes=num_lanes,
         batch_size=batch_size,
         parts=steps_of_epoch(num_candidates, num_lanes * batch_size, keep),

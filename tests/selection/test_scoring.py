@@ -13,7 +13,7 @@ from slap_stream.core.kernels import unit_rows
 from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.selection.loss_model import LossModel
 from slap_stream.selection.moments import Moments
-from slap_stream.selection.policies import make_policy
+from slap_stream.selection.policies.slap import Slap
 from slap_stream.selection.pool import Pool, RecentlyTrained
 from slap_stream.selection.scoring import (
     NO_COPY,
@@ -24,7 +24,7 @@ from slap_stream.selection.scoring import (
     copy_likelihood,
     worth,
 )
-from tests.laws import LossTable, as_json, config_of, drive, hold_epoch_laws
+from tests.laws import FIRM, LossTable, as_json, config_of, drive, hold_epoch_laws
 from tests.selection.test_sampler import embeddings, make
 from tests.strategies import Array, seeds
 
@@ -49,7 +49,7 @@ def test_either_reason_takes_worth_away(copy: float, mismatch: float, more: floa
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_auto_keeps_what_is_not_shown_to_be_dispensable(share: float) -> None:
-    sampler = make([100] * 40, batch_size=16, mismatched=share, keep="auto", temperature=0.05)
+    sampler = make([100] * 40, batch_size=16, mismatched=share, keep="auto", **FIRM)
     ids = np.arange(4000)
     wrong = sampler._store.read_ids(ids).feature[:, 0] > 0
     batches = drive([sampler], LossTable(4000, 16))
@@ -75,7 +75,7 @@ def test_strata_of_copies_yield_their_slots_to_others() -> None:
         feature_names=["mismatch"],
         sources=source.astype(np.int16),
     )
-    config = config_of(keep=0.7, num_clusters=1, temperature=0.05)
+    config = config_of(keep=0.7, num_clusters=1, **FIRM)
     sampler = SlapSampler([100] * 40, store, batch_size=32, config=config)
     trained = np.isin(np.arange(4000), np.concatenate(drive([sampler], LossTable(4000, 16))))
     assert trained[wrong].mean() < 0.1
@@ -100,12 +100,7 @@ class Lane:
         self.recent = RecentlyTrained(num_strata=STRATA, per_stratum=200, **shape)
         self.yardsticks = Yardsticks(self.model, (), columns=POOL_COLUMNS, dim=POOL_DIM)
         self.scorer = Scorer(
-            make_policy(SlapConfig(), has_reference=False),
-            self.model,
-            self.pool,
-            self.recent,
-            self.yardsticks,
-            measured_for_good=False,
+            Slap(SlapConfig()), self.model, self.pool, self.recent, self.yardsticks
         )
         self.offered = 0
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -33,10 +33,10 @@ class PoolView:
         embedding: Makes the (n, dim) float32 unit embeddings.
         measured: Makes (n,) whether a candidate's loss was measured.
         sketch: Makes the (n, sketch_dim) float32 measured gradient sketches, zero where there is
-            none; without columns unless the policy is a `SketchPolicy`.
-        nuclear_norm: Makes the (n,) measured nuclear norms of the logits, 0 where there is none.
+            none; without columns unless the policy needs sketches.
+        measurement: Makes the (n,) numbers of this name that were measured, 0 where there is none.
         chosen: Makes the (m, sketch_dim) float32 sketches of what was chosen last, oldest first;
-            without rows unless the policy is `Uds`.
+            without rows unless the policy needs them.
         reference_loss: Makes the (n,) losses of the reference model.
         target: (sketch_dim,) float32 mean gradient sketch of a target set, if one was given.
         rng: Makes the generator of this batch.
@@ -58,7 +58,7 @@ class PoolView:
     embedding: Callable[[], Float32Array]
     measured: Callable[[], BoolArray]
     sketch: Callable[[], Float32Array]
-    nuclear_norm: Callable[[], FloatArray]
+    measurement: Callable[[str], FloatArray]
     chosen: Callable[[], Float32Array]
     reference_loss: Callable[[], FloatArray]
     target: Float32Array | None
@@ -68,28 +68,70 @@ class PoolView:
         return len(self.sample_id)
 
 
-class Policy(Protocol):
-    """A pure rule; all state lives in the lane.
+# What a policy may ask to be told, besides who its candidates are.
+NEEDS = {
+    "losses": "predicted losses, their ranks and the metric space, once losses can be predicted",
+    "evidence": "near-copies and mismatches; what can be spared yields its strata's slots",
+    "recent": "what was trained on lately",
+    "embeddings": "unit embeddings",
+    "sketches": "the candidates' own gradient sketches",
+    "chosen_sketches": "gradient sketches of what was chosen last",
+    "reference_loss": "the losses of a reference model",
+}
+
+
+class Policy(ABC):
+    """A pure rule; all state lives in the lane, which asks the rule what it needs.
+
+    Args:
+        config: Settings.
+        columns: Names of the feature columns that the embeddings have.
 
     Attributes:
+        needs: What it is to be told, of `NEEDS`.
+        measurements: Names of the numbers besides losses and sketches that are to be measured of
+            each probed candidate, for `PoolView.measurement`.
         proportional: Whether strata get slots in proportion to what was offered. If not, quotas
             are ignored and only their sum counts.
-        needs_losses: Whether batches are drawn uniformly until losses can be predicted.
-        uses_losses: Whether it is told losses, ranks and the metric space once these are known.
-        weighs_evidence: Whether what can be spared is told, and yields its strata's slots.
-        looks_back: Whether it compares candidates with what was trained on lately.
+        waits_for_losses: Whether batches are drawn uniformly until losses can be predicted.
+        measures_all: Whether it is meant to see a measurement of every candidate:
+            `probe_fraction` may then be up to 1, and what was measured stays as long as the
+            candidate does.
+        weighs_losses: Whether losses are to be weighted as `loss_weights` says.
+        compares_batches: Whether `learnability` says what whole batches are worth.
     """
 
-    proportional: bool
-    needs_losses: bool
-    uses_losses: bool
-    weighs_evidence: bool
-    looks_back: bool
+    needs: frozenset[str] = frozenset()
+    measurements: tuple[str, ...] = ()
+    proportional = False
+    waits_for_losses = False
+    measures_all = False
+    weighs_losses = False
+    compares_batches = False
+
+    def __init__(self, config: SlapConfig, columns: Sequence[str] = ()) -> None:
+        self.config = config
+        self.columns = tuple(columns)
+
+    @property
+    def learns_losses(self) -> bool:
+        """Whether losses are learnt from at all."""
+        return self.waits_for_losses or "losses" in self.needs
+
+    @property
+    def sees_vectors(self) -> bool:
+        """Whether it, or what is learnt for it, looks at embeddings, features or losses."""
+        return self.learns_losses or not self.needs.isdisjoint(("evidence", "recent", "embeddings"))
+
+    @property
+    def keeps_sketches(self) -> bool:
+        """Whether candidates carry their gradient sketches."""
+        return not self.needs.isdisjoint(("sketches", "chosen_sketches"))
 
     def utility(
         self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
     ) -> FloatArray:
-        """What one candidate is worth on its own, before noise.
+        """What one candidate is worth on its own, before noise; zero unless a policy says more.
 
         Args:
             rank: (n,) rank in [0, 1] of the excess loss inside the stratum.
@@ -97,12 +139,13 @@ class Policy(Protocol):
             copy: (n,) likelihood of being a near-copy of what was trained on lately.
             mismatch: (n,) probability that the target belongs to another prompt.
         """
-        ...
+        return np.zeros(len(rank))
 
+    @abstractmethod
     def score(self, view: PoolView) -> FloatArray:
         """(n,) the one number that decides: the lowest are pruned."""
-        ...
 
+    @abstractmethod
     def select(self, view: PoolView, quota: IntArray) -> IntArray:
         """(sum of quota,) positions in the view, all different.
 
@@ -110,31 +153,17 @@ class Policy(Protocol):
             view: Candidates to choose from.
             quota: (num_strata,) slots of each stratum, each at most what the view has of it.
         """
-        ...
+
+    def loss_weights(self, view: PoolView) -> FloatArray:
+        """(n,) weight that each candidate's loss has if it is trained on now."""
+        raise NotImplementedError("a policy that weighs losses says how")
+
+    def learnability(self, view: PoolView, batches: Sequence[IntArray]) -> list[float]:
+        """What several batches, (n,) positions in the view each, are worth per member."""
+        raise NotImplementedError("a policy that compares batches says how")
 
 
-def sees_vectors(policy: Policy) -> bool:
-    """Whether a policy, or what is learnt for it, looks at embeddings, features or losses."""
-    return policy.needs_losses or policy.uses_losses or policy.weighs_evidence or policy.looks_back
-
-
-class PlainPolicy:
-    """What the policies share that weigh nothing up one candidate at a time."""
-
-    proportional = False
-    needs_losses = False
-    uses_losses = False
-    weighs_evidence = False
-    looks_back = False
-
-    def utility(
-        self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
-    ) -> FloatArray:
-        """Zero: a batch is chosen by other numbers."""
-        return np.zeros(len(rank))
-
-
-class SlidingPolicy(PlainPolicy):
+class SlidingPolicy(Policy):
     """What the policies share that choose from a window of the candidates offered last."""
 
     def score(self, view: PoolView) -> FloatArray:
@@ -149,7 +178,9 @@ class SketchPolicy(SlidingPolicy):
     same kind.
     """
 
-    needs_losses = True
+    needs = frozenset({"sketches"})
+    waits_for_losses = True
+    measures_all = True
 
     def select(self, view: PoolView, quota: IntArray) -> IntArray:
         """The measured candidates that `pick` takes, then the others."""

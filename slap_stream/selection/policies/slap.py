@@ -8,17 +8,18 @@ import numpy as np
 
 from slap_stream.config import SlapConfig
 from slap_stream.selection.batch_kernels import compose_greedily, shared_and_nearest
-from slap_stream.selection.policies.base import PoolView, top_of_each_stratum
-from slap_stream.types import Float32Array, FloatArray, IntArray
+from slap_stream.selection.policies.base import Policy, PoolView, top_of_each_stratum
+from slap_stream.types import REFERENCE_COLUMN, Float32Array, FloatArray, IntArray
 
 # Relative distances beyond the typical one are not worth more: outliers would win every slot.
 DISTANCE_CAP = 1.0
+RANK_WEIGHT, RANK_WEIGHT_WITH_REFERENCE = 0.4, 8.0
 
 
-class Slap:
+class Slap(Policy):
     """Score candidates one by one, then compose the batch greedily from a shortlist.
 
-    s = u / temperature + Gumbel noise, where u rewards the rank of the length-residual loss and
+    s = u + Gumbel noise, where u rewards the rank of the length-residual loss and
     charges near-copies of what was trained on and targets of other prompts;
 
         U(S) = sum_i s_i - curvature * sum_{i<j} relu(<z_i, z_j>) / |S|
@@ -28,39 +29,39 @@ class Slap:
         gradients in one composition; the formulas are this project's.
     """
 
+    # It does not wait for losses: ranks are equal and the metric space is empty until these can be
+    # predicted, but copies and mismatches are known from the start.
+    needs = frozenset({"losses", "evidence", "recent"})
     proportional = True
-    # Ranks are equal and the metric space is empty until losses can be predicted; copies and
-    # mismatches are known from the start.
-    needs_losses = False
-    uses_losses = True
-    weighs_evidence = True
-    looks_back = True
+    compares_batches = True
 
-    def __init__(self, config: SlapConfig, rank_weight: float) -> None:
-        self._config = config
-        self._rank_weight = rank_weight
+    def __init__(self, config: SlapConfig, columns: Sequence[str] = ()) -> None:
+        super().__init__(config, columns)
+        by_default = RANK_WEIGHT_WITH_REFERENCE if REFERENCE_COLUMN in columns else RANK_WEIGHT
+        given = config.advanced.rank_weight
+        self._rank_weight = by_default if given is None else given
 
     def utility(
         self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
     ) -> FloatArray:
         """u = rank_weight * min(rank, cap) - copy_weight * copy - mismatch_weight * mismatch."""
-        config = self._config
+        weights = self.config.advanced
         utility: FloatArray = (
-            self._rank_weight * np.minimum(rank, config.rank_cap)
-            - config.copy_weight * copy
-            - config.mismatch_weight * mismatch
+            self._rank_weight * np.minimum(rank, weights.rank_cap)
+            - weights.copy_weight * copy
+            - weights.mismatch_weight * mismatch
         )
         return utility
 
     def score(self, view: PoolView) -> FloatArray:
-        """s = u / temperature + Gumbel noise."""
-        return view.utility / self._config.temperature + view.gumbel
+        """s = u + Gumbel noise."""
+        return view.utility + view.gumbel
 
     def select(self, view: PoolView, quota: IntArray) -> IntArray:
         """Greedy maximisation of U over a shortlist of the highest s in each stratum."""
         score = self.score(view)
         # Who is on the shortlist does not depend on its order; the order decides ties only.
-        shortlist = top_of_each_stratum(score, view, quota * self._config.shortlist)
+        shortlist = top_of_each_stratum(score, view, quota * self.config.advanced.shortlist)
         s, stratum = score[shortlist], view.stratum[shortlist]
         z = view.z(shortlist)
         # Of two arrays, or NumPy makes half of it and copies that over, which takes longer.
@@ -119,8 +120,8 @@ class Slap:
         relative = np.minimum(relative, _chord(nearest) / typical)
         near = float(np.minimum(relative, DISTANCE_CAP).std()) if len(s) else 0.0
         return (
-            self._config.curvature * spread / shared if shared > 1e-6 else 0.0,
-            self._config.diversity * spread / near if near > 1e-6 else 0.0,
+            self.config.advanced.curvature * spread / shared if shared > 1e-6 else 0.0,
+            self.config.advanced.diversity * spread / near if near > 1e-6 else 0.0,
         )
 
 

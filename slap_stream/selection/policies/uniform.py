@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from slap_stream.selection.policies.base import PlainPolicy, PoolView, top_of_each_stratum
+from slap_stream.selection.policies.base import Policy, PoolView, top_of_each_stratum
 from slap_stream.types import FloatArray, IntArray
 
 
-class Uniform(PlainPolicy):
+class Uniform(Policy):
     """The baseline that any selection has to beat, and what every policy starts with."""
 
     proportional = True

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from slap_stream import SlapConfig
+from slap_stream import Advanced, SlapConfig
 from slap_stream.cli.command_line import CommandLine, ended, in_own_process, share, whole
 from slap_stream.errors import ConfigError
 
@@ -47,13 +47,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     line.add_argument("--repeats", type=whole(1), default=3, help="processes that measure speed")
     line.add_argument("--arm", default="", help=argparse.SUPPRESS)
     arguments = line.parse_args(argv)
+    # Loads NumPy, which must find the variables above set.
+    from slap_stream.selection.policies.registry import make_policy
+
     try:
         arguments.config = SlapConfig(
             keep=arguments.keep,
             policy=arguments.policy,
-            pool_batches=arguments.pool_batches,
-            metric_dim=arguments.metric_dim,
+            advanced=Advanced(pool_batches=arguments.pool_batches, metric_dim=arguments.metric_dim),
         )
+        make_policy(arguments.config)
     except ConfigError as error:
         line.error(str(error))
     name, sizes = (

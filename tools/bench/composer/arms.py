@@ -50,7 +50,10 @@ class Run:
         wall, cpu, _ = timed(lambda: sampler.observe(ids, losses))
         if sampler.step % self.config.probe_every == self.config.probe_every - 1:
             more, more_cpu, ids = timed(lambda: sampler.probe_candidates(sampler.probe_budget()))
-            losses, sketches = corpus.losses(ids), corpus.sketches(ids, self.config.sketch_dim)
+            losses, sketches = (
+                corpus.losses(ids),
+                corpus.sketches(ids, self.config.advanced.sketch_dim),
+            )
             last, last_cpu, _ = timed(lambda: sampler.update(ids, losses, sketches))
             wall, cpu = wall + more + last, cpu + more_cpu + last_cpu
         self.fed.append((wall, cpu))

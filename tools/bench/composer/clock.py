@@ -51,6 +51,7 @@ def watch_sampler(clock: Clock, sampler: SlapSampler) -> None:
     clock.watch(sampler, "observe", "feedback: observe")
     clock.watch(sampler, "update", "feedback: update")
     clock.watch(sampler._shared.model, "refresh", "refresh: regression and metric solved")
+    clock.watch(sampler._policy, "select", "choose: shortlist and greedy composition")
     for lane in sampler.lanes:
         clock.watch(lane, "statistics", "refresh: sums over the answers")
         clock.watch(lane.feedback, "take_trained", "feedback: observe")
@@ -68,6 +69,5 @@ def watch_sampler(clock: Clock, sampler: SlapSampler) -> None:
         clock.watch(lane, "_train", "train: book the batch")
         clock.watch(lane._scorer, "bring_near", "train: copies of the batch in the pool")
         clock.watch(lane._composer, "choose", "choose: quotas")
-        clock.watch(lane._policy, "select", "choose: shortlist and greedy composition")
         clock.watch(lane._composer, "leaving", "drop: who leaves untrained")
         clock.watch(lane._scorer, "score", "offer: score")

@@ -17,12 +17,13 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from slap_stream import SlapConfig
 from slap_stream.cli.command_line import CommandLine, directory, ended, real, share, to_write, whole
 from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.selection.policies.registry import make_policy
 from tools.bench.selection.results import Row, append_row, key_of, read_rows
 from tools.bench.selection.schedule import PRESETS, Arm, Preset, RunKey, arms, config_of
 from tools.bench.selection.tasks import Condition
@@ -69,7 +70,7 @@ def keys(arguments: argparse.Namespace, preset: Preset) -> list[RunKey]:
         for name in names:
             for arm in arguments.arms or preset.arms:
                 keep = known[arm].config.get("keep", arguments.keep)
-                config_of(overridden(known[arm], arguments.set), keep, seed)
+                make_policy(config_of(overridden(known[arm], arguments.set), keep, seed))
                 rate_keep = 1.0 if isinstance(keep, str) else keep
                 result.append(
                     RunKey(
@@ -91,7 +92,7 @@ def overridden(arm: Arm, settings: Sequence[str]) -> Arm:
     Raises:
         ConfigError: If one is not NAME=VALUE, or there is no such setting.
     """
-    names = [field.name for field in fields(SlapConfig)]
+    names = list(SlapConfig().to_dict())
     extra = {}
     for setting in settings:
         name, _, value = setting.partition("=")

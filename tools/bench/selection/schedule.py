@@ -159,7 +159,7 @@ def config_of(arm: Arm, keep: float | str, seed: int) -> SlapConfig:
     Raises:
         ConfigError: If one is out of range.
     """
-    return SlapConfig(**{"keep": keep, "seed": seed} | dict(arm.config))
+    return SlapConfig.from_dict({"keep": keep, "seed": seed} | dict(arm.config))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

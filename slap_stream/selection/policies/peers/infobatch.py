@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from slap_stream.config import SlapConfig
-from slap_stream.selection.policies.base import PlainPolicy, PoolView, recency
+from slap_stream.selection.policies.base import Policy, PoolView, recency
 from slap_stream.types import BoolArray, FloatArray, IntArray
 
 # r counts as this at most, so that no weight exceeds 5: few survivors of a large r would shake
@@ -13,7 +12,7 @@ from slap_stream.types import BoolArray, FloatArray, IntArray
 MAX_PRUNED = 0.8
 
 
-class InfoBatch(PlainPolicy):
+class InfoBatch(Policy):
     """Losses below the mean are pruned with probability r, all others are kept.
 
     A survivor's loss counts 1 / (1 - r) times, so that the gradient summed over an epoch is, on
@@ -27,11 +26,9 @@ class InfoBatch(PlainPolicy):
         nothing; here they do, because `keep` is exact.
     """
 
-    needs_losses = True
-    uses_losses = True
-
-    def __init__(self, config: SlapConfig) -> None:
-        self._pruned = 1.0 - float(config.keep)
+    needs = frozenset({"losses"})
+    waits_for_losses = True
+    weighs_losses = True
 
     def score(self, view: PoolView) -> FloatArray:
         """What is to be pruned leaves first, then other low losses; oldest first in each group."""
@@ -54,6 +51,6 @@ class InfoBatch(PlainPolicy):
         if not len(view):
             return np.zeros(0, bool), np.zeros(0, bool), 0.0
         low = view.loss < view.loss.mean()
-        rate = min(MAX_PRUNED, self._pruned / max(float(low.mean()), 1e-9))
+        rate = min(MAX_PRUNED, (1.0 - float(self.config.keep)) / max(float(low.mean()), 1e-9))
         # The candidate's own draw of this epoch: the Gumbel noise as a uniform number.
         return low, low & (np.exp(-np.exp(-view.gumbel)) < rate), rate

@@ -17,7 +17,7 @@ class KCentre(SlidingPolicy):
         what was chosen is the batch and what was trained on lately, not everything so far.
     """
 
-    looks_back = True
+    needs = frozenset({"recent", "embeddings"})
 
     def select(self, view: PoolView, quota: IntArray) -> IntArray:
         """Greedy farthest points; the first ones of a run are drawn."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from slap_stream.config import SlapConfig
-from slap_stream.selection.policies.base import PoolView, top, unmeasured
+from slap_stream.selection.policies.base import Policy, PoolView, top, unmeasured
 from slap_stream.types import FloatArray, IntArray
 
 
-class MaxLoss:
+class MaxLoss(Policy):
     """Trains on what has the highest loss, whatever its stratum.
 
     Losses are predicted unless they were measured lately. With `probe_fraction=1` each candidate
@@ -19,14 +18,9 @@ class MaxLoss:
         networks", 2015, in the greedy limit.
     """
 
-    proportional = False
-    needs_losses = True
-    uses_losses = True
-    weighs_evidence = False
-    looks_back = False
-
-    def __init__(self, config: SlapConfig) -> None:
-        self._config = config
+    needs = frozenset({"losses"})
+    waits_for_losses = True
+    measures_all = True
 
     def utility(
         self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray
@@ -36,9 +30,9 @@ class MaxLoss:
 
     def score(self, view: PoolView) -> FloatArray:
         """The loss, without noise; what still waits is not pruned."""
-        return np.where(unmeasured(view, self._config), np.inf, view.utility)
+        return np.where(unmeasured(view, self.config), np.inf, view.utility)
 
     def select(self, view: PoolView, quota: IntArray) -> IntArray:
         """The highest losses."""
-        last = unmeasured(view, self._config)
+        last = unmeasured(view, self.config)
         return top(view.utility, view, int(quota.sum()), last=last)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from slap_stream.config import SlapConfig
 from slap_stream.selection.policies.base import PoolView, SlidingPolicy, top, unmeasured
 from slap_stream.types import IntArray
 
@@ -17,13 +16,11 @@ class RhoLoss(SlidingPolicy):
         it was measured, as there.
     """
 
-    needs_losses = True
-    uses_losses = True
-
-    def __init__(self, config: SlapConfig) -> None:
-        self._config = config
+    needs = frozenset({"losses", "reference_loss"})
+    waits_for_losses = True
+    measures_all = True
 
     def select(self, view: PoolView, quota: IntArray) -> IntArray:
         """The highest reducible losses, over all strata."""
         reducible = view.loss - view.reference_loss()
-        return top(reducible, view, int(quota.sum()), last=unmeasured(view, self._config))
+        return top(reducible, view, int(quota.sum()), last=unmeasured(view, self.config))

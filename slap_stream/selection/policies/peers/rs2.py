@@ -18,4 +18,4 @@ class RS2(Subset):
 
     def begins(self, epoch: int) -> float:
         """Where the arcs of the epochs before end."""
-        return epoch * self._keep % 1.0
+        return epoch * self.kept % 1.0

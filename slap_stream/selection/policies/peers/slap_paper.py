@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from slap_stream.selection.batch_kernels import farthest_points, fill_largest
-from slap_stream.selection.policies.base import PoolView
+from slap_stream.selection.policies.base import Policy, PoolView
 from slap_stream.types import FloatArray, IntArray
 
 NUM_LOSS_STRATA = 8
 
 
-class SlapPaper:
+class SlapPaper(Policy):
     """Strata by loss, counts drawn with p ~ exp(loss), farthest points inside each.
 
     Strata are equal-sized bins of the losses in the window. Inside a stratum samples are taken
@@ -24,11 +24,8 @@ class SlapPaper:
         per-sample gradients.
     """
 
-    proportional = False
-    needs_losses = True
-    uses_losses = True
-    weighs_evidence = False
-    looks_back = False
+    needs = frozenset({"losses"})
+    waits_for_losses = True
 
     def utility(
         self, *, rank: FloatArray, loss: FloatArray, copy: FloatArray, mismatch: FloatArray

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from slap_stream.config import SlapConfig
 from slap_stream.core.rng import Purpose, uniforms
-from slap_stream.selection.policies.base import PlainPolicy, PoolView, recency
+from slap_stream.selection.policies.base import Policy, PoolView, recency
 from slap_stream.types import FloatArray, IntArray
 
 # Neighbouring samples that divide the circle evenly between them.
 GROUP = 32
 
 
-class Subset(PlainPolicy):
+class Subset(Policy):
     """Every candidate has a place on a circle, fixed for the run; an arc of it is trained on.
 
     The arc begins at 0 in every epoch and is `keep` long. The number trained on is exact, the
@@ -22,8 +21,10 @@ class Subset(PlainPolicy):
     epoch to epoch, as measured on 2,400 to 50,000 samples.
     """
 
-    def __init__(self, config: SlapConfig) -> None:
-        self._seed, self._keep = config.seed, float(config.keep)
+    @property
+    def kept(self) -> float:
+        """Length of the arc."""
+        return float(self.config.keep)
 
     def begins(self, epoch: int) -> float:
         """Where the arc begins."""
@@ -32,18 +33,18 @@ class Subset(PlainPolicy):
     def score(self, view: PoolView) -> FloatArray:
         """What lies off the arc leaves first, oldest first; then what lies farthest along it."""
         far = self._far(view)
-        return np.where(far > self._keep, recency(view), 2.0 - far)
+        return np.where(far > self.kept, recency(view), 2.0 - far)
 
     def select(self, view: PoolView, quota: IntArray) -> IntArray:
         """What lies on the arc, in the order offered; then what lies nearest behind its end."""
         far = self._far(view)
-        beyond = np.maximum(0.0, far - self._keep)
+        beyond = np.maximum(0.0, far - self.kept)
         order: IntArray = np.lexsort((view.occurrence, view.sample_id, view.offered_at, beyond))
         return order[: int(quota.sum())]
 
     def _far(self, view: PoolView) -> FloatArray:
         """(n,) in [0, 1): how far from the beginning of the arc each candidate lies."""
-        place = places(self._seed, view.sample_id, view.occurrence)
+        place = places(self.config.seed, view.sample_id, view.occurrence)
         far: FloatArray = np.mod(place - self.begins(view.epoch), 1.0)
         return far
 

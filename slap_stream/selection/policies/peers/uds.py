@@ -22,9 +22,12 @@ class Uds(SketchPolicy):
         count alike.
     """
 
+    needs = frozenset({"sketches", "chosen_sketches"})
+    measurements = ("nuclear_norm",)
+
     def pick(self, view: PoolView, known: IntArray, sketch: FloatArray, count: int) -> IntArray:
         """The highest scores; the batch's own members do not count against each other."""
-        score = in_spreads(view.nuclear_norm()[known])
+        score = in_spreads(view.measurement("nuclear_norm")[known])
         chosen = view.chosen().astype(np.float64)
         if len(chosen):
             score = score + in_spreads(mean_distance(sketch, chosen))
