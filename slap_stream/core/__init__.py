@@ -9,6 +9,7 @@ interrupts.py   signals that wait until a state is whole
 processes.py    jobs over worker processes that end with their parent
 files.py        files that are found whole or not at all
 state_bytes.py  a state as bytes, without pickle
+saved.py        a saved state, checked entry by entry
 """
 
 from __future__ import annotations
@@ -40,4 +41,5 @@ EXPORTS = {
     "processes": ("run_jobs", "usable_cores"),
     "files": ("file_digest", "read_json", "write_json"),
     "state_bytes": ("from_bytes", "to_bytes"),
+    "saved": ("Saved",),
 }
