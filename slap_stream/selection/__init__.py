@@ -31,6 +31,6 @@ from __future__ import annotations
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
     "sampler": ("SlapSampler",),
-    "state": ("check_ranks_agree", "require_keys"),
+    "state": ("check_ranks_agree",),
     "shared": ("sum_in_order",),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from numpy.typing import ArrayLike
 from slap_stream.config import SlapConfig
 from slap_stream.core.interrupts import ready_to_wait, undisturbed
 from slap_stream.core.linear import single_threaded
+from slap_stream.core.saved import Saved
 from slap_stream.embeddings.rows import as_row_store
-from slap_stream.errors import ConfigError, FeedbackError
+from slap_stream.errors import ConfigError, FeedbackError, StateError
 from slap_stream.selection import questions
 from slap_stream.selection.awaiting import check_sketches
 from slap_stream.selection.lane import Lane
@@ -21,12 +23,13 @@ from slap_stream.selection.metrics import count_lanes, shards_needed
 from slap_stream.selection.order import ShardTable
 from slap_stream.selection.policies import make_policy
 from slap_stream.selection.refresh import Refreshes
-from slap_stream.selection.schedule import plan_run
+from slap_stream.selection.schedule import LanePlan, plan_run
 from slap_stream.selection.shared import Shared
 from slap_stream.selection.state import check_state, describe_run, fingerprint
 from slap_stream.types import (
     MISMATCH_COLUMN,
     REFERENCE_COLUMN,
+    Float32Array,
     FloatArray,
     IntArray,
     LaneExchange,
@@ -36,7 +39,24 @@ from slap_stream.types import (
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 6
+STATE_VERSION = 7
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """What composes the batches, made anew for another number of lanes and for a saved state.
+
+    Attributes:
+        plan: How the run is cut.
+        shared: What the lanes share.
+        lanes: This rank's lanes.
+        refreshes: Adds up over all lanes.
+    """
+
+    plan: LanePlan
+    shared: Shared
+    lanes: list[Lane]
+    refreshes: Refreshes
 
 
 class SlapSampler:
@@ -101,17 +121,16 @@ class SlapSampler:
             )
         if config.num_lanes is None:
             logger.info("num_lanes is %d, the world size; it stays so for the run.", world_size)
-        self._build(world_size if config.num_lanes is None else config.num_lanes)
+        self._take_over(self._made(world_size if config.num_lanes is None else config.num_lanes))
         self._fingerprint = fingerprint(self._store, self.table.num_samples)
         self.epoch = 0
         # Until somebody else merges; then a second clock would refresh twice.
         self.refreshes_itself = True
         self.set_target(None)
 
-    def _build(self, num_lanes: int) -> None:
-        """Make what the lanes share, and this rank's lanes."""
-        self.num_lanes = num_lanes
-        self._plan = plan_run(
+    def _made(self, num_lanes: int) -> _Run:
+        """Make what the lanes share, and this rank's lanes; changes nothing."""
+        plan = plan_run(
             self.table,
             self._store,
             self.config,
@@ -119,24 +138,26 @@ class SlapSampler:
             batch_size=self.batch_size,
             world_size=self.world_size,
         )
-        self._shared = Shared(self._plan)
+        shared = Shared(plan)
         each = num_lanes // self.world_size
-        self.lanes = [
-            self._lane(index, self._gate)
+        lanes = [
+            self._lane(index, plan, shared, self._gate)
             for index in range(self.rank * each, (self.rank + 1) * each)
         ]
-        self._refreshes = Refreshes(
-            self._plan,
-            self._shared,
-            self.lanes,
-            world_size=self.world_size,
-            exchange=self._exchange,
+        refreshes = Refreshes(
+            plan, shared, lanes, world_size=self.world_size, exchange=self._exchange
         )
+        return _Run(plan=plan, shared=shared, lanes=lanes, refreshes=refreshes)
 
-    def _lane(self, index: int, gate: ShardGate | None) -> Lane:
+    def _take_over(self, run: _Run) -> None:
+        """Compose with these from now on."""
+        self._plan, self._shared, self._refreshes = run.plan, run.shared, run.refreshes
+        self.lanes, self.num_lanes = run.lanes, run.plan.num_lanes
+
+    def _lane(self, index: int, plan: LanePlan, shared: Shared, gate: ShardGate | None) -> Lane:
         has_reference = REFERENCE_COLUMN in self._store.feature_names
-        shared, policy = self._shared, make_policy(self.config, has_reference=has_reference)
-        return Lane(index, self._plan, policy, shared.strata, shared.model, shared.keep, gate)
+        policy = make_policy(self.config, has_reference=has_reference)
+        return Lane(index, plan, policy, shared.strata, shared.model, shared.keep, gate)
 
     @property
     def step(self) -> int:
@@ -279,6 +300,9 @@ class SlapSampler:
         target = None if sketch is None else check_sketches(sketch, (self.config.sketch_dim,))
         if target is not None and not np.isfinite(target).all():
             raise FeedbackError("sketch must be finite, got NaN or infinity; keep the last one.")
+        self._aim(target)
+
+    def _aim(self, target: Float32Array | None) -> None:
         self._target = target
         for lane in self.lanes:
             lane.set_target(target)
@@ -356,39 +380,49 @@ class SlapSampler:
             "run": self.describe(),
             "epoch": self.epoch,
             "refreshes_itself": self.refreshes_itself,
-            **self._refreshes.state_dict(),
-            "target": self._target,
-            **self._shared.state_dict(),
+            "refreshes": self._refreshes.state_dict(),
+            # Without a target, none of its numbers.
+            "target": np.zeros(0, np.float32) if self._target is None else self._target,
+            "shared": self._shared.state_dict(),
             "lanes": [lane.state_dict() for lane in self.lanes],
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from a saved state; nothing is changed unless it fits.
+        """Go on from a saved state; nothing is changed unless all of it fits.
 
         Arrays may come back as nested lists.
 
         Raises:
-            StateError: If the state is of another version, config, dataset or batch size; the
-                message lists the differences.
+            StateError: If the state is of another version, config, dataset or batch size, or was
+                cut or changed; the message says where.
+            ShardError: If a shard that the state needs cannot be fetched.
         """
-        num_lanes = check_state(
-            state,
-            version=STATE_VERSION,
+        saved = Saved(state)
+        saved.check_version(STATE_VERSION)
+        num_lanes, lanes = check_state(
+            saved,
             run=self.describe(),
             config=self.config,
             rank=self.rank,
             world_size=self.world_size,
         )
-        if num_lanes != self.num_lanes:
-            self._build(num_lanes)
-        self.epoch = int(state["epoch"])
-        self.refreshes_itself = bool(state["refreshes_itself"])
-        self._refreshes.load_state_dict(state)
-        self.set_target(state["target"])
-        self._shared.load_state_dict(state)
-        saved = {int(lane["lane"]): lane for lane in state["lanes"]}
-        for lane in self.lanes:
-            lane.load_state_dict(saved[lane.index])
+        epoch, refreshes_itself = saved.whole("epoch"), saved.flag("refreshes_itself")
+        target: Float32Array | None = saved.numbers32("target", None)
+        if target is not None and len(target) not in (0, self.config.sketch_dim):
+            raise saved.refusal("target", f"({self.config.sketch_dim},) or empty", target)
+        try:
+            run = self._made(num_lanes)
+        except ConfigError as error:
+            raise StateError(f"state.run.num_lanes must fit this run: {error}") from error
+        # Model and strata first: the lanes' candidates are looked at through them.
+        run.shared.load_state_dict(saved.part("shared"))
+        run.refreshes.load_state_dict(saved.part("refreshes"))
+        for lane, entries in zip(run.lanes, lanes, strict=True):
+            lane.load_state_dict(entries)
+        # From here on nothing fails.
+        self._take_over(run)
+        self.epoch, self.refreshes_itself = epoch, refreshes_itself
+        self._aim(target if target is not None and len(target) else None)
 
     @property
     def shards_at_hand(self) -> int:
@@ -407,5 +441,7 @@ class SlapSampler:
 
     def _seed_strata(self) -> None:
         # From lane 0's first block on every rank: all lanes share the centroids.
-        first = self.lanes[0] if self.lanes[0].index == 0 else self._lane(0, None)
+        first = self.lanes[0]
+        if first.index:
+            first = self._lane(0, self._plan, self._shared, None)
         self._shared.seed(first.intake.first_embeddings())
