@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,8 @@ from slap_stream.selection.lane import Lane
 from slap_stream.selection.metrics import count_lanes, shards_needed
 from slap_stream.selection.order import ShardTable
 from slap_stream.selection.policies import make_policy
-from slap_stream.selection.refresh import Refreshes
-from slap_stream.selection.schedule import LanePlan, plan_run
-from slap_stream.selection.shared import Shared
+from slap_stream.selection.run import Run
+from slap_stream.selection.schedule import plan_run
 from slap_stream.selection.state import check_state, describe_run, fingerprint
 from slap_stream.types import (
     MISMATCH_COLUMN,
@@ -40,23 +38,6 @@ from slap_stream.types import (
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 7
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Run:
-    """What composes the batches, made anew for another number of lanes and for a saved state.
-
-    Attributes:
-        plan: How the run is cut.
-        shared: What the lanes share.
-        lanes: This rank's lanes.
-        refreshes: Adds up over all lanes.
-    """
-
-    plan: LanePlan
-    shared: Shared
-    lanes: list[Lane]
-    refreshes: Refreshes
 
 
 class SlapSampler:
@@ -110,6 +91,8 @@ class SlapSampler:
         counts = None if shard_counts is None else np.asarray(shard_counts, np.int64)
         self.table = ShardTable.of(sizes, counts)
         self._store = as_row_store(embeddings, lengths, features, sources)
+        has_reference = REFERENCE_COLUMN in self._store.feature_names
+        self._policy = make_policy(config, has_reference=has_reference)
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
         self._gate, self._exchange = gate, exchange
         if not (world_size >= 1 and 0 <= rank < world_size):
@@ -128,7 +111,7 @@ class SlapSampler:
         self.refreshes_itself = True
         self.set_target(None)
 
-    def _made(self, num_lanes: int) -> _Run:
+    def _made(self, num_lanes: int) -> Run:
         """Make what the lanes share, and this rank's lanes; changes nothing."""
         plan = plan_run(
             self.table,
@@ -138,26 +121,19 @@ class SlapSampler:
             batch_size=self.batch_size,
             world_size=self.world_size,
         )
-        shared = Shared(plan)
-        each = num_lanes // self.world_size
-        lanes = [
-            self._lane(index, plan, shared, self._gate)
-            for index in range(self.rank * each, (self.rank + 1) * each)
-        ]
-        refreshes = Refreshes(
-            plan, shared, lanes, world_size=self.world_size, exchange=self._exchange
+        return Run.make(
+            plan,
+            self._policy,
+            rank=self.rank,
+            world_size=self.world_size,
+            gate=self._gate,
+            exchange=self._exchange,
         )
-        return _Run(plan=plan, shared=shared, lanes=lanes, refreshes=refreshes)
 
-    def _take_over(self, run: _Run) -> None:
+    def _take_over(self, run: Run) -> None:
         """Compose with these from now on."""
-        self._plan, self._shared, self._refreshes = run.plan, run.shared, run.refreshes
-        self.lanes, self.num_lanes = run.lanes, run.plan.num_lanes
-
-    def _lane(self, index: int, plan: LanePlan, shared: Shared, gate: ShardGate | None) -> Lane:
-        has_reference = REFERENCE_COLUMN in self._store.feature_names
-        policy = make_policy(self.config, has_reference=has_reference)
-        return Lane(index, plan, policy, shared.strata, shared.model, shared.keep, gate)
+        self._run, self._plan, self._shared = run, run.plan, run.shared
+        self._refreshes, self.lanes, self.num_lanes = run.refreshes, run.lanes, run.plan.num_lanes
 
     @property
     def step(self) -> int:
@@ -226,7 +202,7 @@ class SlapSampler:
         """
         with undisturbed(), single_threaded():
             if not self._shared.seeded:
-                self._seed_strata()
+                self._run.seed_strata()
             if self.refreshes_itself and self._refreshes.due(self.step):
                 self.refresh()
                 if self.exhausted:
@@ -380,11 +356,9 @@ class SlapSampler:
             "run": self.describe(),
             "epoch": self.epoch,
             "refreshes_itself": self.refreshes_itself,
-            "refreshes": self._refreshes.state_dict(),
             # Without a target, none of its numbers.
             "target": np.zeros(0, np.float32) if self._target is None else self._target,
-            "shared": self._shared.state_dict(),
-            "lanes": [lane.state_dict() for lane in self.lanes],
+            **self._run.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -414,11 +388,7 @@ class SlapSampler:
             run = self._made(num_lanes)
         except ConfigError as error:
             raise StateError(f"state.run.num_lanes must fit this run: {error}") from error
-        # Model and strata first: the lanes' candidates are looked at through them.
-        run.shared.load_state_dict(saved.part("shared"))
-        run.refreshes.load_state_dict(saved.part("refreshes"))
-        for lane, entries in zip(run.lanes, lanes, strict=True):
-            lane.load_state_dict(entries)
+        run.load_state_dict(saved, lanes)
         # From here on nothing fails.
         self._take_over(run)
         self.epoch, self.refreshes_itself = epoch, refreshes_itself
@@ -438,10 +408,3 @@ class SlapSampler:
             global_batch=self.batch_size * self.world_size,
             num_lanes=self.num_lanes,
         )
-
-    def _seed_strata(self) -> None:
-        # From lane 0's first block on every rank: all lanes share the centroids.
-        first = self.lanes[0]
-        if first.index:
-            first = self._lane(0, self._plan, self._shared, None)
-        self._shared.seed(first.intake.first_embeddings())
