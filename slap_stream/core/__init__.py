@@ -11,6 +11,7 @@ checks.py       checks of arguments that several stages make
 work_dir.py     work that may be cut off, and goes on when it is called again
 files.py        files that are found whole or not at all
 state_bytes.py  a state as bytes, without pickle
+saved.py        a saved state, checked entry by entry
 """
 
 from __future__ import annotations
@@ -45,4 +46,5 @@ EXPORTS = {
     "checks": ("require_whole",),
     "files": ("file_digest", "read_json", "write_json", "write_text"),
     "state_bytes": ("from_bytes", "to_bytes"),
+    "saved": ("Saved",),
 }

@@ -1,6 +1,7 @@
 """Training loops of other libraries that slap_stream plugs into.
 
-transformers.py  `SlapTrainer`: Hugging Face's Trainer
+transformers.py   `SlapTrainer`: Hugging Face's Trainer
+data_schedule.py  learning rates that follow the data, where the number of steps is not known
 """
 
 from __future__ import annotations

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from slap_stream.config import SlapConfig
 from slap_stream.core.state_bytes import from_bytes, to_bytes
 from slap_stream.errors import ConfigError, StateError
+from slap_stream.integrations.data_schedule import DataSchedule, planned_steps
 from slap_stream.loader.loader import SAMPLE_ID, SlapDataLoader
 from slap_stream.probe.probe import LearnabilityProbe
 from slap_stream.probe.readout import per_sample_loss
@@ -169,6 +171,23 @@ class SlapTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
         )
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The stock Trainer's scheduler, or the caller's; with keep="auto" it follows the data."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        by_data = self._slap_config.keep == "auto" and self.args.max_steps <= 0
+        # One that is stepped at evaluations counts no steps of the training.
+        if by_data and not isinstance(scheduler, ReduceLROnPlateau):
+            if isinstance(scheduler, DataSchedule):
+                scheduler = scheduler.scheduler  # the caller's, in a second training
+
+            def planned() -> int:
+                assert self.loader is not None, "no step before a training has begun"
+                done = self.loader.epochs_done / self.args.num_train_epochs
+                return planned_steps(done, num_training_steps)
+
+            self.lr_scheduler = DataSchedule(scheduler, planned)
+        return self.lr_scheduler
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -313,20 +332,6 @@ class _Companion(TrainerCallback):  # type: ignore[misc]  # transformers is not 
         """The optimizer has been made and loaded."""
         self._trainer._begin(train_dataloader)
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, *, train_dataloader: Any, **others: Any
-    ) -> None:
-        """With keep="auto" fewer steps come than were planned for: the schedule follows the data.
-
-        The scheduler is about to step to the next of the planned steps; it is set to the one at
-        which as much of the data was planned to be done.
-        """
-        if train_dataloader.config.keep == "auto" and args.max_steps <= 0:
-            scheduler: Any = self._trainer.lr_scheduler
-            scheduler = getattr(scheduler, "scheduler", scheduler)
-            done = train_dataloader.epochs_done / args.num_train_epochs
-            scheduler.last_epoch = max(0, planned_steps(done, state.max_steps) - 1)
-
     def on_step_end(
         self, args: Any, state: Any, control: Any, *, train_dataloader: Any, **others: Any
     ) -> None:
@@ -348,16 +353,6 @@ class _Companion(TrainerCallback):  # type: ignore[misc]  # transformers is not 
     ) -> None:
         """No more shards are needed; a new training has a loader of its own."""
         train_dataloader.close()
-
-
-def planned_steps(done: float, max_steps: int) -> int:
-    """Steps after which as much of the data was planned to be done; a part of a step is one.
-
-    Step k of n steps that come is thus taken at the rate planned for a share of (k - 1) / n.
-    """
-    # Shares such as 7 / 25 are not exact, and must not count as a step more: the last step of all
-    # would be taken at the rate of the end, which is mostly zero.
-    return math.ceil(round(done * max_steps, 6))
 
 
 class _HideMetrics(TrainerCallback):  # type: ignore[misc]  # transformers is not typed

@@ -26,7 +26,7 @@ from slap_stream.loader.ranks import TIMEOUT_SECONDS, join_ranks
 from slap_stream.loader.state import check_loader_state, whole_state
 from slap_stream.loader.status_line import StatusLine
 from slap_stream.loader.workers import describe_dead, watch
-from slap_stream.probe.probe import LearnabilityProbe
+from slap_stream.probe.probe import LearnabilityProbe, check_probe_state
 from slap_stream.selection.sampler import SlapSampler
 from slap_stream.selection.state import check_ranks_agree
 from slap_stream.shards.fetch import ShardFetcher
@@ -334,12 +334,11 @@ class SlapDataLoader(DataLoader[Any]):
 
     def attach(self, probe: LearnabilityProbe) -> None:
         """Let a probe refresh this loader; its state travels in the loader's."""
-        self._probe = probe
-        # From now on the probe says when; a second clock would refresh twice.
-        self.composer.refreshes_itself = False
         if self._probe_state is not None:
             probe.load_state_dict(self._probe_state)
-            self._probe_state = None
+        self._probe, self._probe_state = probe, None
+        # From now on the probe says when; a second clock would refresh twice.
+        self.composer.refreshes_itself = False
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers about the run, ready for TensorBoard or Weights & Biases."""
@@ -394,14 +393,23 @@ class SlapDataLoader(DataLoader[Any]):
         A probe's part is handed to the probe, now or when one is attached.
 
         Raises:
-            StateError: If the state is of another version, config or dataset; nothing has changed
-                then.
+            StateError: If the state is of another version, config or dataset, or was cut or
+                changed; nothing has changed then.
+            ShardError: If a shard that the state needs cannot be fetched; likewise.
         """
-        check_loader_state(state, self._digests)
-        self.composer.load_state_dict(state["sampler"])
+        sampler = self.composer
+        probe = check_loader_state(
+            state,
+            index_digests=self._digests,
+            global_batch=sampler.batch_size * sampler.world_size,
+            num_samples=sampler.table.num_samples,
+        )
+        if probe is not None:
+            check_probe_state(probe, None if self._probe is None else self._probe.head_shape)
+        # The last that may fail.
+        sampler.load_state_dict(state["sampler"])
         self._pending.load_state_dict(state)
         self._iteration += 1
-        probe = next(iter(state["probe"]), None)
         if probe is None or self._probe is None:
             self._probe_state = probe
         else:

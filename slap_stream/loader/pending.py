@@ -14,9 +14,6 @@ from slap_stream.core.interrupts import undisturbed
 from slap_stream.selection.sampler import SlapSampler
 from slap_stream.types import IntArray, State
 
-# What a state says of pending batches.
-PENDING = ("pending", "pending_progress", "progress")
-
 
 class PendingBatches:
     """Composed and undelivered batches, as the batch sampler that torch's DataLoader pulls from.

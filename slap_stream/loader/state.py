@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from slap_stream.core.saved import Saved
 from slap_stream.core.state_bytes import from_bytes, to_bytes
 from slap_stream.errors import StateError
-from slap_stream.loader.pending import PENDING, join_pending
+from slap_stream.loader.pending import join_pending
 from slap_stream.loader.ranks import Ranks
-from slap_stream.selection.state import require_keys
 from slap_stream.types import Position, State
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 
 
 def whole_state(
@@ -39,34 +39,59 @@ def whole_state(
     """
     mine = to_bytes({"lanes": sampler["lanes"], "pending": pending})
     everyones = [from_bytes(data) for data in ranks.gather(mine, position)]
-    learnt = to_bytes(sampler["model"]) if ranks.learns else None
-    model = from_bytes(ranks.tell(learnt, position))
+    shared = sampler["shared"]
+    learnt = to_bytes(shared["model"]) if ranks.learns else None
+    shared = {**shared, "model": from_bytes(ranks.tell(learnt, position))}
     # Tuples: torch.distributed.checkpoint takes dicts and lists of dicts apart, and loads only
     # those parts that the state before loading has too, so of as many lanes; a tuple stays whole.
     lanes = tuple(lane for state in everyones for lane in state["lanes"])
     return {
         "version": STATE_VERSION,
         "index_digests": list(index_digests),
-        "sampler": {**sampler, "model": model, "lanes": lanes},
-        "probe": () if probe is None else (probe,),
+        "sampler": {**sampler, "shared": shared, "lanes": lanes},
+        # Without a probe an empty one, so that one that was cut off is missed.
+        "probe": (probe or {},),
         **join_pending([state["pending"] for state in everyones]),
     }
 
 
-def check_loader_state(state: Any, index_digests: Sequence[str]) -> None:
-    """Refuse a state that is of another version or dataset; the sampler checks its own part.
+def check_loader_state(
+    state: Any, *, index_digests: Sequence[str], global_batch: int, num_samples: int
+) -> State | None:
+    """Refuse a state that is of another version or dataset, or whose pending batches were cut; the
+    sampler and the probe check their own parts.
+
+    Args:
+        state: What a loader's `state_dict` gave.
+        index_digests: Of each stream's index.
+        global_batch: Samples of a batch over all ranks.
+        num_samples: Samples of the dataset.
+
+    Returns:
+        The probe's part, None if there was no probe.
 
     Raises:
-        StateError: If it is.
+        StateError: If it does not fit.
     """
-    require_keys(state, ("version", "index_digests", "sampler", "probe", *PENDING))
-    if state.get("version") != STATE_VERSION:
-        raise StateError(
-            f"version must be {STATE_VERSION}, got {state.get('version')!r}; the state was "
-            "written by another version of slap_stream."
-        )
-    if list(state["index_digests"]) != list(index_digests):
+    saved = Saved(state)
+    saved.check_version(STATE_VERSION)
+    saved.part("sampler")
+    digests = saved.sequence("index_digests")
+    if len(digests) != len(index_digests) or not all(
+        isinstance(one, str) and one == other
+        for one, other in zip(digests, index_digests, strict=True)
+    ):
         raise StateError(
             "index_digests must be those of this dataset, got others; the state belongs to "
             "another dataset, or this one was converted again."
         )
+    saved.number("progress", least=0.0, most=1.0)
+    pending = saved.sequence("pending")
+    batches = Saved({str(place): ids for place, ids in enumerate(pending)}, "state.pending")
+    for place in range(len(pending)):
+        batches.wholes(str(place), global_batch, below=num_samples)
+    saved.numbers("pending_progress", len(pending), least=0.0, most=1.0)
+    probe = saved.parts("probe")
+    if len(probe) != 1:
+        raise saved.refusal("probe", "a list of one", saved["probe"])
+    return state["probe"][0] or None

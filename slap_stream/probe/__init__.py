@@ -15,6 +15,6 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
-    "probe": ("LearnabilityProbe",),
+    "probe": ("LearnabilityProbe", "check_probe_state"),
     "readout": ("per_sample_loss",),
 }

@@ -23,7 +23,7 @@ from torch import nn
 
 from slap_stream.config import SlapConfig
 from slap_stream.core.interrupts import undisturbed
-from slap_stream.errors import StateError
+from slap_stream.core.saved import Saved
 from slap_stream.probe.head import find_head, head_weight, quiet, reshard, to_device, unwrap
 from slap_stream.probe.readout import (
     CausalReader,
@@ -33,13 +33,15 @@ from slap_stream.probe.readout import (
     Reader,
     per_sample_loss,
 )
-from slap_stream.probe.second_moment import HasState, SecondMoment
+from slap_stream.probe.second_moment import HasState, SecondMoment, read_factors
 from slap_stream.probe.sketch import TensorSketch
 from slap_stream.types import IGNORED_LABEL, Float32Array, FloatArray, IntArray, State
 
 __all__ = ["IGNORED_LABEL", "LearnabilityProbe", "ProbeHost", "per_sample_loss"]
 
 _VERSION = 1
+# What a state counts.
+_SAVED_COUNTS = ("step", "samples", "nonfinite")
 # What is counted of each lane at a probe, ahead of the curvature.
 _COUNTS = ("samples", "finite losses", "sum of them")
 
@@ -93,6 +95,23 @@ class ProbeHost(Protocol):
     def attach(self, probe: LearnabilityProbe, /) -> None:
         """Keep the probe, to save and load its state with the loader's own."""
         ...
+
+
+def check_probe_state(state: Any, shape: tuple[int, int] | None) -> None:
+    """Refuse what no probe can go on from.
+
+    Args:
+        state: What `LearnabilityProbe.state_dict` gave.
+        shape: (vocabulary, hidden) of the head; None: of any.
+
+    Raises:
+        StateError: If it was written by another version or for another head, or was damaged.
+    """
+    saved = Saved(state, "probe")
+    saved.check_version(_VERSION)
+    for name in _SAVED_COUNTS:
+        saved.whole(name)
+    read_factors(saved.part("second_moment"), shape)
 
 
 class LearnabilityProbe:
@@ -258,6 +277,11 @@ class LearnabilityProbe:
         mean: Float32Array = np.concatenate(parts).mean(axis=0)
         return mean
 
+    @property
+    def head_shape(self) -> tuple[int, int]:
+        """(vocabulary, hidden) of the head that a saved state must be of."""
+        return self._moment.shape
+
     def metrics(self) -> dict[str, float]:
         """Flat numbers about the probe's work.
 
@@ -290,17 +314,13 @@ class LearnabilityProbe:
         """Go on from a saved state; arrays may come back as nested lists.
 
         Raises:
-            StateError: If it was written by another version or for another head; nothing has
-                changed then.
+            StateError: If it was written by another version or for another head, or was damaged;
+                nothing has changed then.
         """
-        if state.get("version") != _VERSION:
-            raise StateError(
-                f"version must be {_VERSION}, got {state.get('version')!r}; the probe's state was "
-                "written by another release."
-            )
-        counts = tuple(int(state[name]) for name in ("step", "samples", "nonfinite"))
-        self._moment.load_state_dict(state["second_moment"])
-        self._step, self._samples, self._nonfinite = counts
+        check_probe_state(state, self.head_shape)
+        saved = Saved(state, "probe")
+        self._step, self._samples, self._nonfinite = (saved.whole(name) for name in _SAVED_COUNTS)
+        self._moment.load_state_dict(saved.part("second_moment"))
 
     def _read(
         self, ids: IntArray

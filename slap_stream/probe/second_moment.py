@@ -22,10 +22,32 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from slap_stream.core.saved import Saved
 from slap_stream.errors import StateError
-from slap_stream.types import FloatArray, State
+from slap_stream.types import Float32Array, FloatArray, State
 
 _LOG = logging.getLogger(__name__)
+
+
+def read_factors(
+    state: Saved, shape: tuple[int, int] | None
+) -> tuple[Float32Array, Float32Array, float]:
+    """Saved sums of rows and columns of an estimate, and their weight.
+
+    Args:
+        state: What `SecondMoment.state_dict` gave.
+        shape: (vocabulary, hidden) of the head; None: of any.
+
+    Raises:
+        StateError: If it was damaged or is of a head of another shape.
+    """
+    rows, cols = state.numbers32("rows", None), state.numbers32("cols", None)
+    if shape not in (None, (len(rows), len(cols))):
+        raise StateError(
+            f"{state.path} must be of a head of shape {shape}, got factors of shapes "
+            f"{rows.shape} and {cols.shape}; the state belongs to another model, or was cut."
+        )
+    return rows, cols, state.number("total", least=0.0)
 
 
 class HasState(Protocol):
@@ -106,10 +128,6 @@ class SecondMoment:
         self._cols.mul_(self.decay).add_(cols)
         self._total = self._total * self.decay + 1.0
 
-    def mean(self) -> float:
-        """Mean of the Gauss-Newton estimate, 0 if there is none."""
-        return float(self._rows.mean()) / self._total if self._total else 0.0
-
     def state_dict(self) -> State:
         """Plain arrays of the estimate."""
         return {
@@ -118,22 +136,17 @@ class SecondMoment:
             "total": self._total,
         }
 
-    def load_state_dict(self, state: State) -> None:
-        """Take over a saved estimate; nested lists serve as arrays.
+    def load_state_dict(self, state: Saved) -> None:
+        """Take over a saved estimate.
 
         Raises:
-            StateError: If the state is of a head of another shape.
+            StateError: If it was damaged or is of a head of another shape; nothing has changed
+                then.
         """
-        rows = np.asarray(state["rows"], np.float32)
-        cols = np.asarray(state["cols"], np.float32)
-        if (rows.shape, cols.shape) != ((self.shape[0],), (self.shape[1],)):
-            raise StateError(
-                f"second_moment must be of a head of shape {self.shape}, got factors of shapes "
-                f"{rows.shape} and {cols.shape}; the state belongs to another model."
-            )
+        rows, cols, total = read_factors(state, self.shape)
         self._rows = torch.tensor(rows, device=self.device)
         self._cols = torch.tensor(cols, device=self.device)
-        self._total = float(state["total"])
+        self._total = total
 
     def _report(self, reason: str | None) -> None:
         if reason == self._reported:

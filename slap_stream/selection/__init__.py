@@ -4,6 +4,7 @@ in   how many samples each shard has; rows of embeddings; losses and sketches
 out  lists of sample ids, one a batch; candidates whose loss would tell most
 
 sampler.py        `SlapSampler`: this rank's lanes, and all that a loader may ask of them
+run.py            what composes a rank's batches, in one piece
 lane.py           one lane: candidates in, batches out, step by step
   order.py        which candidates come when, block by block
   intake.py       the rows of a block, read once
@@ -32,6 +33,6 @@ from __future__ import annotations
 EXPORTS = {
     "policies.registry": ("make_policy",),
     "sampler": ("SlapSampler",),
-    "state": ("check_ranks_agree", "require_keys"),
+    "state": ("check_ranks_agree",),
     "shared": ("sum_in_order",),
 }

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from slap_stream.core.saved import Saved
 from slap_stream.errors import FeedbackError
+from slap_stream.selection.state import Lookup
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, State
 
 
@@ -149,27 +151,24 @@ class Awaiting:
             "weight": np.concatenate(weights) if weights else np.zeros(0),
         }
 
-    def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
-        """Take over saved questions; `rows_of` gives (n, columns) design rows of (n,) ids."""
-        cuts = np.cumsum(np.asarray(state["sizes"], np.int64))
+    def load_state_dict(self, state: Saved, lookup: Lookup) -> None:
+        """Take over saved questions."""
+        sizes = state.wholes("sizes", None)
+        steps = state.wholes("steps", len(sizes))
+        ids = state.wholes("sample_id", int(sizes.sum()), below=lookup.num_samples)
+        open_, weight = state.flags("open", len(ids)), state.numbers("weight", len(ids), least=0.0)
+        x, cuts = lookup.rows_of(ids), np.cumsum(sizes)[:-1]
+        columns = (np.split(column, cuts) for column in (ids, x, open_, weight))
         # All of them, if they were remembered for longer: with a longer lookahead, of which batches
         # are still to be delivered.
-        self.depth = max(self.depth, len(cuts))
+        self.depth = max(self.depth, len(sizes))
         self._asked = deque(maxlen=self.depth)
-        ids = np.asarray(state["sample_id"], np.int64)
-        x = rows_of(ids)
-        start = 0
-        for step, stop in zip(np.asarray(state["steps"], np.int64), cuts, strict=True):
-            self._asked.append(
-                Asked(
-                    step=int(step),
-                    sample_id=ids[start:stop],
-                    x=x[start:stop],
-                    open=np.array(state["open"], bool)[start:stop],
-                    weight=np.array(state["weight"], np.float64)[start:stop],
+        if len(sizes):
+            for step, *parts in zip(steps.tolist(), *columns, strict=True):
+                sample_id, rows, is_open, weights = parts
+                self._asked.append(
+                    Asked(step=step, sample_id=sample_id, x=rows, open=is_open, weight=weights)
                 )
-            )
-            start = int(stop)
         self._closed = 0
         self._skip_closed()
 

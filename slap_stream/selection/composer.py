@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from slap_stream.core.rng import Purpose, generator, uniforms
+from slap_stream.core.saved import Saved
 from slap_stream.selection.intake import Intake
 from slap_stream.selection.loss_model import LOG_LENGTH, NUM_OWN_COLUMNS, LossModel
 from slap_stream.selection.policies.base import Policy, PoolView, top_of_each_stratum
@@ -13,11 +14,20 @@ from slap_stream.selection.pool import Pool, RecentlyTrained, SketchQueue
 from slap_stream.selection.repeats import Turns, copy_number, pressing
 from slap_stream.selection.schedule import Keep, LanePlan, LaneProgress, apportion, claims_of
 from slap_stream.selection.scoring import Yardsticks
-from slap_stream.types import REFERENCE_COLUMN, BoolArray, Float32Array, FloatArray, IntArray
+from slap_stream.selection.state import Lookup
+from slap_stream.types import (
+    REFERENCE_COLUMN,
+    BoolArray,
+    Float32Array,
+    FloatArray,
+    IntArray,
+    State,
+)
 
 # Of so many candidates drawn by chance, one is probed for its prediction being uncertain: to rank
 # the whole pool takes as long as composing a batch, and the best of four are nearly as uncertain.
 UNCERTAIN_OF = 4
+GAUGES = ("batch_learnability", "uniform_learnability")
 
 
 class Composer:
@@ -259,7 +269,7 @@ class Composer:
         quota = self._progress.by_stratum(view.stratum[positions])
         drawn = top_of_each_stratum(draws, view, quota)
         batch, uniform = policy.learnability(view, [positions, drawn])
-        self.gauges["batch_learnability"], self.gauges["uniform_learnability"] = batch, uniform
+        self.gauges = dict(zip(GAUGES, (batch, uniform), strict=True))
         self.compare = False
 
     def _claims(self, slots: IntArray) -> FloatArray:
@@ -300,3 +310,12 @@ class Composer:
         score = policy.score(self.view(slots))
         due, _ = self._due(slots)
         return np.concatenate([useless, pool.lowest(score, quota, due, slots)])
+
+    def state_dict(self) -> State:
+        """Whether to compare, and the gauges; the target is the sampler's."""
+        return {"compare": self.compare, "gauges": dict(self.gauges)}
+
+    def load_state_dict(self, state: Saved, lookup: Lookup) -> None:
+        """Take over a saved state."""
+        self.compare, gauges = state.flag("compare"), state.part("gauges")
+        self.gauges = {name: gauges.number(name) for name in GAUGES} if len(gauges) else {}

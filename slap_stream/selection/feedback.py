@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from slap_stream.core.kernels import weigh
 from slap_stream.core.rng import Purpose, uniforms
-from slap_stream.selection.awaiting import (
-    Awaiting,
-)
+from slap_stream.core.saved import Saved
+from slap_stream.selection.awaiting import Awaiting
 from slap_stream.selection.loss_model import LossModel
 from slap_stream.selection.moments import Moments
 from slap_stream.selection.policies.base import Policy
 from slap_stream.selection.pool import Pool
 from slap_stream.selection.schedule import LanePlan
 from slap_stream.selection.scoring import Scorer
+from slap_stream.selection.state import Lookup
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, State
 
 
@@ -83,28 +83,24 @@ class Answers:
 
     def state_dict(self) -> State:
         """Ids, losses and sketches."""
-        if not self._ids:
-            return {"sample_id": [], "losses": [], "sketched": [], "sketches": []}
-        sketches = self._sketches or [np.zeros((0, self._sketch_dim), np.float32)]
+        none = np.zeros((0, self._sketch_dim), np.float32)
         return {
-            "sample_id": np.concatenate(self._ids),
-            "losses": np.concatenate(self._losses),
-            "sketched": np.concatenate(self._sketched),
-            "sketches": np.concatenate(sketches),
+            "sample_id": np.concatenate([np.zeros(0, np.int64), *self._ids]),
+            "losses": np.concatenate([np.zeros(0), *self._losses]),
+            "sketched": np.concatenate([np.zeros(0, bool), *self._sketched]),
+            "sketches": np.concatenate([none, *self._sketches]),
         }
 
-    def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
-        """Take over saved answers; `rows_of` gives (n, columns) design rows of (n,) ids."""
+    def load_state_dict(self, state: Saved, lookup: Lookup) -> None:
+        """Take over saved answers."""
         self.clear()
-        ids = np.asarray(state["sample_id"], np.int64)
-        if not len(ids):
-            return
-        self._ids = [ids]
-        self._x = [rows_of(ids)]
-        self._losses = [np.asarray(state["losses"], np.float64)]
-        self._sketched = [np.asarray(state["sketched"], bool)]
-        sketches = np.asarray(state["sketches"], np.float32).reshape(-1, self._sketch_dim)
-        self._sketches = [sketches] if len(sketches) else []
+        ids = state.wholes("sample_id", None, below=lookup.num_samples)
+        losses, sketched = state.numbers("losses", len(ids)), state.flags("sketched", len(ids))
+        sketches = state.numbers32("sketches", int(sketched.sum()), self._sketch_dim)
+        if len(ids):
+            self._ids, self._x, self._losses = [ids], [lookup.rows_of(ids)], [losses]
+            self._sketched = [sketched]
+            self._sketches = [sketches] if len(sketches) else []
 
 
 logger = logging.getLogger(__name__)
@@ -112,6 +108,8 @@ logger = logging.getLogger(__name__)
 # Losses of trained samples that are learnt from between two refreshes, over all lanes, on average:
 # ten refreshes of them, and of what was probed, are many for each column of a design row.
 TRAINED_PER_REFRESH = 1024
+# What is counted of a lane over the run.
+COUNTERS = ("observed", "nonfinite", "withdrawn", "repeats_in_batch", "batches_repeated")
 
 
 class LaneFeedback:
@@ -149,7 +147,7 @@ class LaneFeedback:
         self.awaiting_trained, self.awaiting_probed = Awaiting(plan.patience), Awaiting(2)
         self.answers = Answers(columns=plan.columns, sketch_dim=plan.config.advanced.sketch_dim)
         self.agreement = np.zeros(6)
-        self.counters: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
 
     def take_probed(
         self,
@@ -217,3 +215,25 @@ class LaneFeedback:
         """The model has taken the answers in."""
         self.answers.clear()
         self.agreement *= decay
+
+    def state_dict(self) -> State:
+        """Questions, answers, and what is counted of them."""
+        return {
+            "agreement": self.agreement.copy(),
+            "counters": dict(self.counters),
+            **{name: part.state_dict() for name, part in self._parts().items()},
+        }
+
+    def load_state_dict(self, state: Saved, lookup: Lookup) -> None:
+        """Take over a saved state."""
+        self.agreement, counters = state.numbers("agreement", 6), state.part("counters")
+        self.counters = Counter({name: counters.whole(name) for name in COUNTERS})
+        for name, part in self._parts().items():
+            part.load_state_dict(state.part(name), lookup)
+
+    def _parts(self) -> dict[str, Awaiting | Answers]:
+        return {
+            "awaiting_trained": self.awaiting_trained,
+            "awaiting_probed": self.awaiting_probed,
+            "answers": self.answers,
+        }

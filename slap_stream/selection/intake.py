@@ -10,9 +10,11 @@ import numpy as np
 
 from slap_stream.core.background import Background, BackgroundThread
 from slap_stream.core.interrupts import waiting
+from slap_stream.core.saved import Saved
 from slap_stream.embeddings.rows import take
 from slap_stream.selection.loss_model import checked_rows, design_rows
 from slap_stream.selection.order import Block, LaneOrder, ShardTable
+from slap_stream.selection.state import Lookup
 from slap_stream.types import BoolArray, Float32Array, IntArray, Rows, RowStore, ShardGate, State
 
 logger = logging.getLogger(__name__)
@@ -206,19 +208,27 @@ class Intake:
     def state_dict(self) -> State:
         """Position, and what was withdrawn."""
         return {
+            "epoch": self.order.epoch,
             "position": self.position,
             "withdrawn": self.withdrawn,
             "nonfinite_rows": self.nonfinite_rows,
             "block_index": self.block_index,
+            # Fewer would look whole.
+            "num_bad_shards": len(self._bad_shards),
             "bad_shards": self._bad_shards,
         }
 
-    def load_state_dict(self, state: State, epoch: int) -> None:
+    def load_state_dict(self, state: Saved, lookup: Lookup) -> None:
         """Go to a saved position; reads the block it is in."""
-        self.start_epoch(epoch)
-        self.position = int(state["position"])
-        self._bad_shards = np.asarray(state["bad_shards"], np.int64)
-        if int(state["block_index"]) >= 0:
-            self._open(int(state["block_index"]))
-        self.withdrawn = int(state["withdrawn"])
-        self.nonfinite_rows = int(state["nonfinite_rows"])
+        self.start_epoch(state.whole("epoch"))
+        block = state.whole("block_index", least=-1, most=self.order.num_blocks - 1)
+        # Before the first block there is one position only.
+        start, stop = self.order.block_start[[max(0, block), block + 1]].tolist()
+        self.position = state.whole("position", least=start, most=stop)
+        num_shards = len(self._table.sizes)
+        bad = state.whole("num_bad_shards", most=num_shards)
+        self._bad_shards = state.wholes("bad_shards", bad, below=num_shards)
+        self.withdrawn = state.whole("withdrawn", most=self.position)
+        self.nonfinite_rows = state.whole("nonfinite_rows")
+        if block >= 0:
+            self._open(block)

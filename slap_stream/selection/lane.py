@@ -7,29 +7,40 @@ state, the shared model and the store.
 from __future__ import annotations
 
 from collections import Counter
+from typing import Protocol
 
 import numpy as np
 
 from slap_stream.core.rng import gumbels
+from slap_stream.core.saved import Saved
 from slap_stream.errors import ShardError
-from slap_stream.selection.awaiting import Awaiting
 from slap_stream.selection.composer import Composer
-from slap_stream.selection.feedback import Answers, LaneFeedback
+from slap_stream.selection.feedback import LaneFeedback
 from slap_stream.selection.intake import Intake
 from slap_stream.selection.loss_model import NUM_OWN_COLUMNS, LossModel
 from slap_stream.selection.policies.base import Policy
 from slap_stream.selection.pool import Pool, RecentlyTrained, SketchQueue
 from slap_stream.selection.schedule import Keep, LanePlan, LaneProgress
 from slap_stream.selection.scoring import Scorer, Yardsticks
+from slap_stream.selection.shared import SinceRefresh
+from slap_stream.selection.state import Lookup
 from slap_stream.selection.strata import Strata, cluster_sums
 from slap_stream.types import Float32Array, FloatArray, IntArray, ShardGate, State
-
-_Part = Pool | RecentlyTrained | SketchQueue | Yardsticks | Awaiting | Answers
 
 # Samples trained on lately, over all strata; bounds the lane's memory where strata are many.
 MAX_RECENT = 2048
 # Gradient sketches remembered of the samples chosen last, where the policy asks for them.
 CHOSEN_SKETCHES = 1024
+# Stands in a state for a target that there is none of.
+_NONE = -1
+
+
+class _Part(Protocol):
+    """A part of a lane that owns what is saved of it."""
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: Saved, lookup: Lookup) -> None: ...
 
 
 class Lane:
@@ -105,8 +116,8 @@ class Lane:
         )
         self._scorer = Scorer(policy, model, self.pool, self._recent, self._yardsticks)
         self.feedback = LaneFeedback(plan, policy, model, self.pool, self._scorer)
-        self._centroid_sum = np.zeros(strata.centroids.shape)
-        self._centroid_count = np.zeros(len(strata.centroids))
+        clusters, dim = strata.centroids.shape
+        self._since_refresh = SinceRefresh(clusters=clusters, dim=dim)
         self._composed = 0
         self._composer = Composer(
             index,
@@ -125,8 +136,6 @@ class Lane:
         self._ready: IntArray | None = None
         # Where an error has ended the offering of candidates before a batch.
         self._unfinished: tuple[int, bool] | None = None
-        # Of candidates that left since the last refresh: sum of their worth, and how many.
-        self._left_worth, self._left_count = 0.0, 0
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
@@ -241,8 +250,8 @@ class Lane:
         stratum = self._strata.assign(embedding, offered.source)
         clusters = len(self._strata.centroids)
         sums, counts = cluster_sums(embedding, stratum % clusters, clusters)
-        self._centroid_sum += sums
-        self._centroid_count += counts
+        self._since_refresh.centroid_sum += sums
+        self._since_refresh.centroid_count += counts
         self._scorer.watch(ids, offered.x, stratum)
         slots = self.pool.offer(
             offered.x[:, : self._columns],
@@ -278,8 +287,8 @@ class Lane:
         self.progress.worth += np.bincount(
             self.pool.columns.stratum[slots], weights=weight, minlength=self.progress.num_strata
         )
-        self._left_worth += float(weight.sum())
-        self._left_count += len(slots)
+        self._since_refresh.left_worth += float(weight.sum())
+        self._since_refresh.left_count += len(slots)
         self.pool.remove(slots)
 
     def probe_candidates(self, count: int) -> IntArray:
@@ -334,76 +343,64 @@ class Lane:
         return {
             "lane": self.index,
             "moments": self.feedback.answers.moments().to_dict(),
-            "centroid_sum": self._centroid_sum.copy(),
-            "centroid_count": self._centroid_count.copy(),
-            "left_worth": self._left_worth,
-            "left_count": self._left_count,
+            **self._since_refresh.state_dict(),
         }
 
     def refresh(self) -> None:
-        """Scorer everything anew: model and strata have just been refreshed."""
+        """Score everything anew: model and strata have just been refreshed."""
         self.feedback.refresh(self._plan.config.advanced.decay)
-        self._centroid_sum[:] = 0.0
-        self._centroid_count[:] = 0.0
-        self._left_worth, self._left_count = 0.0, 0
+        self._since_refresh.clear()
         if self._scorer.refresh():
             self._composer.compare = self._model.fitted
 
     def state_dict(self) -> State:
-        """All that the next batches follow from, besides the shared model; only reads."""
+        """All that the next batches follow from, besides what the lanes share; only reads."""
+        target, force = self._unfinished or (_NONE, False)
         return {
             "lane": self.index,
-            "ready": None if self._ready is None else self._ready.copy(),
-            "unfinished": self._unfinished,
-            "progress": self.progress.state_dict(),
-            "left_worth": self._left_worth,
-            "left_count": self._left_count,
+            "ready": np.zeros(0, np.int64) if self._ready is None else self._ready.copy(),
+            "unfinished": {"target": target, "force": force},
             "probed": self._probed,
-            "refreshes": self._scorer.refreshes,
-            "reach": self._scorer.reach,
             "composed": self._composed,
-            "compare": self._composer.compare,
-            "agreement": self.feedback.agreement.copy(),
-            "counters": dict(self.counters),
-            "gauges": dict(self._composer.gauges),
-            "centroid_sum": self._centroid_sum.copy(),
-            "centroid_count": self._centroid_count.copy(),
             **{name: part.state_dict() for name, part in self._parts().items()},
-            "intake": self.intake.state_dict(),
         }
 
-    def load_state_dict(self, state: State) -> None:
-        """Go on from a saved state; model and strata must have been loaded before."""
-        ready, unfinished = state["ready"], state["unfinished"]
-        self._ready = None if ready is None else np.array(ready, np.int64)
-        self._unfinished = None if unfinished is None else (int(unfinished[0]), bool(unfinished[1]))
-        self.progress.load_state_dict(state["progress"])
-        self._left_worth, self._left_count = float(state["left_worth"]), int(state["left_count"])
-        self._probed, self._scorer.refreshes = int(state["probed"]), int(state["refreshes"])
-        self._scorer.reach = float(state["reach"])
-        self._composed = int(state["composed"])
-        self._composer.compare = bool(state["compare"])
-        self.feedback.agreement = np.array(state["agreement"], np.float64)
-        self.feedback.counters = Counter(state["counters"])
-        self._composer.gauges = dict(state["gauges"])
-        self._centroid_sum = np.array(state["centroid_sum"], np.float64)
-        self._centroid_count = np.array(state["centroid_count"], np.float64)
-        self.intake.load_state_dict(state["intake"], self.progress.epoch)
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name], self._rows_of)
-        self._scorer.project_again()
+    def load_state_dict(self, state: Saved) -> None:
+        """Go on from a saved state; what the lanes share must have been loaded before.
 
-    def _rows_of(self, ids: IntArray) -> Float32Array:
-        """(n, columns) what the lane keeps of the design rows of (n,) sample ids."""
-        return self.intake.rows_of(ids)[:, : self._columns]
+        Raises:
+            StateError: If it does not fit; the lane is then of no use any more.
+            ShardError: If a shard of the open block cannot be fetched.
+        """
+        num_samples = self._plan.table.num_samples
+        ready = state.wholes("ready", None, below=num_samples)
+        unfinished = state.part("unfinished")
+        if len(ready) not in (0, self._plan.batch_size):
+            raise state.refusal("ready", f"{self._plan.batch_size} sample ids or none", ready)
+        target, force = unfinished.whole("target", least=_NONE), unfinished.flag("force")
+        self._ready = ready if len(ready) else None
+        self._unfinished = None if target == _NONE else (target, force)
+        self._probed, self._composed = state.whole("probed"), state.whole("composed")
+        lookup = Lookup(
+            num_samples=num_samples,
+            num_strata=self._strata.num_strata,
+            rows_of=lambda ids: self.intake.rows_of(ids)[:, : self._columns],
+        )
+        for name, part in self._parts().items():
+            part.load_state_dict(state.part(name), lookup)
 
     def _parts(self) -> dict[str, _Part]:
+        """Parts by name, in the order in which they are loaded: the scorer finds anew the places of
+        what is in the pool and what was trained on, by the yardsticks."""
         return {
+            "progress": self.progress,
+            "intake": self.intake,
             "pool": self.pool,
             "recent": self._recent,
             "chosen": self._chosen,
             "yardsticks": self._yardsticks,
-            "awaiting_trained": self.feedback.awaiting_trained,
-            "awaiting_probed": self.feedback.awaiting_probed,
-            "answers": self.feedback.answers,
+            "scorer": self._scorer,
+            "composer": self._composer,
+            "feedback": self.feedback,
+            "since_refresh": self._since_refresh,
         }

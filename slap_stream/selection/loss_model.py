@@ -24,6 +24,7 @@ from slap_stream.core.linear import (
     single_threaded,
 )
 from slap_stream.core.rng import Purpose, generator
+from slap_stream.core.saved import Saved
 from slap_stream.selection.batch_kernels import mid_ranks
 from slap_stream.selection.moments import Moments
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, Rows, State
@@ -137,7 +138,7 @@ class LossModel:
         reference_column: int | None = None,
     ) -> None:
         self._dim = dim
-        self._metric_dim = min(metric_dim, dim, sketch_dim)
+        self._metric_dim, self._sketch_dim = min(metric_dim, dim, sketch_dim), sketch_dim
         self._warmup_losses = warmup_losses
         self._length_columns = tuple(length_columns)
         self._reference_column = reference_column
@@ -223,14 +224,11 @@ class LossModel:
         }
 
     def _take_solution(self, state: State) -> None:
-        self.coefficient = np.asarray(state["coefficient"], np.float32)
-        self.excess = np.asarray(state["excess"], np.float32)
-        metric = np.asarray(state["metric"], np.float32).reshape(self.metric.shape)
-        if not np.array_equal(metric, self.metric):
-            self.metric = metric
-        self.noise = float(state["noise"])
-        self.fitted = bool(state["fitted"])
-        self.metric_from_sketches = bool(state["metric_from_sketches"])
+        self.coefficient, self.excess = state["coefficient"], state["excess"]
+        if not np.array_equal(state["metric"], self.metric):
+            self.metric = state["metric"]
+        self.noise, self.fitted = state["noise"], state["fitted"]
+        self.metric_from_sketches = state["metric_from_sketches"]
 
     def variance(self, x: Float32Array) -> FloatArray:
         """(n,) predictive variance of the loss, up to the noise; ones until fitted."""
@@ -371,14 +369,28 @@ class LossModel:
             "metric_renewal": asdict(self._metric_renewal),
         }
 
-    def load_state_dict(self, state: State) -> None:
-        """Take over a saved state; the caller has checked the shapes' causes."""
-        self._moments = Moments.from_dict(state["moments"])
+    def load_state_dict(self, state: Saved) -> None:
+        """Take over a saved state, of a model that has its sums."""
+        columns = len(self.coefficient)
+        self._moments = Moments.from_saved(
+            state.part("moments"), columns=columns, sketch_dim=self._sketch_dim
+        )
         self._whitening = None
-        self._take_solution(state)
-        self._penalty = float(state["penalty"])
-        self._penalty_renewal = Renewal(**state["penalty_renewal"])
-        self._metric_renewal = Renewal(**state["metric_renewal"])
+        self._take_solution(
+            {
+                "coefficient": state.numbers32("coefficient", columns),
+                "excess": state.numbers32("excess", columns),
+                "metric": state.numbers32("metric", *self.metric.shape),
+                "noise": state.number("noise", least=0.0),
+                "fitted": state.flag("fitted"),
+                "metric_from_sketches": state.flag("metric_from_sketches"),
+            }
+        )
+        self._penalty = state.number("penalty", least=float(PENALTIES[0]))
+        self._penalty_renewal, self._metric_renewal = (
+            Renewal(weight=part.number("weight", least=0.0), age=part.whole("age"))
+            for part in map(state.part, ("penalty_renewal", "metric_renewal"))
+        )
 
 
 class RankTable:

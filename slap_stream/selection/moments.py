@@ -10,6 +10,7 @@ import numpy as np
 
 from slap_stream.core.kernels import unit_rows
 from slap_stream.core.linear import row_chunks, single_threaded
+from slap_stream.core.saved import Saved
 from slap_stream.types import Float32Array, FloatArray, IntArray, State
 
 # Moments that are symmetric matrices.
@@ -105,6 +106,22 @@ class Moments:
         upper = _upper(len(self.cross))
         state = {field.name: getattr(self, field.name).copy() for field in fields(self)}
         return state | {name: np.take(state[name], upper) for name in SYMMETRIC}
+
+    @classmethod
+    def from_saved(cls, state: Saved, *, columns: int, sketch_dim: int) -> Moments:
+        """What `to_dict` gave, of a checkpoint."""
+        triangle = columns * (columns + 1) // 2
+        counts = {name: state.numbers(name, least=0.0) for name in ("count", "sketch_count")}
+        return cls.from_dict(
+            {
+                "gram": state.numbers("gram", triangle),
+                "cross": state.numbers("cross", columns),
+                "square": state.numbers("square", least=0.0),
+                "sketch_gram": state.numbers("sketch_gram", triangle),
+                "sketch_cross": state.numbers("sketch_cross", columns, sketch_dim),
+                **counts,
+            }
+        )
 
     @classmethod
     def from_dict(cls, state: State) -> Moments:

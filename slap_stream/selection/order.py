@@ -111,6 +111,7 @@ class LaneOrder:
         min_block: Candidates in a block, at least (but for the last).
 
     Attributes:
+        epoch: Epoch.
         num_candidates: Candidates of this lane in this epoch.
         block_start: (num_blocks + 1,) candidates before each block.
         turns: For samples whose occurrences are split between lanes, the lanes that share it as
@@ -131,7 +132,7 @@ class LaneOrder:
     ) -> None:
         self._table = table
         self._seed = seed
-        self._epoch = epoch
+        self.epoch = epoch
         self._lane = lane
         shards = generator(seed, Purpose.SHARDS_OF_RUN).permutation(len(table.sizes))
         ends = np.cumsum(table.counts[shards])
@@ -182,7 +183,7 @@ class LaneOrder:
             sample_id.append(offsets + self._table.first_id[shard])
             occurrence.append(np.full(high - low, number, np.int64))
         ids, copies = np.concatenate(sample_id), np.concatenate(occurrence)
-        order = generator(self._seed, Purpose.BLOCK, self._epoch, self._lane, index).permutation(
+        order = generator(self._seed, Purpose.BLOCK, self.epoch, self._lane, index).permutation(
             len(ids)
         )
         return Block(
@@ -192,7 +193,7 @@ class LaneOrder:
         )
 
     def _permutation(self, shard: int) -> IntArray:
-        rng = generator(self._seed, Purpose.SAMPLES_OF_SHARD, self._epoch, shard)
+        rng = generator(self._seed, Purpose.SAMPLES_OF_SHARD, self.epoch, shard)
         permutation: IntArray = rng.permutation(int(self._table.sizes[shard]))
         return permutation
 
@@ -210,7 +211,7 @@ class LaneOrder:
         whole, extra = counts[index] // sizes[index], counts[index] % sizes[index]
         start = _samples_before(low[index], number, whole, extra, sizes[index])
         stop = _samples_before(high[index], number, whole, extra, sizes[index])
-        draws = uniforms(self._seed, Purpose.VISITS_OF_EPOCH, self._epoch, shards[index], number)
+        draws = uniforms(self._seed, Purpose.VISITS_OF_EPOCH, self.epoch, shards[index], number)
         when = (number + draws) / visits[index]
         some = np.flatnonzero(stop > start)
         order = some[np.argsort(when[some], kind="stable")]

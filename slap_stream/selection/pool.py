@@ -14,10 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slap_stream.core.kernels import Heads, heads_of, nearest_of_group
+from slap_stream.core.saved import Saved
 from slap_stream.core.sorting import first_of_each, place_in_group, sort_candidates
+from slap_stream.selection.state import Lookup
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, State
 
 EMPTY = -1
+# Columns that may hold NaN (not measured) or infinity (too far to be known).
+NOT_FINITE = ("own_loss", "nuclear_norm", "distance")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -227,16 +231,25 @@ class Pool:
         measured = {name: values[slots] for name, values in self.measured.items()}
         return {"slots": slots, "sketch": self.sketch[slots], "measured": measured, **columns}
 
-    def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
-        """Take over saved candidates; `rows_of` gives (n, columns) design rows of (n,) ids."""
+    def load_state_dict(self, state: Saved, lookup: Lookup) -> None:
+        """Take over saved candidates."""
         self.clear()
-        slots = np.asarray(state["slots"], np.int64)
+        slots = state.wholes("slots", None, below=self.capacity)
+        if len(np.unique(slots)) != len(slots):
+            raise state.refusal("slots", "all different", slots)
+        below = {"sample_id": lookup.num_samples, "stratum": lookup.num_strata}
         for name, values in self.columns.by_name().items():
-            values[slots] = np.asarray(state[name], values.dtype)
+            if values.dtype == np.int64:
+                values[slots] = state.wholes(name, len(slots), below=below.get(name, 2**63))
+            elif name in NOT_FINITE:
+                values[slots] = state.any_numbers(name, len(slots))
+            else:
+                values[slots] = state.numbers(name, len(slots))
+        measured = state.part("measured")
         for name, values in self.measured.items():
-            values[slots] = np.asarray(state["measured"][name], np.float64)
-        self.x[slots] = x = rows_of(self.columns.sample_id[slots])
-        self.sketch[slots] = np.reshape(state["sketch"], (len(slots), self.sketch.shape[1]))
+            values[slots] = measured.numbers(name, len(slots))
+        self.x[slots] = x = lookup.rows_of(self.columns.sample_id[slots])
+        self.sketch[slots] = state.numbers32("sketch", len(slots), self.sketch.shape[1])
         self.heads.put(slots, heads_of(x[:, self.first_of_unit :]))
 
 
@@ -357,12 +370,14 @@ class RecentlyTrained:
         """Sample ids and cursors."""
         return {"sample_id": self.sample_id.copy(), "cursor": self.cursor.copy()}
 
-    def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
-        """Take over saved ids; `rows_of` gives (n, columns) design rows of (n,) ids."""
-        self.sample_id[:] = np.asarray(state["sample_id"], np.int64).reshape(self.sample_id.shape)
-        self.cursor[:] = np.asarray(state["cursor"], np.int64)
+    def load_state_dict(self, state: Saved, lookup: Lookup) -> None:
+        """Take over saved ids."""
+        self.sample_id = state.wholes(
+            "sample_id", *self.sample_id.shape, least=EMPTY, below=lookup.num_samples
+        )
+        self.cursor = state.wholes("cursor", len(self.cursor), below=self._per_stratum)
         used = self.sample_id != EMPTY
-        self.x[used] = x = rows_of(self.sample_id[used])
+        self.x[used] = x = lookup.rows_of(self.sample_id[used])
         self._heads.put(np.flatnonzero(used), heads_of(x[:, self._first :]))
 
 
@@ -385,13 +400,13 @@ class SketchQueue:
             self.sketch = held[-self._length :]
 
     def state_dict(self) -> State:
-        """The sketches, oldest first."""
-        return {"sketch": self.sketch}
+        """The sketches, oldest first, and how many: fewer would look whole."""
+        return {"held": len(self.sketch), "sketch": self.sketch}
 
-    def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
+    def load_state_dict(self, state: Saved, lookup: Lookup) -> None:
         """Take over saved sketches."""
-        sketch = np.asarray(state["sketch"], np.float32)
-        self.sketch = sketch.reshape(len(state["sketch"]), self._dim)
+        held = state.whole("held", most=self._length)
+        self.sketch = state.numbers32("sketch", held, self._dim)
 
 
 def nearest_other(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from slap_stream.core.linear import single_threaded
+from slap_stream.core.saved import Saved
 from slap_stream.core.state_bytes import from_bytes, to_bytes
 from slap_stream.errors import ConfigError, ExchangeError, FeedbackError
 from slap_stream.selection.lane import Lane
@@ -18,6 +19,8 @@ from slap_stream.types import FloatArray, IntArray, LaneExchange, Position, Stat
 
 logger = logging.getLogger(__name__)
 
+# Stands in a state for a step that nothing is known of.
+NONE = -1
 # Stands in what ranks are told for what has gone wrong.
 _FAILED = "failed"
 
@@ -197,13 +200,15 @@ class Refreshes:
         """What was agreed on; only reads."""
         return {
             "cut_short": self.epochs_cut_short,
-            "last_step": self._last_step,
-            "refreshed_before": self._before,
+            "last_step": NONE if self._last_step is None else self._last_step,
+            "refreshed_before": NONE if self._before is None else self._before,
         }
 
-    def load_state_dict(self, state: State) -> None:
-        """Take over a saved state; the caller has checked that it fits."""
-        self.epochs_cut_short = int(state["cut_short"])
-        last_step, before = state["last_step"], state["refreshed_before"]
-        self._last_step = None if last_step is None else int(last_step)
-        self._before = None if before is None else int(before)
+    def load_state_dict(self, state: Saved) -> None:
+        """Take over a saved state."""
+        self.epochs_cut_short = state.whole("cut_short")
+        last_step, before = (
+            state.whole(name, least=NONE) for name in ("last_step", "refreshed_before")
+        )
+        self._last_step = None if last_step == NONE else last_step
+        self._before = None if before == NONE else before

@@ -12,20 +12,21 @@ from numpy.typing import ArrayLike
 from slap_stream.config import SlapConfig
 from slap_stream.core.interrupts import ready_to_wait, undisturbed
 from slap_stream.core.linear import single_threaded
+from slap_stream.core.saved import Saved
 from slap_stream.embeddings.rows import as_row_store
-from slap_stream.errors import ConfigError, FeedbackError
+from slap_stream.errors import ConfigError, FeedbackError, StateError
 from slap_stream.selection import questions
 from slap_stream.selection.awaiting import check_sketches
 from slap_stream.selection.lane import Lane
 from slap_stream.selection.metrics import count_lanes, shards_needed
 from slap_stream.selection.order import ShardTable
 from slap_stream.selection.policies.registry import make_policy
-from slap_stream.selection.refresh import Refreshes
+from slap_stream.selection.run import Run
 from slap_stream.selection.schedule import plan_run
-from slap_stream.selection.shared import Shared
 from slap_stream.selection.state import check_state, describe_run, fingerprint
 from slap_stream.types import (
     MISMATCH_COLUMN,
+    Float32Array,
     FloatArray,
     IntArray,
     LaneExchange,
@@ -102,17 +103,16 @@ class SlapSampler:
             )
         if config.num_lanes is None:
             logger.info("num_lanes is %d, the world size; it stays so for the run.", world_size)
-        self._build(world_size if config.num_lanes is None else config.num_lanes)
+        self._take_over(self._made(world_size if config.num_lanes is None else config.num_lanes))
         self._fingerprint = fingerprint(self._store, self.table.num_samples)
         self.epoch = 0
         # Until somebody else merges; then a second clock would refresh twice.
         self.refreshes_itself = True
         self.set_target(None)
 
-    def _build(self, num_lanes: int) -> None:
-        """Make what the lanes share, and this rank's lanes."""
-        self.num_lanes = num_lanes
-        self._plan = plan_run(
+    def _made(self, num_lanes: int) -> Run:
+        """Make what the lanes share, and this rank's lanes; changes nothing."""
+        plan = plan_run(
             self.table,
             self._store,
             self.config,
@@ -120,23 +120,19 @@ class SlapSampler:
             batch_size=self.batch_size,
             world_size=self.world_size,
         )
-        self._shared = Shared(self._plan)
-        each = num_lanes // self.world_size
-        self.lanes = [
-            self._lane(index, self._gate)
-            for index in range(self.rank * each, (self.rank + 1) * each)
-        ]
-        self._refreshes = Refreshes(
-            self._plan,
-            self._shared,
-            self.lanes,
+        return Run.make(
+            plan,
+            self._policy,
+            rank=self.rank,
             world_size=self.world_size,
+            gate=self._gate,
             exchange=self._exchange,
         )
 
-    def _lane(self, index: int, gate: ShardGate | None) -> Lane:
-        shared = self._shared
-        return Lane(index, self._plan, self._policy, shared.strata, shared.model, shared.keep, gate)
+    def _take_over(self, run: Run) -> None:
+        """Compose with these from now on."""
+        self._run, self._plan, self._shared = run, run.plan, run.shared
+        self._refreshes, self.lanes, self.num_lanes = run.refreshes, run.lanes, run.plan.num_lanes
 
     @property
     def measurements(self) -> tuple[str, ...]:
@@ -211,7 +207,7 @@ class SlapSampler:
         """
         with undisturbed(), single_threaded():
             if not self._shared.seeded:
-                self._seed_strata()
+                self._run.seed_strata()
             if self.refreshes_itself and self._refreshes.due(self.step):
                 self.refresh()
                 if self.exhausted:
@@ -294,6 +290,9 @@ class SlapSampler:
         )
         if target is not None and not np.isfinite(target).all():
             raise FeedbackError("sketch must be finite, got NaN or infinity; keep the last one.")
+        self._aim(target)
+
+    def _aim(self, target: Float32Array | None) -> None:
         self._target = target
         for lane in self.lanes:
             lane.set_target(target)
@@ -371,39 +370,43 @@ class SlapSampler:
             "run": self.describe(),
             "epoch": self.epoch,
             "refreshes_itself": self.refreshes_itself,
-            **self._refreshes.state_dict(),
-            "target": self._target,
-            **self._shared.state_dict(),
-            "lanes": [lane.state_dict() for lane in self.lanes],
+            # Without a target, none of its numbers.
+            "target": np.zeros(0, np.float32) if self._target is None else self._target,
+            **self._run.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from a saved state; nothing is changed unless it fits.
+        """Go on from a saved state; nothing is changed unless all of it fits.
 
         Arrays may come back as nested lists.
 
         Raises:
-            StateError: If the state is of another version, config, dataset or batch size; the
-                message lists the differences.
+            StateError: If the state is of another version, config, dataset or batch size, or was
+                cut or changed; the message says where.
+            ShardError: If a shard that the state needs cannot be fetched.
         """
-        num_lanes = check_state(
-            state,
-            version=STATE_VERSION,
+        saved = Saved(state)
+        saved.check_version(STATE_VERSION)
+        num_lanes, lanes = check_state(
+            saved,
             run=self.describe(),
             config=self.config,
             rank=self.rank,
             world_size=self.world_size,
         )
-        if num_lanes != self.num_lanes:
-            self._build(num_lanes)
-        self.epoch = int(state["epoch"])
-        self.refreshes_itself = bool(state["refreshes_itself"])
-        self._refreshes.load_state_dict(state)
-        self.set_target(state["target"])
-        self._shared.load_state_dict(state)
-        saved = {int(lane["lane"]): lane for lane in state["lanes"]}
-        for lane in self.lanes:
-            lane.load_state_dict(saved[lane.index])
+        epoch, refreshes_itself = saved.whole("epoch"), saved.flag("refreshes_itself")
+        target: Float32Array | None = saved.numbers32("target", None)
+        if target is not None and len(target) not in (0, self.config.advanced.sketch_dim):
+            raise saved.refusal("target", f"({self.config.advanced.sketch_dim},) or empty", target)
+        try:
+            run = self._made(num_lanes)
+        except ConfigError as error:
+            raise StateError(f"state.run.num_lanes must fit this run: {error}") from error
+        run.load_state_dict(saved, lanes)
+        # From here on nothing fails.
+        self._take_over(run)
+        self.epoch, self.refreshes_itself = epoch, refreshes_itself
+        self._aim(target if target is not None and len(target) else None)
 
     @property
     def shards_at_hand(self) -> int:
@@ -419,8 +422,3 @@ class SlapSampler:
             global_batch=self.batch_size * self.world_size,
             num_lanes=self.num_lanes,
         )
-
-    def _seed_strata(self) -> None:
-        # From lane 0's first block on every rank: all lanes share the centroids.
-        first = self.lanes[0] if self.lanes[0].index == 0 else self._lane(0, None)
-        self._shared.seed(first.intake.first_embeddings())

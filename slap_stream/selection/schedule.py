@@ -8,9 +8,11 @@ from fractions import Fraction
 import numpy as np
 
 from slap_stream.config import SlapConfig
+from slap_stream.core.saved import Saved
 from slap_stream.errors import AlignmentError, ConfigError
 from slap_stream.selection.batch_kernels import fill_largest
 from slap_stream.selection.order import ShardTable
+from slap_stream.selection.state import Lookup
 from slap_stream.types import FloatArray, IntArray, RowStore, State
 
 # Batches, beyond the lookahead, for which a trained sample's loss is still accepted.
@@ -231,13 +233,13 @@ class LaneProgress:
             name: getattr(self, name).copy() for name in (*_COUNTS, "worth")
         }
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: Saved, lookup: Lookup) -> None:
         """Take over a saved state."""
         for name in _COUNTERS:
-            setattr(self, name, int(state[name]))
+            setattr(self, name, state.whole(name))
         for name in _COUNTS:
-            setattr(self, name, np.array(state[name], np.int64))
-        self.worth = np.array(state["worth"], np.float64)
+            setattr(self, name, state.wholes(name, self.num_strata))
+        self.worth = state.numbers("worth", self.num_strata, least=0.0)
 
 
 _COUNTERS = ("epoch", "step", "part", "before")
@@ -274,10 +276,11 @@ class Keep:
         """Sums and the fraction."""
         return {"worth": self._worth, "count": self._count, "value": self.value}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: Saved) -> None:
         """Take over a saved state."""
-        self._worth, self._count = float(state["worth"]), float(state["count"])
-        self.value = float(state["value"])
+        self._worth, self._count = (state.number(name, least=0.0) for name in ("worth", "count"))
+        auto, keep_min = self._config.keep == "auto", self._config.keep_min
+        self.value = state.number("value", least=keep_min if auto else self.value, most=1.0)
 
 
 def claims_of(offered: IntArray, worth: FloatArray, keep: float) -> FloatArray:

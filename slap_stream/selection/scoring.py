@@ -8,15 +8,17 @@ is kept and drawn uniformly: where nothing is shown, nothing is pruned for it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from slap_stream.core.kernels import heads_of, nearest_of_group, project, unit_rows, weigh
+from slap_stream.core.saved import Saved
 from slap_stream.selection.loss_model import NUM_OWN_COLUMNS, LossModel, RankTable
 from slap_stream.selection.policies.base import Policy
 from slap_stream.selection.pool import Pool, RecentlyTrained
+from slap_stream.selection.state import Lookup
 from slap_stream.types import (
     MISMATCH_COLUMN,
     Float32Array,
@@ -53,6 +55,8 @@ WINDOW = 1024
 # Quantile of the distances to nearest neighbours that is taken for that of candidates without a
 # copy: copies would have to be nine in ten to be taken for what is usual.
 NOT_COPIED = 0.9
+# A yardstick is no shorter, however alike the candidates.
+LEAST_DISTANCE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +119,7 @@ class Yardsticks:
         self.apart = _neighbour_distance(x, stratum, NOT_COPIED, first=x.shape[1] - self._dim)
 
     def score(self, x: Float32Array, stratum: IntArray, own_loss: FloatArray) -> Scores:
-        """Scorer candidates.
+        """Score candidates.
 
         Args:
             x: (n, columns) design rows.
@@ -161,16 +165,18 @@ class Yardsticks:
             "apart": self.apart,
         }
 
-    def load_state_dict(self, state: State, rows_of: Callable[[IntArray], Float32Array]) -> None:
+    def load_state_dict(self, state: Saved, lookup: Lookup) -> None:
         """Take over a saved window; the model must have been loaded before."""
-        ids = np.asarray(state["sample_id"], np.int64)
+        ids = state.wholes("sample_id", None, below=lookup.num_samples)
+        stratum = state.wholes("stratum", len(ids), below=lookup.num_strata)
+        values = state.numbers("rank_values", None)
+        of_value = state.wholes("rank_stratum", len(values), below=lookup.num_strata)
         self._window.clear()
-        self._window.add(ids, rows_of(ids), np.asarray(state["stratum"], np.int64))
-        self._ranks = RankTable(
-            np.asarray(state["rank_values"], np.float64),
-            np.asarray(state["rank_stratum"], np.int64),
+        self._window.add(ids, lookup.rows_of(ids), stratum)
+        self._ranks = RankTable(values, of_value)
+        self.typical, self.apart = (
+            state.number(name, least=LEAST_DISTANCE) for name in ("typical", "apart")
         )
-        self.typical, self.apart = float(state["typical"]), float(state["apart"])
         self._prediction, self._metric = self._model.prediction, self._model.metric
 
 
@@ -220,7 +226,7 @@ def _neighbour_distance(
         vectors, order, here, stratum[order], vectors[order], here, start, first=first
     )
     found = found[np.isfinite(found)]
-    return max(float(np.quantile(found, quantile)), 1e-3) if len(found) else 1.0
+    return max(float(np.quantile(found, quantile)), LEAST_DISTANCE) if len(found) else 1.0
 
 
 # Refreshes after which a measured loss gives way to the prediction: the model has moved on.
@@ -231,7 +237,7 @@ REACH = 1.1
 
 
 class Scorer:
-    """Keeps the judgements in a lane's pool up to date.
+    """Keeps the scores in a lane's pool up to date.
 
     Args:
         policy: Rule that picks a batch; says what it wants to be told.
@@ -241,8 +247,8 @@ class Scorer:
         yardsticks: The lane's yardsticks.
 
     Attributes:
-        refreshes: Refreshes so far; part of the lane's state.
-        reach: Up to which distance those in the pool are known; part of the lane's state.
+        refreshes: Refreshes so far.
+        reach: Up to which distance those in the pool are known.
     """
 
     def __init__(
@@ -280,7 +286,7 @@ class Scorer:
             self._yardsticks.watch(ids, x, stratum)
 
     def score(self, slots: IntArray, x: Float32Array) -> None:
-        """Scorer candidates that have just come into the pool, by the model of the last refresh and
+        """Score candidates that have just come into the pool, by the model of the last refresh and
         by what was trained on.
 
         Args:
@@ -375,7 +381,7 @@ class Scorer:
         self._weigh(slots[nearer])
 
     def refresh(self) -> bool:
-        """Scorer everything anew, model and strata having been refreshed; whether there was need.
+        """Score everything anew, model and strata having been refreshed; whether there was need.
 
         Places in the metric space change with the metric only. Distances to what was trained on
         have been kept up to date; they are looked for again if the yardstick has outgrown them.
@@ -401,3 +407,12 @@ class Scorer:
             slots = self._pool.slots()
             self._place(slots, self._pool.x[slots])
             self._recent.project(self._yardsticks.project)
+
+    def state_dict(self) -> State:
+        """How often, and how far, candidates have been scored; their scores are the pool's."""
+        return {"refreshes": self.refreshes, "reach": self.reach}
+
+    def load_state_dict(self, state: Saved, lookup: Lookup) -> None:
+        """Take over a saved state; model, pool, yardsticks and what was trained on come before."""
+        self.refreshes, self.reach = state.whole("refreshes"), state.number("reach", least=0.0)
+        self.project_again()

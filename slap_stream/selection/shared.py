@@ -6,11 +6,13 @@ for regression and metric, and has the sums behind them; the others follow.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from slap_stream.config import SlapConfig
+from slap_stream.core.saved import Saved
 from slap_stream.selection.loss_model import (
     INTERCEPT,
     LOG_LENGTH,
@@ -19,11 +21,60 @@ from slap_stream.selection.loss_model import (
 )
 from slap_stream.selection.moments import Moments
 from slap_stream.selection.schedule import Keep, LanePlan
+from slap_stream.selection.state import Lookup
 from slap_stream.selection.strata import Strata
 from slap_stream.types import REFERENCE_COLUMN, Float32Array, FloatArray, State
 
 MOMENTS = "moments"
-COUNTS = ("centroid_sum", "centroid_count", "left_worth", "left_count")
+
+
+@dataclass(kw_only=True, slots=True)
+class SinceRefresh:
+    """What a lane has counted of its candidates since the last refresh.
+
+    Attributes:
+        clusters: Clusters of the embeddings.
+        dim: Dimensions of the embeddings.
+        centroid_sum: (clusters, dim) sums of the unit embeddings offered, by cluster.
+        centroid_count: (clusters,) how many.
+        left_worth: Sum of the worth of the candidates that left, trained on or pruned.
+        left_count: How many.
+    """
+
+    clusters: int
+    dim: int
+    centroid_sum: FloatArray = field(init=False)
+    centroid_count: FloatArray = field(init=False)
+    left_worth: float = field(init=False)
+    left_count: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """A refresh has taken them in."""
+        self.centroid_sum = np.zeros((self.clusters, self.dim))
+        self.centroid_count = np.zeros(self.clusters)
+        self.left_worth, self.left_count = 0.0, 0
+
+    def state_dict(self) -> State:
+        """The counts; only reads."""
+        return {
+            "centroid_sum": self.centroid_sum.copy(),
+            "centroid_count": self.centroid_count.copy(),
+            "left_worth": self.left_worth,
+            "left_count": self.left_count,
+        }
+
+    def load_state_dict(self, state: Saved, lookup: Lookup) -> None:
+        """Take over saved counts."""
+        self.centroid_sum = state.numbers("centroid_sum", self.clusters, self.dim)
+        self.centroid_count = state.numbers("centroid_count", self.clusters, least=0.0)
+        self.left_worth = state.number("left_worth", least=0.0)
+        self.left_count = state.whole("left_count")
+
+
+COUNTS = tuple(f.name for f in fields(SinceRefresh) if not f.init)
 
 
 class StatisticsLayout:
@@ -168,9 +219,9 @@ class Shared:
             "keep": self.keep.state_dict(),
         }
 
-    def load_state_dict(self, state: State) -> None:
-        """Take over a saved state; the caller has checked that it fits."""
-        self.seeded = bool(state["seeded"])
-        self.model.load_state_dict(state["model"])
-        self.strata.load_state_dict(state["strata"])
-        self.keep.load_state_dict(state["keep"])
+    def load_state_dict(self, state: Saved) -> None:
+        """Take over a saved state."""
+        self.seeded = state.flag("seeded")
+        self.model.load_state_dict(state.part("model"))
+        self.strata.load_state_dict(state.part("strata"))
+        self.keep.load_state_dict(state.part("keep"))

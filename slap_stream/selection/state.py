@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from slap_stream.config import SlapConfig
+from slap_stream.core.saved import Saved
 from slap_stream.errors import ConfigError, StateError
 from slap_stream.selection.order import ShardTable
-from slap_stream.types import RowStore, State
+from slap_stream.types import Float32Array, IntArray, RowStore
 
 # What a fingerprint is taken of: a few rows at a few places.
 _ROWS_LOOKED_AT, _PLACES_LOOKED_AT = 8, 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lookup:
+    """What the parts of a saved lane refer to and do not hold.
+
+    Attributes:
+        num_samples: Samples in the dataset.
+        num_strata: Strata.
+        rows_of: Gives (n, columns) what the lane keeps of the design rows of (n,) sample ids.
+    """
+
+    num_samples: int
+    num_strata: int
+    rows_of: Callable[[IntArray], Float32Array]
 
 
 def describe_run(
@@ -56,24 +72,6 @@ def fingerprint(store: RowStore, num_samples: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def require_keys(state: Any, names: Sequence[str]) -> None:
-    """Refuse what is no state, before anything of it is taken over.
-
-    Raises:
-        StateError: If it is no mapping or lacks one of the names.
-    """
-    if not isinstance(state, Mapping):
-        raise StateError(
-            f"state must be what state_dict gave, got {type(state).__name__}; load a checkpoint."
-        )
-    missing = [name for name in names if name not in state]
-    if missing:
-        raise StateError(
-            f"state must hold {', '.join(names)}, got none of {', '.join(missing)}; it is of "
-            "another version, or was cut."
-        )
-
-
 def check_ranks_agree(descriptions: Sequence[Mapping[str, Any]]) -> None:
     """Refuse ranks that were not given the same run: they would train on samples twice.
 
@@ -99,43 +97,36 @@ def check_ranks_agree(descriptions: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_state(
-    state: State,
+    state: Saved,
     *,
-    version: int,
     run: dict[str, Any],
     config: SlapConfig,
     rank: int,
     world_size: int,
-) -> int:
+) -> tuple[int, list[Saved]]:
     """Compare a state with the run.
 
     Args:
-        state: What a sampler's `state_dict` gave; arrays may be nested lists.
-        version: Version of the state that can be read.
+        state: What a sampler's `state_dict` gave, of this version.
         run: What `describe_run` says of the run.
         config: Settings of the run.
         rank: This rank.
         world_size: Ranks.
 
     Returns:
-        The number of lanes to go on with: the saved one, unless the config asks for another.
+        The number of lanes to go on with, the saved one, unless the config asks for another; and
+        this rank's saved lanes, in order.
 
     Raises:
-        StateError: If the state is of another version, config, dataset or batch size, or lacks
-            lanes of this rank; the message lists the differences.
+        StateError: If the state is of another config, dataset or batch size, or lacks lanes of this
+            rank; the message lists the differences.
     """
-    require_keys(state, ("version", "run", "config", "lanes", "epoch", "refreshes_itself"))
-    if state.get("version") != version:
-        raise StateError(
-            f"version must be {version}, got {state.get('version')!r}; the state was written by "
-            "another version of slap_stream."
-        )
-    saved = state["run"]
+    saved, settings = state.plain_part("run"), state.plain_part("config")
+    saved_lanes = state.part("run").whole("num_lanes", least=1)
     if config.num_lanes is None:
         # Not asked for, so the run's own number of lanes stays what it was.
-        run = {**run, "num_lanes": int(saved["num_lanes"])}
-        config = replace(config, num_lanes=state["config"].get("num_lanes"))
-    differences = config.differences(state["config"]) + [
+        run, settings["num_lanes"] = {**run, "num_lanes": saved_lanes}, None
+    differences = config.differences(settings) + [
         f"{name}: {saved.get(name)!r} -> {run[name]!r}"
         for name in run
         if saved.get(name) != run[name]
@@ -143,8 +134,8 @@ def check_state(
     num_lanes = int(run["num_lanes"])
     each = num_lanes // world_size
     wanted = range(rank * each, (rank + 1) * each)
-    theirs = {int(lane["lane"]) for lane in state["lanes"]}
-    if num_lanes % world_size or not set(wanted) <= theirs:
+    theirs = {lane.whole("lane"): lane for lane in state.parts("lanes")}
+    if num_lanes % world_size or not set(wanted) <= set(theirs):
         differences.append(
             f"lanes: {sorted(theirs)} of {num_lanes} -> {list(wanted)} of rank {rank} in "
             f"{world_size}"
@@ -162,4 +153,4 @@ def check_state(
             + "."
             + cure
         )
-    return num_lanes
+    return num_lanes, [theirs[lane] for lane in wanted]

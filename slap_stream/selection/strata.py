@@ -9,7 +9,8 @@ import numpy as np
 from slap_stream.core.kernels import sum_by_group, weigh
 from slap_stream.core.linear import normalised
 from slap_stream.core.rng import Purpose, generator
-from slap_stream.types import Float32Array, FloatArray, IntArray
+from slap_stream.core.saved import Saved
+from slap_stream.types import Float32Array, FloatArray, IntArray, State
 
 logger = logging.getLogger(__name__)
 
@@ -112,14 +113,14 @@ class Strata:
         )
         self._mass = weight + counts
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> State:
         """Centroids and their masses."""
         return {"centroids": self.centroids.copy(), "mass": self._mass.copy()}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Take over saved centroids; the caller has checked their shape."""
-        self.centroids = np.asarray(state["centroids"], np.float32).reshape(self.centroids.shape)
-        self._mass = np.asarray(state["mass"], np.float64)
+    def load_state_dict(self, state: Saved) -> None:
+        """Take over saved centroids."""
+        self.centroids = state.numbers32("centroids", *self.centroids.shape)
+        self._mass = state.numbers("mass", len(self.centroids), least=0.0)
 
 
 def cluster_sums(

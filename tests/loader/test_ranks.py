@@ -293,7 +293,7 @@ def test_what_one_rank_could_not_learn_all_raise(monkeypatch: pytest.MonkeyPatch
         assert batch is not None
         sampler.observe(batch, np.ones(4))
         sampler.refresh()
-    assert samplers[1].state_dict()["model"]["moments"] is None, "the first has the sums"
+    assert samplers[1].state_dict()["shared"]["model"]["moments"] is None, "the first has the sums"
 
     def fail(sums: Any) -> None:
         raise np.linalg.LinAlgError("singular")
@@ -330,4 +330,4 @@ def test_an_interrupt_waits_for_a_whole_exchange() -> None:
     with pytest.raises(KeyboardInterrupt):
         sampler.refresh()
     assert exchange.summed == exchange.told == 1
-    assert sampler.state_dict()["refreshed_before"] == 1, "the refresh is whole"
+    assert sampler.state_dict()["refreshes"]["refreshed_before"] == 1, "the refresh is whole"

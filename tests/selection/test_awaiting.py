@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slap_stream.core.saved import Saved
 from slap_stream.errors import FeedbackError
 from slap_stream.selection.awaiting import Awaiting, check_feedback, find_questions, match_oldest
 from slap_stream.selection.feedback import Answers
 from slap_stream.selection.moments import Moments
 from slap_stream.selection.questions import close_questions
+from slap_stream.selection.state import Lookup
 from tests import reference
 from tests.laws import as_json
 from tests.strategies import Array
@@ -22,6 +24,9 @@ COLUMNS, SKETCH_DIM = 3, 4
 def rows_of(ids: Array) -> Array:
     """(n, COLUMNS) design rows that are a function of the id."""
     return (ids[:, None] * [1.0, 2.0, -0.5]).astype(np.float32)
+
+
+LOOKUP = Lookup(num_samples=2**20, num_strata=8, rows_of=rows_of)
 
 
 def ask(awaiting: Awaiting, step: int, *ids: int) -> None:
@@ -126,7 +131,7 @@ def test_questions_survive_a_checkpoint() -> None:
     state = as_json(awaiting.state_dict())
     again = Awaiting(depth=3)
     ask(again, 0, 99)
-    again.load_state_dict(state, rows_of)
+    again.load_state_dict(Saved(state), LOOKUP)
     assert as_json(again.state_dict()) == state
     for left, right in zip(again.entries(), awaiting.entries(), strict=True):
         np.testing.assert_array_equal(left, right)
@@ -153,7 +158,7 @@ def test_weights_belong_to_questions_and_survive_a_checkpoint() -> None:
     awaiting.ask(0, names, rows_of(names), np.array([1.0, 2.5, 4.0]))
     ask(awaiting, 1, 5)
     again = Awaiting(depth=2)
-    again.load_state_dict(as_json(awaiting.state_dict()), rows_of)
+    again.load_state_dict(Saved(as_json(awaiting.state_dict())), LOOKUP)
     for one in (awaiting, again):
         _, _, question, position = one.entries()
         assert one.weights(question, position).tolist() == [1.0, 2.5, 4.0, 1.0]
@@ -162,7 +167,7 @@ def test_weights_belong_to_questions_and_survive_a_checkpoint() -> None:
 
 def test_no_questions_survive_a_checkpoint_too() -> None:
     again = Awaiting(depth=3)
-    again.load_state_dict(as_json(Awaiting(depth=3).state_dict()), rows_of)
+    again.load_state_dict(Saved(as_json(Awaiting(depth=3).state_dict())), LOOKUP)
     assert len(again.entries()[0]) == 0
 
 
@@ -196,7 +201,7 @@ def test_answers_survive_a_checkpoint_bit_by_bit(sketched: bool) -> None:
     answers = answers_of(sketched=sketched)
     state = as_json(answers.state_dict())
     again = Answers(columns=COLUMNS, sketch_dim=SKETCH_DIM)
-    again.load_state_dict(state, rows_of)
+    again.load_state_dict(Saved(state), LOOKUP)
     assert as_json(again.state_dict()) == state
     late = np.array([9])
     for one in (answers, again):
@@ -211,5 +216,5 @@ def test_a_refresh_clears_the_answers() -> None:
     assert len(answers) == 0
     assert not any(np.any(total) for total in answers.moments().to_dict().values())
     again = answers_of(sketched=True)
-    again.load_state_dict(as_json(answers.state_dict()), rows_of)
+    again.load_state_dict(Saved(as_json(answers.state_dict())), LOOKUP)
     assert len(again) == 0

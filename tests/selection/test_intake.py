@@ -12,12 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slap_stream.core.saved import Saved
 from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.errors import ShardError
 from slap_stream.selection import intake as intake_module
 from slap_stream.selection.intake import Intake, Offered
 from slap_stream.selection.loss_model import design_rows
 from slap_stream.selection.order import ShardTable
+from slap_stream.selection.state import Lookup
 from slap_stream.types import IntArray, Rows
 from tests.laws import as_json
 from tests.strategies import Array, shard_tables
@@ -254,6 +256,9 @@ def test_a_gate_that_raises_is_not_silenced() -> None:
         drain(intake_of([5, 5], gate=Gate({1}, raises=True)))
 
 
+LOOKUP = Lookup(num_samples=25, num_strata=1, rows_of=lambda ids: np.zeros((len(ids), 1)))
+
+
 @pytest.mark.parametrize("bad", [set(), {1, 3}])
 def test_an_intake_goes_on_from_any_checkpoint(bad: set[int]) -> None:
     sizes, counts = [9, 4, 7, 5], [9, 10, 3, 5]
@@ -270,7 +275,7 @@ def test_an_intake_goes_on_from_any_checkpoint(bad: set[int]) -> None:
         head = [first.take(2) for _ in range(stops) if first.remaining]
         again.start_epoch(0)
         state = as_json(first.state_dict())
-        again.load_state_dict(state, epoch=2)
+        again.load_state_dict(Saved(state), LOOKUP)
         assert as_json(again.state_dict()) == state
         assert pairs_of(head + drain(again, most=2)) == expected
         assert again.withdrawn == unbroken.withdrawn

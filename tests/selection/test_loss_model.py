@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slap_stream.core.kernels import unit_rows
+from slap_stream.core.saved import Saved
 from slap_stream.core.state_bytes import from_bytes, to_bytes
 from slap_stream.selection.loss_model import (
     INTERCEPT,
@@ -297,7 +298,7 @@ def test_a_model_that_follows_predicts_what_the_one_that_solves_does() -> None:
     with pytest.raises(RuntimeError, match="got one that follows another rank's; ask that of the"):
         following.refresh([sums], decay=0.9)
     resumed = model_of(x.shape[1])
-    resumed.load_state_dict(solving.state_dict())
+    resumed.load_state_dict(Saved(solving.state_dict()))
     following.follow(resumed.solution())
     np.testing.assert_array_equal(following.variance(x), solving.variance(x))
 
@@ -306,7 +307,7 @@ def test_a_model_survives_a_checkpoint_bit_by_bit() -> None:
     x = design(0, 300)
     model = fitted(x, linear_losses(x, noise=0.3), gradients(x))
     again = model_of(x.shape[1])
-    again.load_state_dict(as_json(model.state_dict()))
+    again.load_state_dict(Saved(as_json(model.state_dict())))
     assert as_json(again.state_dict()) == as_json(model.state_dict())
     for _ in range(6):
         np.testing.assert_array_equal(again.prediction, model.prediction)

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slap_stream.core.kernels import unit_rows
+from slap_stream.core.saved import Saved
 from slap_stream.selection.pool import Pool, RecentlyTrained
+from slap_stream.selection.state import Lookup
 from tests.laws import as_json
 from tests.strategies import Array, repeated, seeds, unit_vectors
 
@@ -24,6 +26,9 @@ def rows_of(ids: Array) -> Array:
     return np.stack(
         [angle, length * np.cos(angle), length * np.sin(angle)], axis=1, dtype=np.float32
     )
+
+
+LOOKUP = Lookup(num_samples=2**20, num_strata=8, rows_of=rows_of)
 
 
 def pool_of(capacity: int) -> Pool:
@@ -135,7 +140,7 @@ def test_a_pool_survives_a_checkpoint() -> None:
     state = as_json(pool.state_dict())
     other = pool_of(6)
     offer(other, np.array([99, 98, 97, 96, 95]))
-    other.load_state_dict(state, rows_of)
+    other.load_state_dict(Saved(state), LOOKUP)
     np.testing.assert_array_equal(other.slots(), pool.slots())
     for name, column in pool.columns.by_name().items():
         restored = getattr(other.columns, name)
@@ -179,7 +184,7 @@ def test_the_last_samples_of_each_stratum_are_remembered(
     again = RecentlyTrained(
         num_strata=4, per_stratum=per_stratum, columns=COLUMNS, dim=2, metric_dim=METRIC_DIM
     )
-    again.load_state_dict(as_json(recent.state_dict()), rows_of)
+    again.load_state_dict(Saved(as_json(recent.state_dict())), LOOKUP)
     again.project(lambda x: z_of[np.round(x[:, 0]).astype(int)])
     np.testing.assert_array_equal(again.nearest(query, strata, strangers), distance)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from slap_stream import SlapSampler
 from slap_stream.config import SlapConfig
 from slap_stream.core.kernels import unit_rows
+from slap_stream.core.saved import Saved
 from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.selection.loss_model import LossModel
 from slap_stream.selection.moments import Moments
@@ -24,6 +25,7 @@ from slap_stream.selection.scoring import (
     copy_likelihood,
     worth,
 )
+from slap_stream.selection.state import Lookup
 from tests.laws import FIRM, LossTable, as_json, config_of, drive, hold_epoch_laws
 from tests.selection.test_sampler import embeddings, make
 from tests.strategies import Array, seeds
@@ -212,6 +214,9 @@ def rows_of(ids: Array) -> Array:
     return rows
 
 
+LOOKUP = Lookup(num_samples=2**20, num_strata=8, rows_of=rows_of)
+
+
 def losses_of(x: Array) -> Array:
     """(n,) losses that follow the embedding, with some noise."""
     return 2.0 + 0.5 * x[:, 5] + 0.1 * np.sin(1e3 * x[:, 6].astype(np.float64))
@@ -357,7 +362,7 @@ def test_yardsticks_survive_a_checkpoint_and_its_window_is_bounded(
     state = as_json(yardsticks.state_dict())
     assert len(state["sample_id"]) == WINDOW
     again = Yardsticks(model, names, columns=COLUMNS, dim=DIM)
-    again.load_state_dict(state, rows_of)
+    again.load_state_dict(Saved(state), LOOKUP)
     assert as_json(again.state_dict()) == state
     for _ in range(2):
         left, right = (one.score(X, STRATUM, UNKNOWN) for one in (yardsticks, again))

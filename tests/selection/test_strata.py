@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slap_stream.core.saved import Saved
 from slap_stream.selection.strata import MIN_POOL_OF_STRATUM, Strata, cluster_sums
 from tests.laws import as_json
 from tests.strategies import Array, seeds
@@ -154,7 +155,7 @@ def test_strata_survive_a_checkpoint() -> None:
     rows, _ = blobs(0, 4, 40)
     strata, again = strata_of(), strata_of()
     strata.seed(rows, seed=0)
-    again.load_state_dict(as_json(strata.state_dict()))
+    again.load_state_dict(Saved(as_json(strata.state_dict())))
     for one in (strata, again):
         one.move(*cluster_sums(rows, one.clusters(rows), 4), decay=0.9)
     np.testing.assert_array_equal(strata.centroids, again.centroids)

@@ -1,0 +1,87 @@
+"""What composes a rank's batches, in one piece: made aside, loaded, and only then taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slap_stream.core.saved import Saved
+from slap_stream.selection.lane import Lane
+from slap_stream.selection.policies.base import Policy
+from slap_stream.selection.refresh import Refreshes
+from slap_stream.selection.schedule import LanePlan
+from slap_stream.selection.shared import Shared
+from slap_stream.types import LaneExchange, ShardGate, State
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """The lanes of a rank, and what they share.
+
+    Attributes:
+        plan: How the run is cut.
+        policy: Rule that picks a batch.
+        shared: What the lanes of all ranks share.
+        lanes: This rank's lanes.
+        refreshes: Adds up over all lanes.
+    """
+
+    plan: LanePlan
+    policy: Policy
+    shared: Shared
+    lanes: list[Lane]
+    refreshes: Refreshes
+
+    @classmethod
+    def make(
+        cls,
+        plan: LanePlan,
+        policy: Policy,
+        *,
+        rank: int,
+        world_size: int,
+        gate: ShardGate | None,
+        exchange: LaneExchange | None,
+    ) -> Run:
+        """At the start of its first epoch; arguments as for `SlapSampler`."""
+        shared, each = Shared(plan), plan.num_lanes // world_size
+        lanes = [
+            _lane(index, plan, policy, shared, gate)
+            for index in range(rank * each, (rank + 1) * each)
+        ]
+        refreshes = Refreshes(plan, shared, lanes, world_size=world_size, exchange=exchange)
+        return cls(plan=plan, policy=policy, shared=shared, lanes=lanes, refreshes=refreshes)
+
+    def seed_strata(self) -> None:
+        """Place the centroids, from lane 0's first block on every rank: all share them."""
+        first = self.lanes[0]
+        if first.index:
+            first = _lane(0, self.plan, self.policy, self.shared, None)
+        self.shared.seed(first.intake.first_embeddings())
+
+    def state_dict(self) -> State:
+        """All of it; only reads."""
+        return {
+            "shared": self.shared.state_dict(),
+            "refreshes": self.refreshes.state_dict(),
+            "lanes": [lane.state_dict() for lane in self.lanes],
+        }
+
+    def load_state_dict(self, state: Saved, lanes: Sequence[Saved]) -> None:
+        """Take over a saved state, of which these are the parts of this rank's lanes.
+
+        Raises:
+            StateError: If it does not fit; the run is then of no use any more.
+            ShardError: If a shard that the state needs cannot be fetched.
+        """
+        # First model and strata, through which the lanes look at their candidates.
+        self.shared.load_state_dict(state.part("shared"))
+        self.refreshes.load_state_dict(state.part("refreshes"))
+        for lane, part in zip(self.lanes, lanes, strict=True):
+            lane.load_state_dict(part)
+
+
+def _lane(
+    index: int, plan: LanePlan, policy: Policy, shared: Shared, gate: ShardGate | None
+) -> Lane:
+    return Lane(index, plan, policy, shared.strata, shared.model, shared.keep, gate)
