@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slap_stream.config import SlapConfig
+    from slap_stream.corpus.convert import convert
     from slap_stream.embeddings.store import EmbeddingStore
     from slap_stream.loader.loader import SlapDataLoader
     from slap_stream.probe.probe import LearnabilityProbe
@@ -34,6 +35,7 @@ __all__ = [
     "SlapConfig",
     "SlapDataLoader",
     "SlapSampler",
+    "convert",
     "one_at_a_time",
     "per_sample_loss",
 ]
@@ -46,6 +48,7 @@ _HOME = {
     "SlapConfig": "config",
     "SlapDataLoader": "loader.loader",
     "SlapSampler": "selection.sampler",
+    "convert": "corpus.convert",
     "one_at_a_time": "shards.opening",
     "per_sample_loss": "probe.readout",
 }

@@ -47,13 +47,9 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace, command: str) -> ConvertReport:
     """Convert as the command line says."""
-    # Not on top: worker processes import this module again, and reading needs no streaming.
-    from slap_stream.shards.writer import open_writer
-
     return convert(
         arguments.inputs,
         arguments.out,
-        open_writer=open_writer,
         tokenizer=arguments.tokenizer,
         max_length=arguments.max_length,
         seed=arguments.seed,

@@ -7,6 +7,8 @@ rng.py          random draws as a function of counters, never of history
 background.py   work in a thread of its own
 interrupts.py   signals that wait until a state is whole
 processes.py    jobs over worker processes that end with their parent
+checks.py       checks of arguments that several stages make
+work_dir.py     work that may be cut off, and goes on when it is called again
 files.py        files that are found whole or not at all
 state_bytes.py  a state as bytes, without pickle
 """
@@ -38,7 +40,9 @@ EXPORTS = {
     "rng": ("Purpose", "generator", "gumbels", "uniforms"),
     "background": ("Background", "BackgroundThread"),
     "interrupts": ("handler_of", "ready_to_wait", "undisturbed", "waiting"),
-    "processes": ("run_jobs", "usable_cores"),
+    "processes": ("usable_cores",),
+    "work_dir": ("claimed", "run_missing"),
+    "checks": ("require_whole",),
     "files": ("file_digest", "read_json", "write_json", "write_text"),
     "state_bytes": ("from_bytes", "to_bytes"),
 }

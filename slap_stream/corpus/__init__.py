@@ -10,7 +10,6 @@ records.py     a row in any known shape to messages, or the reason why it is dro
 tokenising.py  messages to token ids
 shuffle.py     rows scattered over parts on disk, each part then put in its order
 tally.py       what was kept, by source, and what was dropped, by reason
-work_dir.py    what is done of an unfinished conversion
 """
 
 from __future__ import annotations

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slap_stream import __version__
+from slap_stream.core.checks import require_whole
 from slap_stream.core.files import write_json
 from slap_stream.core.processes import usable_cores
+from slap_stream.core.work_dir import claimed, run_missing
 from slap_stream.corpus.inputs import Input, cut, find_inputs, peek
 from slap_stream.corpus.readers import Piece
 from slap_stream.corpus.records import RecordDropped, normalise
 from slap_stream.corpus.shuffle import (
     GatherJob,
-    OpenWriter,
     ScatterJob,
     gather,
     part_manifest,
@@ -34,12 +35,11 @@ from slap_stream.corpus.shuffle import (
 )
 from slap_stream.corpus.tally import Tally
 from slap_stream.corpus.tokenising import find_tokenizer, load_tokenizer, tokenizer_digest
-from slap_stream.corpus.work_dir import WORK_NAME, claimed, run_missing
 from slap_stream.errors import ConfigError, CorpusError
 from slap_stream.shards.index import INDEX_NAME, SHARD_BYTES, merge_indexes
 from slap_stream.text.chat import encode
 
-CORPUS_NAME = "corpus.json"
+CORPUS_NAME, WORK_NAME = "corpus.json", ".convert"
 
 _PLAN_VERSION = 1
 _SHARDS_PER_PART = 4
@@ -88,10 +88,9 @@ class ConvertReport:
 
 
 def convert(
-    inputs: Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
-    open_writer: OpenWriter,
     tokenizer: str | Path | None = None,
     max_length: int | None = None,
     seed: int = 0,
@@ -108,10 +107,9 @@ def convert(
     was cut off, by whatever, goes on when it is made again; one that had ended returns its report.
 
     Args:
-        inputs: JSON lines (plain, gz, zst), Parquet files, Hugging Face datasets saved to disk,
-            or directories of such files; see `records.KNOWN_SHAPES` for what they may hold.
+        inputs: JSON lines (plain, gz, zst), Parquet files, Hugging Face datasets saved to disk, or
+            directories of such files: one or several. `records.KNOWN_SHAPES` is what they may hold.
         out: Directory of the corpus, new or empty or left by the same call.
-        open_writer: `slap_stream.shards.writer.open_writer`.
         tokenizer: Path or name of a Hugging Face tokenizer; None keeps messages.
         max_length: Tokens kept of a record, from its start; None keeps all.
         seed: Of the shuffle.
@@ -127,8 +125,17 @@ def convert(
             something else.
     """
     started = time.monotonic()
-    _check(tokenizer, max_length, seed, num_workers, shard_bytes)
-    found = find_inputs(inputs)
+    seed = require_whole("seed", seed, 0)
+    shard_bytes = require_whole("shard_bytes", shard_bytes, 1)
+    if num_workers is not None:
+        num_workers = require_whole("num_workers", num_workers, 0)
+    if max_length is not None and tokenizer is None:
+        raise ConfigError(
+            f"max_length must be None without a tokenizer, got {max_length!r}; it counts tokens."
+        )
+    if max_length is not None:
+        max_length = require_whole("max_length", max_length, 2)
+    found = find_inputs([inputs] if isinstance(inputs, str | Path) else inputs)
     pieces_of = [cut(entry) for entry in found]
     name = None if tokenizer is None else find_tokenizer(tokenizer)
     _try_first_records(found, pieces_of, name, max_length, source_field)
@@ -155,7 +162,12 @@ def convert(
         num_workers = 1 if few else usable_cores()
 
     pieces = [piece for group in pieces_of for piece in group]
-    with claimed(out, plan) as work_dir:
+    work_dir = out / WORK_NAME
+    _require_ours(out)
+    with claimed(work_dir, plan, result=out, name="out", overwrite=None):
+        # Of processes that were killed.
+        for unfinished in work_dir.glob("part-*.*/"):
+            shutil.rmtree(unfinished)
         scatter_jobs = [
             ScatterJob(
                 piece=piece,
@@ -167,7 +179,7 @@ def convert(
             )
             for number, piece in enumerate(pieces)
         ]
-        read = run_missing(
+        read, resumed = run_missing(
             scatter,
             scatter_jobs,
             [piece.num_bytes for piece in pieces],
@@ -175,8 +187,8 @@ def convert(
             num_workers=num_workers,
             bar_options=_bar_options("read", "B", progress),
         )
-        dropped = Tally.total(read.manifests)
-        first_rows = _first_rows(pieces_of, read.manifests)
+        dropped = Tally.total(read)
+        first_rows = _first_rows(pieces_of, read)
         name_place = _place_namer(pieces, first_rows)
         _require_samples(dropped, name_place, work_dir)
 
@@ -188,15 +200,14 @@ def convert(
                 seed=seed,
                 tokenizer=name,
                 max_length=max_length,
-                open_writer=open_writer,
                 shard_bytes=shard_bytes,
                 work_dir=work_dir,
                 out=out,
             )
             for number in range(num_parts)
         ]
-        part_sizes = [manifest["part_sizes"] for manifest in read.manifests]
-        written = run_missing(
+        part_sizes = [manifest["part_sizes"] for manifest in read]
+        written, resumed_parts = run_missing(
             gather,
             gather_jobs,
             [sum(sizes[number] for sizes in part_sizes) for number in range(num_parts)],
@@ -204,10 +215,10 @@ def convert(
             num_workers=num_workers,
             bar_options=_bar_options("write", " records", progress),
         )
-        tally = Tally.total(written.manifests)
+        tally = Tally.total(written)
         tally.add_dropped(dropped)
         _require_samples(tally, name_place, work_dir)
-        parts = [out / part_name(n) for n, part in enumerate(written.manifests) if part["files"]]
+        parts = [out / part_name(n) for n, part in enumerate(written) if part["files"]]
         report = ConvertReport(
             out=str(out),
             format="messages" if name is None else "tokens",
@@ -218,7 +229,7 @@ def convert(
             truncated=tally.truncated,
             num_pieces=len(pieces),
             num_parts=len(parts),
-            resumed=read.resumed + written.resumed,
+            resumed=resumed + resumed_parts,
             seconds=round(time.monotonic() - started, 3),
         )
         _describe(report, plan, command)
@@ -228,24 +239,15 @@ def convert(
     return report
 
 
-def _check(
-    tokenizer: Any, max_length: int | None, seed: int, num_workers: int | None, shard_bytes: int
-) -> None:
-    if max_length is not None and tokenizer is None:
-        raise ConfigError(
-            f"max_length must be None without a tokenizer, got {max_length!r}; it counts tokens."
+def _require_ours(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise CorpusError(f"out must be a directory, got the file {str(out)!r}.")
+    held = sorted(file.name for file in out.iterdir()) if out.is_dir() else []
+    if held and WORK_NAME not in held:
+        raise CorpusError(
+            f"out must be new, empty or left by the same call, got {str(out)!r} with {held[:5]!r} "
+            f"({len(held)} in all); choose another directory."
         )
-    _require_whole("seed", seed, 0)
-    _require_whole("shard_bytes", shard_bytes, 1)
-    if max_length is not None:
-        _require_whole("max_length", max_length, 2)
-    if num_workers is not None:
-        _require_whole("num_workers", num_workers, 0)
-
-
-def _require_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} must be a whole number >= {least}, got {value!r}.")
 
 
 def _num_parts(text_bytes: int, shard_bytes: int) -> int:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,24 +41,6 @@ _RUN_BYTES = 32 << 20
 _WINDOW_BYTES = 16 << 20
 _DRAWS_AT_ONCE = 4096
 _PLACE = np.dtype([("piece", np.int64), ("offset", np.int64), ("size", np.int64)])
-
-
-class ShardWriter(Protocol):
-    """Takes samples in the order in which they are to lie."""
-
-    def write(self, sample: dict[str, Any]) -> None:
-        """Add one sample."""
-        ...
-
-
-class OpenWriter(Protocol):
-    """Opens a writer of MDS shards; picklable."""
-
-    def __call__(
-        self, out_dir: Path, columns: Mapping[str, str], *, shard_bytes: int
-    ) -> AbstractContextManager[ShardWriter]:
-        """Open a writer in a new directory; leaving it writes what is left and the index."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +75,6 @@ class GatherJob:
         seed: Of the order inside the part.
         tokenizer: Path or name to load it by; None leaves messages as they are.
         max_length: Tokens kept of a record; None keeps all.
-        open_writer: Opens the writer of shards.
         shard_bytes: Limit of a shard.
         work_dir: Where the pieces are, and the manifest goes.
         out: Directory of the corpus.
@@ -106,7 +86,6 @@ class GatherJob:
     seed: int
     tokenizer: str | None
     max_length: int | None
-    open_writer: OpenWriter
     shard_bytes: int
     work_dir: Path
     out: Path
@@ -160,6 +139,9 @@ def gather(job: GatherJob, advance: Callable[[int], None]) -> None:
 
     Leaves the directory `part-N` in the corpus, unless nothing is kept, and then its manifest.
     """
+    # Not on top: it takes streaming seconds to load, which those who only read need not wait for.
+    from slap_stream.shards.writer import open_writer
+
     tally = Tally()
     name = part_name(job.number)
     places = _places_of_part(job)
@@ -168,7 +150,7 @@ def gather(job: GatherJob, advance: Callable[[int], None]) -> None:
     unfinished = job.work_dir / f"{name}.{os.getpid()}"
     shutil.rmtree(unfinished, ignore_errors=True)
     columns = RAW_COLUMNS if job.tokenizer is None else TOKEN_COLUMNS
-    with job.open_writer(unfinished, columns, shard_bytes=job.shard_bytes) as writer:
+    with open_writer(unfinished, columns, shard_bytes=job.shard_bytes) as writer:
         for done, text in enumerate(_texts(job, places[order])):
             if done % _REPORT_RECORDS == 0:
                 advance(done)

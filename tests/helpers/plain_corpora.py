@@ -1,38 +1,39 @@
-"""Corpora of plain text, for tests that start processes: importing streaming takes seconds."""
+"""Stands in for `slap_stream.shards.writer` in tests that start processes, which would each need
+seconds to load streaming; and the records that such tests write."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from slap_stream.corpus.convert import ConvertReport, convert
+REPLACED = "slap_stream.shards.writer"
+
+
+def stand_in() -> None:
+    """Be the module of the writer, in this process."""
+    sys.modules[REPLACED] = sys.modules[__name__]
 
 
 class PlainWriter:
     """Takes samples for one shard of JSON lines."""
 
-    def __init__(self, delay_seconds: float) -> None:
+    def __init__(self) -> None:
         self.lines: list[str] = []
-        self._delay_seconds = delay_seconds
 
     def write(self, sample: dict[str, Any]) -> None:
-        time.sleep(self._delay_seconds)
-        plain = {k: v if isinstance(v, str | list) else v.tolist() for k, v in sample.items()}
-        self.lines.append(json.dumps(plain))
+        self.lines.append(json.dumps(sample))
 
 
 @contextmanager
-def open_plain_writer(
-    out_dir: Path, columns: Mapping[str, str], *, shard_bytes: int, delay_seconds: float = 0.0
+def open_writer(
+    out_dir: Path, columns: Mapping[str, str], *, shard_bytes: int
 ) -> Iterator[PlainWriter]:
     out_dir.mkdir()
-    writer = PlainWriter(delay_seconds)
+    writer = PlainWriter()
     yield writer
     text = "\n".join(writer.lines)
     (out_dir / "shard.00000.mds").write_text(text, encoding="utf-8")
@@ -50,23 +51,6 @@ def open_plain_writer(
         "zip_data": None,
     }
     (out_dir / "index.json").write_text(json.dumps({"version": 2, "shards": [shard]}))
-
-
-@contextmanager
-def open_deadly_writer(
-    out_dir: Path, columns: Mapping[str, str], *, shard_bytes: int
-) -> Iterator[PlainWriter]:
-    """Ends its process as a system without memory does."""
-    os.kill(os.getpid(), signal.SIGKILL)
-    yield PlainWriter(0.0)
-
-
-def read_plain(out: Path) -> list[dict[str, Any]]:
-    """The samples of a corpus, in sample-id order."""
-    index = json.loads((out / "index.json").read_text())
-    names = [shard["raw_data"]["basename"] for shard in index["shards"]]
-    texts = [(out / name).read_text(encoding="utf-8") for name in names]
-    return [json.loads(line) for text in texts for line in text.split("\n")]
 
 
 def pair(n: int) -> dict[str, Any]:
@@ -89,8 +73,3 @@ def files_of(out: Path) -> dict[str, bytes]:
 
 def shards_of(out: Path) -> dict[str, bytes]:
     return {name: data for name, data in files_of(out).items() if name != "corpus.json"}
-
-
-def plain_convert(paths: list[Path], out: Path, **options: Any) -> ConvertReport:
-    options = {"open_writer": open_plain_writer, "num_workers": 1, **options}
-    return convert(paths, out, **options)
