@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slap_stream.config import SlapConfig
     from slap_stream.corpus.convert import convert
+    from slap_stream.embeddings.embed import embed
     from slap_stream.embeddings.store import EmbeddingStore
     from slap_stream.loader.loader import SlapDataLoader
     from slap_stream.probe.probe import LearnabilityProbe
@@ -36,6 +37,7 @@ __all__ = [
     "SlapDataLoader",
     "SlapSampler",
     "convert",
+    "embed",
     "one_at_a_time",
     "per_sample_loss",
 ]
@@ -49,6 +51,7 @@ _HOME = {
     "SlapDataLoader": "loader.loader",
     "SlapSampler": "selection.sampler",
     "convert": "corpus.convert",
+    "embed": "embeddings.embed",
     "one_at_a_time": "shards.opening",
     "per_sample_loss": "probe.readout",
 }

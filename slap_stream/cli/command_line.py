@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from slap_stream.errors import SlapStreamError
+from slap_stream.errors import ConfigError, SlapStreamError
 
 WRONG_ARGUMENT, INTERRUPTED = 2, 130
 # What a process that was interrupted may take to put away what it made.
@@ -71,17 +71,12 @@ def _number(text: str) -> float:
 
 def device(text: str) -> str:
     """The type of an argument that names one of torch's devices, which is here."""
-    import torch
+    from slap_stream.embeddings.pretrained import torch_device
 
     try:
-        found = torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"must be one of torch's, got {text!r}") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f"must be here, got {text!r} on a machine with {torch.cuda.device_count()} GPUs that "
-            "torch can use; leave it out, or say cpu"
-        )
+        torch_device(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("device ")) from error
     return text
 
 

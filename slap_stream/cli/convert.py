@@ -38,27 +38,23 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="default %(default)s")
     line.add_argument(
         "--source-field",
+        type=lambda name: name or None,
         default="source",
         help="field that names a record's source (default source); '': each input is a source",
     )
-    line.add_argument("--quiet", action="store_true", help="no progress bar, no table")
+    line.add_argument(
+        "--quiet",
+        action="store_const",
+        const=False,
+        dest="progress",
+        help="no progress bar, no table",
+    )
     return line
 
 
 def run(arguments: argparse.Namespace, command: str) -> ConvertReport:
     """Convert as the command line says."""
-    return convert(
-        arguments.inputs,
-        arguments.out,
-        tokenizer=arguments.tokenizer,
-        max_length=arguments.max_length,
-        seed=arguments.seed,
-        num_workers=arguments.num_workers,
-        shard_bytes=arguments.shard_bytes,
-        source_field=arguments.source_field or None,
-        progress=False if arguments.quiet else None,
-        command=command,
-    )
+    return convert(**vars(arguments), command=command)
 
 
 def describe(report: ConvertReport) -> str:
@@ -83,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run_and_tell() -> int:
         report = run(arguments, shlex.join(["slap-convert", *given]))
-        if not arguments.quiet:
+        if arguments.progress is not False:
             print(describe(report))
         # There may be thousands of sources; corpus.json names them.
         summary = report.to_dict() | {"num_sources": len(report.counts)}

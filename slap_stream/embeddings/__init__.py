@@ -13,7 +13,6 @@ layout.py        shape, columns and origin of a store
 store.py         `EmbeddingStore`: the store itself; the only importer of zarr
 plain_rows.py    rows of an uncompressed store without Zarr, for speed
 rows.py          arrays in memory and several stores as one row store
-journal.py       which blocks are done
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from __future__ import annotations
 EXPORTS = {
     "store": ("EmbeddingStore", "StackedStore", "open_embeddings"),
     "rows": ("as_row_store", "take"),
-    "corpus_texts": ("CorpusTexts", "describe_corpus"),
-    "embed": ("EmbedReport", "embed", "source_names"),
-    "encoders": ("open_encoder",),
-    "reference": ("ReferenceLoss",),
+    "embed": ("EmbedReport", "embed"),
+    "pretrained": ("torch_device",),
 }

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slap_stream.corpus.tokenising import find_tokenizer
 from slap_stream.errors import CorpusError
+from slap_stream.shards.index import corpus_columns
+from slap_stream.shards.reader import iter_corpus
 from slap_stream.text.sample import TextSample, from_messages, from_text, from_tokens
+from slap_stream.types import MAX_SOURCES
 
 Sample = Mapping[str, Any]
-IterCorpus = Callable[[Path, int, int], Iterator[Sample]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,8 +24,6 @@ class CorpusTexts:
 
     Attributes:
         corpus_dir: Directory with the merged index.json.
-        iter_corpus: Reads raw samples in sample-id order; injected, because only the module
-            that knows shards may read them.
         text_column: Column with plain text, for corpora that `convert` did not make.
         prompt_column: Column with the prompt; goes with `completion_column`.
         completion_column: Column with the target.
@@ -31,7 +32,6 @@ class CorpusTexts:
     """
 
     corpus_dir: Path
-    iter_corpus: IterCorpus
     text_column: str | None = None
     prompt_column: str | None = None
     completion_column: str | None = None
@@ -57,7 +57,7 @@ class CorpusTexts:
             CorpusError: If a sample has none of the columns that text can be made of.
         """
         decode = self._decoder()
-        for offset, sample in enumerate(self.iter_corpus(self.corpus_dir, start, stop)):
+        for offset, sample in enumerate(iter_corpus(self.corpus_dir, start, stop)):
             yield self._text(start + offset, sample, decode)
 
     def _decoder(self) -> Callable[[Any], str] | None:
@@ -109,6 +109,85 @@ class CorpusTexts:
                 f"with columns {sorted(sample)}; name a column of encoding str."
             )
         return value
+
+
+def find_texts(
+    corpus_dir: Path,
+    *,
+    tokenizer: str | Path | None,
+    text_column: str | None,
+    prompt_column: str | None,
+    completion_column: str | None,
+    source_column: str | None,
+) -> CorpusTexts:
+    """How to read a corpus, from what is asked for and what it says about itself.
+
+    Args:
+        corpus_dir: Directory with an index.json.
+        tokenizer: Decodes `input_ids`; None means the one that corpus.json names.
+        text_column: Column with plain text, or None.
+        prompt_column: Column with the prompt, or None.
+        completion_column: Column with the target, or None.
+        source_column: Column with the sources, which must be there unless it is `source`; or None.
+
+    Raises:
+        ConfigError: If the tokenizer cannot be loaded.
+        CorpusError: If the corpus has no usable index, or not what is asked for.
+    """
+    columns = corpus_columns(corpus_dir)
+    tokenised = "input_ids" in columns and text_column is None and prompt_column is None
+    if tokenizer is not None and not tokenised:
+        raise CorpusError(
+            f"tokenizer must be None for a corpus of text, got {str(tokenizer)!r}; it decodes the "
+            "column input_ids."
+        )
+    if source_column not in (None, "source", *columns):
+        raise CorpusError(
+            f"source_column must be one of {', '.join(columns)}, got {source_column!r}; None "
+            "tells no sources apart."
+        )
+    if tokenised:
+        tokenizer = tokenizer or describe_corpus(corpus_dir).get("tokenizer")
+    return CorpusTexts(
+        corpus_dir=corpus_dir,
+        text_column=text_column,
+        prompt_column=prompt_column,
+        completion_column=completion_column,
+        source_column=source_column if source_column in columns else None,
+        tokenizer=None if tokenizer is None else find_tokenizer(tokenizer),
+    )
+
+
+def source_names(texts: CorpusTexts, num_samples: int) -> tuple[str, ...]:
+    """Names of a corpus's sources, sorted: as `convert` counted them, or found in one pass.
+
+    Args:
+        texts: Reads the corpus.
+        num_samples: Samples of the corpus.
+
+    Returns:
+        The names; empty if the corpus has no source column.
+
+    Raises:
+        CorpusError: If there are more than `MAX_SOURCES`: the column then names samples.
+    """
+    if texts.source_column is None:
+        return ()
+    counts = describe_corpus(texts.corpus_dir).get("counts")
+    names: set[str] = set()
+    if texts.source_column == "source" and isinstance(counts, Mapping):
+        names.update(counts)
+    else:
+        for sample in iter_corpus(texts.corpus_dir, 0, num_samples):
+            names.add(str(sample[texts.source_column]))
+            if len(names) > MAX_SOURCES:
+                break
+    if len(names) > MAX_SOURCES:
+        raise CorpusError(
+            f"column {texts.source_column} must name at most {MAX_SOURCES} sources, got more "
+            f"({', '.join(sorted(names)[:5])}, ...); pass another column, or no source at all."
+        )
+    return tuple(sorted(names))
 
 
 def describe_corpus(corpus_dir: Path) -> dict[str, Any]:

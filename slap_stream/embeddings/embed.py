@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from slap_stream.core.processes import usable_cores
-from slap_stream.embeddings.corpus_texts import CorpusTexts
-from slap_stream.embeddings.encoders import Encoder
+from slap_stream.core.checks import require_whole
+from slap_stream.core.files import file_digest
+from slap_stream.core.processes import run_jobs, usable_cores
+from slap_stream.embeddings.corpus_texts import CorpusTexts, find_texts, source_names
+from slap_stream.embeddings.encoders import Encoder, open_encoder
 from slap_stream.embeddings.features import FEATURE_NAMES, FIT_SAMPLES, HashedTfidf, feature_columns
 from slap_stream.embeddings.layout import ROWS_PER_CHUNK, ROWS_PER_SHARD, StoreLayout
 from slap_stream.embeddings.pairing import PairModel, cut_sides
 from slap_stream.embeddings.reference import ReferenceLoss
 from slap_stream.embeddings.store import EmbeddingStore, EmbeddingWriter
-from slap_stream.errors import CorpusError
+from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.shards.index import INDEX_NAME, corpus_size
 from slap_stream.text.sample import TextSample
-from slap_stream.types import MAX_SOURCES, MISMATCH_COLUMN, Rows
+from slap_stream.types import MISMATCH_COLUMN, Rows
 
+STORE_NAME = "embeddings.zarr"
 # Samples held as text at once, per process.
 _BATCH = 512
 SAMPLES_PER_WORKER = 65_536
@@ -34,14 +35,6 @@ SAMPLES_PER_WORKER = 65_536
 _FIT_STRETCHES = 20
 # Characters of the samples that pairs are learnt from; all of them are in memory at once.
 _PAIR_CHARACTERS = 3_000_000
-
-
-class Texts(Protocol):
-    """Reads any range of a corpus; pickles."""
-
-    def read(self, start: int, stop: int) -> Iterator[TextSample]:
-        """Samples `start` to `stop` (half-open), in sample-id order."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,53 +69,189 @@ class EmbedReport:
         return asdict(self)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Job:
-    """All that turns a block of samples into rows; travels to worker processes."""
+def embed(
+    corpus: str | Path,
+    *,
+    out: str | Path | None = None,
+    encoder: str = "hashing",
+    dim: int | None = None,
+    reference_model: str | Path | None = None,
+    device: str | None = None,
+    tokenizer: str | Path | None = None,
+    text_column: str | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    source_column: str | None = "source",
+    num_workers: int | None = None,
+    rows_per_shard: int | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    command: str | None = None,
+) -> EmbedReport:
+    """Embed every sample of a corpus of MDS shards.
 
-    texts: Texts
+    A call that was cut off, by whatever, goes on when it is made again; called again on what is
+    finished, with the same settings, it does nothing. Memory does not grow with the corpus.
+
+    Args:
+        corpus: Directory with an index.json and all shards; `convert` need not have made it.
+        out: Where the finished store will be; None means `embeddings.zarr` in the corpus.
+        encoder: `hashing`, which needs no download, or `hf:PATH` of a Hugging Face encoder.
+        dim: Length of a hashing vector; None means 384.
+        reference_model: Path or name of a causal language model, which adds the column
+            `reference_loss`, in nats per token.
+        device: torch device of the models; None means the GPU if there is one.
+        tokenizer: Path or name of the tokenizer that decodes `input_ids`; None means the one that
+            corpus.json names.
+        text_column: Column with plain text, of a corpus that has neither `messages` nor
+            `input_ids`.
+        prompt_column: Column with the prompt, likewise; goes with `completion_column`.
+        completion_column: Column with the target.
+        source_column: Column that names a sample's source; `source` need not be there. None: the
+            sources are not told apart.
+        num_workers: Processes; None means one per core, fewer for a small corpus, and 1 for
+            models, which use all cores.
+        rows_per_shard: Rows of one file; None means 16,384, a quarter of that for models.
+        overwrite: Replace the embeddings that are there.
+        progress: Whether to show a bar on stderr; None means if that is a terminal.
+        command: What to write into the store as the command that made it.
+
+    Raises:
+        ConfigError: If an option is out of range, or a model or tokenizer cannot be loaded.
+        CorpusError: If the corpus cannot be read as text, or something else is in the way.
+    """
+    began = time.perf_counter()
+    corpus = Path(corpus)
+    num_samples = corpus_size(corpus)
+    if num_samples < 1:
+        raise CorpusError("the corpus must have at least one sample, got 0; nothing to embed.")
+    texts = find_texts(
+        corpus,
+        tokenizer=tokenizer,
+        text_column=text_column,
+        prompt_column=prompt_column,
+        completion_column=completion_column,
+        source_column=source_column,
+    )
+    names = source_names(texts, num_samples)
+    first = next(iter(texts.read(0, 1)))
+    opened = open_encoder(encoder, dim=dim, device=device)
+    reference = None
+    if reference_model is not None:
+        reference = ReferenceLoss(str(reference_model), device, tokenizer=texts.tokenizer)
+    in_workers = opened.in_workers and reference is None
+    if num_workers is None:
+        # A process takes seconds to start, in which one that runs embeds tens of thousands.
+        useful = max(1, num_samples // SAMPLES_PER_WORKER) if in_workers else 1
+        num_workers = min(useful, usable_cores())
+    if require_whole("num_workers", num_workers, 0) > 1 and not in_workers:
+        raise ConfigError(
+            f"num_workers must be 1 with a model, got {num_workers!r}; the model uses all cores."
+        )
+    if rows_per_shard is None:
+        rows_per_shard = ROWS_PER_SHARD if in_workers else ROWS_PER_SHARD // 4
+    rows_per_shard = require_whole("rows_per_shard", rows_per_shard, 1)
+    described: dict[str, Any] = {"name": opened.name, "version": opened.version, "dim": opened.dim}
+    feature_names = (*FEATURE_NAMES, MISMATCH_COLUMN, *opened.feature_names)
+    if reference is not None:
+        described["reference_model"] = {"name": reference.name, "version": reference.version}
+        feature_names = (*feature_names, *reference.feature_names)
+    layout = StoreLayout(
+        num_samples=num_samples,
+        dim=opened.dim,
+        index_digest=file_digest(corpus / INDEX_NAME),
+        encoder=described,
+        length_unit="characters / 4" if first.input_ids is None else "tokens",
+        feature_names=feature_names,
+        source_names=names,
+        command=command or "",
+        rows_per_shard=rows_per_shard,
+        rows_per_chunk=min(ROWS_PER_CHUNK, rows_per_shard),
+    )
+    path = corpus / STORE_NAME if out is None else Path(out)
+    writer = EmbeddingWriter(path, layout)
+    embedded = 0
+    if overwrite or not writer.is_finished():
+        with writer.open(overwrite=overwrite) as blocks:
+            sizes = [stop - start for start, stop in map(layout.block, blocks)]
+            embedded = sum(sizes)
+            tfidf = HashedTfidf()
+            pairing = PairModel(tfidf)
+            if blocks:
+                # Also after a kill: the same samples give the same frequencies and odds.
+                _fit(texts, num_samples, tfidf, pairing)
+                writer.note(misplaced_share=pairing.share)
+            maker = _RowMaker(
+                texts=texts,
+                writer=writer,
+                tfidf=tfidf,
+                pairing=pairing,
+                encoder=opened,
+                reference=reference,
+            )
+            jobs = [(maker, block) for block in blocks]
+            with tqdm(
+                total=num_samples,
+                initial=num_samples - embedded,
+                unit="sample",
+                disable=None if progress is None else not progress,
+            ) as bar:
+                run_jobs(_write_block, jobs, sizes, num_workers=num_workers, bar=bar)
+    return EmbedReport(
+        path=str(path),
+        num_samples=num_samples,
+        embedded=embedded,
+        dim=layout.dim,
+        feature_names=feature_names,
+        num_sources=len(names),
+        length_unit=layout.length_unit,
+        misplaced_share=EmbeddingStore(path).attributes.get("misplaced_share"),
+        seconds=round(time.perf_counter() - began, 3),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _RowMaker:
+    """All that turns samples into rows; travels to worker processes."""
+
+    texts: CorpusTexts
     writer: EmbeddingWriter
     tfidf: HashedTfidf
     pairing: PairModel
     encoder: Encoder
     reference: ReferenceLoss | None
 
-    def run(self, block: int, advance: Callable[[int], object] | None = None) -> int:
-        """Read, encode and write one block; returns its index."""
+    def rows(self, start: int, stop: int, advance: Callable[[int], None]) -> Rows:
+        """Rows of samples `start` to `stop`, which are read as few at a time as is fast."""
         layout = self.writer.layout
-        start, stop = layout.block(block)
         number = {name: index for index, name in enumerate(layout.source_names)}
         embedding = np.empty((stop - start, layout.dim), dtype=np.float32)
         feature = np.empty((stop - start, len(layout.feature_names)), dtype=np.float32)
         length = np.empty(stop - start, dtype=np.int32)
         source = np.zeros(stop - start, dtype=np.int16)
-        samples, at = self.texts.read(start, stop), 0
-        while batch := list(islice(samples, _BATCH)):
-            end = at + len(batch)
-            if end > stop - start:
-                break
+        samples = self.texts.read(start, stop)
+        for at in range(0, stop - start, _BATCH):
+            batch = list(islice(samples, _BATCH))
+            assert len(batch) == min(_BATCH, stop - start - at)
+            here = slice(at, at + len(batch))
             pairs = self.tfidf.transform(batch)
-            embedding[at:end], extra = self.encoder.encode(batch, pairs)
+            embedding[here], extra = self.encoder.encode(batch, pairs)
             told = feature_columns(batch, pairs)
             mismatch = self.pairing.mismatch(batch, pairs, told)
             columns = [told, mismatch[:, None], extra]
             if self.reference is not None:
                 columns.append(self.reference.columns(batch))
-            feature[at:end] = np.concatenate(columns, axis=1)
-            length[at:end] = [sample.length for sample in batch]
+            feature[here] = np.concatenate(columns, axis=1)
+            length[here] = [sample.length for sample in batch]
             if number:
-                source[at:end] = [_source_number(number, s, start + at) for s in batch]
-            at = end
-            if advance is not None:
-                advance(len(batch))
-        if at != stop - start:
-            raise CorpusError(
-                f"samples [{start}, {stop}) must be {stop - start}, got another number from the "
-                "corpus; its index.json does not describe its shards."
-            )
-        rows = Rows(embedding=embedding, length=length, feature=feature, source=source)
-        self.writer.write(block, rows)
-        return block
+                source[here] = [_source_number(number, s, start + at) for s in batch]
+            advance(at + len(batch))
+        return Rows(embedding=embedding, length=length, feature=feature, source=source)
+
+
+def _write_block(job: tuple[_RowMaker, int], advance: Callable[[int], None]) -> None:
+    maker, block = job
+    maker.writer.write(block, maker.rows(*maker.writer.layout.block(block), advance))
 
 
 def _source_number(number: dict[str, int], sample: TextSample, near: int) -> int:
@@ -134,114 +263,7 @@ def _source_number(number: dict[str, int], sample: TextSample, near: int) -> int
     return number[sample.source]
 
 
-def embed(
-    texts: Texts,
-    path: Path,
-    encoder: Encoder,
-    *,
-    num_samples: int,
-    index_digest: str,
-    source_names: tuple[str, ...] = (),
-    reference: ReferenceLoss | None = None,
-    num_workers: int | None = None,
-    rows_per_shard: int | None = None,
-    overwrite: bool = False,
-    progress: bool = False,
-    command: str = "",
-) -> EmbedReport:
-    """Embed every sample of a corpus; after a kill, the same call goes on where it stopped.
-
-    Called again on what is finished, with the same settings, it does nothing.
-
-    Args:
-        texts: Reads the corpus.
-        path: Where the finished store will be.
-        encoder: Makes the vectors.
-        num_samples: Samples of the corpus.
-        index_digest: `file_digest` of its index.json.
-        source_names: Names of its sources; empty if it has none.
-        reference: Adds the column `reference_loss`.
-        num_workers: Processes; None means one per core, fewer for a small corpus, 1 for models,
-            which use all cores.
-        rows_per_shard: Rows of one file; None means 16,384, a quarter of that for models.
-        overwrite: Replace what is there.
-        progress: Show a progress bar, if stderr is a terminal.
-        command: What is noted as the creation command.
-
-    Raises:
-        CorpusError: If the corpus is empty or unreadable, or something else is in the way.
-    """
-    began = time.perf_counter()
-    if num_samples < 1:
-        raise CorpusError("the corpus must have at least one sample, got 0; nothing to embed.")
-    first = next(iter(texts.read(0, 1)))
-    in_workers = encoder.in_workers and reference is None
-    if num_workers is None:
-        # A process takes seconds to start, in which one that runs embeds tens of thousands.
-        useful = max(1, num_samples // SAMPLES_PER_WORKER) if in_workers else 1
-        num_workers = min(useful, usable_cores())
-    if num_workers > 1 and not in_workers:
-        raise CorpusError(
-            f"num_workers must be 1 with a model, got {num_workers!r}; the model uses all cores."
-        )
-    if rows_per_shard is None:
-        rows_per_shard = ROWS_PER_SHARD if in_workers else ROWS_PER_SHARD // 4
-    described: dict[str, Any] = {
-        "name": encoder.name,
-        "version": encoder.version,
-        "dim": encoder.dim,
-    }
-    feature_names = (*FEATURE_NAMES, MISMATCH_COLUMN, *encoder.feature_names)
-    if reference is not None:
-        described["reference_model"] = {"name": reference.name, "version": reference.version}
-        feature_names = (*feature_names, *reference.feature_names)
-    layout = StoreLayout(
-        num_samples=num_samples,
-        dim=encoder.dim,
-        index_digest=index_digest,
-        encoder=described,
-        length_unit="characters / 4" if first.input_ids is None else "tokens",
-        feature_names=feature_names,
-        source_names=source_names,
-        command=command,
-        rows_per_shard=rows_per_shard,
-        rows_per_chunk=min(ROWS_PER_CHUNK, rows_per_shard),
-    )
-    writer = EmbeddingWriter(path, layout)
-    embedded = 0
-    if overwrite or not writer.is_finished():
-        with writer.open(overwrite=overwrite) as (blocks, journal):
-            embedded = sum(stop - start for start, stop in map(layout.block, blocks))
-            tfidf = HashedTfidf()
-            pairing = PairModel(tfidf)
-            if blocks:
-                # Also after a kill: the same samples give the same frequencies and odds.
-                _fit(texts, num_samples, tfidf, pairing)
-                writer.note(misplaced_share=pairing.share)
-            job = _Job(
-                texts=texts,
-                writer=writer,
-                tfidf=tfidf,
-                pairing=pairing,
-                encoder=encoder,
-                reference=reference,
-            )
-            for block in _finished(job, blocks, num_workers, progress=progress):
-                journal.append({"block": block})
-    return EmbedReport(
-        path=str(path),
-        num_samples=num_samples,
-        embedded=embedded,
-        dim=encoder.dim,
-        feature_names=feature_names,
-        num_sources=len(source_names),
-        length_unit=layout.length_unit,
-        misplaced_share=EmbeddingStore(path).attributes.get("misplaced_share"),
-        seconds=round(time.perf_counter() - began, 3),
-    )
-
-
-def _fit_samples(texts: Texts, num_samples: int) -> Iterator[TextSample]:
+def _fit_samples(texts: CorpusTexts, num_samples: int) -> Iterator[TextSample]:
     """All samples of a small corpus; of a large one, stretches spread evenly over it."""
     if num_samples <= FIT_SAMPLES:
         yield from texts.read(0, num_samples)
@@ -251,7 +273,7 @@ def _fit_samples(texts: Texts, num_samples: int) -> Iterator[TextSample]:
         yield from texts.read(int(start), int(start) + stretch)
 
 
-def _fit(texts: Texts, num_samples: int, tfidf: HashedTfidf, pairing: PairModel) -> None:
+def _fit(texts: CorpusTexts, num_samples: int, tfidf: HashedTfidf, pairing: PairModel) -> None:
     """Count the words of the samples that are fitted on, then learn from pairs of them.
 
     Pairs are learnt from as many of the samples, cut and spread evenly over them, as
@@ -269,87 +291,3 @@ def _fit(texts: Texts, num_samples: int, tfidf: HashedTfidf, pairing: PairModel)
     every = max(1, -(-sum(sizes) // _PAIR_CHARACTERS))
     some = islice(_fit_samples(texts, num_samples), 0, None, every)
     pairing.fit([cut_sides(sample) for sample in some])
-
-
-def _finished(job: _Job, blocks: list[int], num_workers: int, *, progress: bool) -> Iterator[int]:
-    """Blocks as they come to be on disk."""
-    from tqdm import tqdm
-
-    layout = job.writer.layout
-    todo = sum(stop - start for start, stop in map(layout.block, blocks))
-    with tqdm(
-        total=layout.num_samples,
-        initial=layout.num_samples - todo,
-        unit="sample",
-        # None: shown if stderr is a terminal, so that logs stay readable.
-        disable=None if progress else True,
-    ) as bar:
-        if num_workers == 1 or len(blocks) < 2:
-            for block in blocks:
-                yield job.run(block, bar.update)
-            return
-        # Spawned: a forked copy of a process with running threads may hang.
-        context = multiprocessing.get_context("spawn")
-        workers = min(num_workers, len(blocks))
-        with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
-            waiting: set[Future[int]] = set()
-            left = iter(blocks)
-            while True:
-                # A bounded number under way, so that an error stops the rest.
-                waiting |= {
-                    pool.submit(job.run, block) for block in islice(left, workers - len(waiting))
-                }
-                if not waiting:
-                    return
-                ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in ready:
-                    block = future.result()
-                    start, stop = layout.block(block)
-                    bar.update(stop - start)
-                    yield block
-
-
-def _end_with_parent() -> None:
-    """End this worker when its parent is killed: nobody would take its blocks any more."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def source_names(
-    texts: CorpusTexts, num_samples: int, described: Mapping[str, Any]
-) -> tuple[str, ...]:
-    """Names of a corpus's sources, sorted: as `convert` counted them, or found in one pass.
-
-    Args:
-        texts: Reads the corpus.
-        num_samples: Samples of the corpus.
-        described: What `describe_corpus` gave.
-
-    Returns:
-        The names; empty if the corpus has no source column.
-
-    Raises:
-        CorpusError: If there are more than `MAX_SOURCES`: the column then names samples.
-    """
-    if texts.source_column is None:
-        return ()
-    names: set[str] = set()
-    if texts.source_column == "source" and isinstance(described.get("counts"), Mapping):
-        names.update(described["counts"])
-    else:
-        for sample in texts.iter_corpus(texts.corpus_dir, 0, num_samples):
-            names.add(str(sample[texts.source_column]))
-            if len(names) > MAX_SOURCES:
-                break
-    if len(names) > MAX_SOURCES:
-        raise CorpusError(
-            f"column {texts.source_column} must name at most {MAX_SOURCES} sources, got more "
-            f"({', '.join(sorted(names)[:5])}, ...); pass another column, or no source at all."
-        )
-    return tuple(sorted(names))

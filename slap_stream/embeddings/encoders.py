@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from slap_stream.core.checks import require_whole
 from slap_stream.core.linear import normalised
 from slap_stream.embeddings.features import NUM_BUCKETS, HashedPairs
 from slap_stream.embeddings.pretrained import load_pretrained, pad, token_batches
@@ -83,13 +84,8 @@ class HashingEncoder:
     """
 
     def __init__(self, dim: int = DEFAULT_DIM) -> None:
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < ENTRIES_PER_BUCKET:
-            raise ConfigError(
-                f"dim must be a whole number >= {ENTRIES_PER_BUCKET}, got {dim!r}; try "
-                f"{DEFAULT_DIM}."
-            )
-        self._dim = dim
-        self._projection = sparse_projection(dim)
+        self._dim = require_whole("dim", dim, ENTRIES_PER_BUCKET, f"try {DEFAULT_DIM}")
+        self._projection = sparse_projection(self._dim)
 
     def __reduce__(self) -> tuple[type[HashingEncoder], tuple[int]]:
         # The projection is sixteen megabytes, and follows from the dimension.

@@ -78,10 +78,9 @@ class StoreLayout:
             "rows_per_shard": self.rows_per_shard,
         }
 
-    def differences(self, attributes: dict[str, Any]) -> list[str]:
-        """Names of the attributes in which a store differs; the command does not count."""
-        own = self.attributes()
-        return [key for key in own if key != "command" and attributes.get(key) != own[key]]
+    def plan(self) -> dict[str, Any]:
+        """What stores have in common that may stand for each other: all but the command."""
+        return {key: value for key, value in self.attributes().items() if key != "command"}
 
     @property
     def num_blocks(self) -> int:

@@ -29,6 +29,26 @@ class Pretrained:
     version: str
 
 
+def torch_device(name: str | None) -> torch.device:
+    """The device of this name; the GPU, or else the CPU, for None.
+
+    Raises:
+        ConfigError: If torch knows no such device, or this machine has it not.
+    """
+    import torch
+
+    try:
+        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"device must be one of torch's, got {name!r}; try cpu.") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device must be here, got {name!r} on a machine with {torch.cuda.device_count()} GPUs "
+            "that torch can use; leave it out, or say cpu."
+        )
+    return found
+
+
 def load_pretrained(auto: Any, path: str, device: str | None) -> Pretrained:
     """Load a model to read with: bfloat16 on a GPU, float32 on a CPU, no gradients.
 
@@ -38,12 +58,12 @@ def load_pretrained(auto: Any, path: str, device: str | None) -> Pretrained:
         device: torch device; None means the GPU if there is one.
 
     Raises:
-        ConfigError: If there is no model or no tokenizer.
+        ConfigError: If there is no model, no tokenizer or no such device.
     """
     import torch
     import transformers
 
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch_device(device)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     major, minor = map(int, transformers.__version__.split(".")[:2])
     # Renamed in 4.56; the old name prints a notice in the new versions.

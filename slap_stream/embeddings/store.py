@@ -15,8 +15,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from slap_stream.core.files import file_digest
-from slap_stream.embeddings.journal import Journal
+from slap_stream.core.files import file_digest, write_json
+from slap_stream.core.work_dir import LOCK_NAME, PLAN_NAME, claimed
 from slap_stream.embeddings.layout import FORMAT, FORMAT_VERSION, StoreLayout
 from slap_stream.embeddings.plain_rows import COMPLETE, plain_rows
 from slap_stream.embeddings.rows import ArrayStore, ReadsIds, RowSlices, StackedStore
@@ -35,18 +35,19 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-JOURNAL = "journal.jsonl"
+# In the folder of a half-written store: the store itself, and a mark for each block that is done.
+_STORE, _MARK = "store", "block"
 
 
 class EmbeddingWriter:
     """Writes a store block by block, in any order, from any number of processes.
 
     The store grows in a folder beside its final name (`NAME.partial`) and is moved when it is
-    whole, so that what has the final name can always be used. A block is journaled after it is
-    written; after a kill, blocks that the journal lacks are written again. Pickles, so that worker
-    processes can `write`; only the process that is inside `open` takes note.
+    whole, so that what has the final name can always be used. A block is marked after it is
+    written; after a kill, blocks without a mark are written again. Pickles, so that worker
+    processes can `write`.
 
-    State, all on disk: the arrays, their attributes, and the journal of the blocks done.
+    State, all on disk: the arrays, their attributes, and the marks.
 
     Args:
         path: Where the finished store will be.
@@ -57,7 +58,7 @@ class EmbeddingWriter:
         self._path = Path(path)
         self._layout = layout
         self._partial = self._path.with_name(self._path.name + ".partial")
-        self._growing = self._partial / "store"
+        self._growing = self._partial / _STORE
 
     @property
     def layout(self) -> StoreLayout:
@@ -72,7 +73,8 @@ class EmbeddingWriter:
         """
         if not self._path.exists():
             return False
-        different = self._layout.differences(EmbeddingStore(self._path).attributes)
+        found = EmbeddingStore(self._path).attributes
+        different = [key for key, value in self._layout.plan().items() if found.get(key) != value]
         if different:
             raise CorpusError(
                 f"embeddings must not exist yet or have the same settings, got {str(self._path)!r} "
@@ -81,15 +83,14 @@ class EmbeddingWriter:
         return True
 
     @contextmanager
-    def open(self, *, overwrite: bool = False) -> Iterator[tuple[list[int], Journal]]:
+    def open(self, *, overwrite: bool = False) -> Iterator[list[int]]:
         """Create the store or go on with a half-written one; finish it at the end of the `with`.
 
         Args:
             overwrite: Replace a finished store, and a half-written one of another layout.
 
         Yields:
-            Blocks that are still to be written, and the journal that each is added to, as
-            `{"block": index}`, after it was written.
+            Blocks that are still to be written.
 
         Raises:
             CorpusError: If something else is in the way, another process is writing, or blocks
@@ -101,21 +102,32 @@ class EmbeddingWriter:
                 "replace them."
             )
         self._refuse_what_is_not_ours()
-        blocks = set(range(self._layout.num_blocks))
-        with Journal(self._partial / JOURNAL) as journal:
-            self._begin(journal, overwrite=overwrite)
-            yield sorted(blocks - _blocks_done(journal)), journal
-            missing = blocks - _blocks_done(journal)
+        with claimed(
+            self._partial,
+            self._layout.plan(),
+            result=self._path,
+            name="embeddings",
+            overwrite=overwrite,
+        ):
+            if not self._growing.exists():
+                self._create()
+            yield self._missing()
+            missing = self._missing()
             if missing:
                 raise CorpusError(
-                    f"all {len(blocks)} blocks must be written, got {len(missing)} missing; run "
-                    "again to go on."
+                    f"all {self._layout.num_blocks} blocks must be written, got {len(missing)} "
+                    "missing; run again to go on."
                 )
             if self._path.exists():
                 shutil.rmtree(self._path)
             self._growing.rename(self._path)
-            (self._partial / JOURNAL).unlink()
-            self._partial.rmdir()
+            shutil.rmtree(self._partial)
+
+    def _missing(self) -> list[int]:
+        return [n for n in range(self._layout.num_blocks) if not self._mark(n).exists()]
+
+    def _mark(self, block: int) -> Path:
+        return self._partial / f"{_MARK}-{block:06d}.json"
 
     def note(self, **attributes: Any) -> None:
         """Put down further attributes, of kinds that JSON has, of the store being written."""
@@ -134,37 +146,23 @@ class EmbeddingWriter:
                 "which slap-embed did not make; choose another place."
             )
         inside = {path.name for path in self._partial.glob("*")}
-        foreign = sorted(inside - {JOURNAL, self._growing.name})
-        if foreign or (inside and JOURNAL not in inside):
+        ours = (LOCK_NAME, PLAN_NAME, _STORE, _MARK)
+        if any(not name.startswith(ours) for name in inside) or (
+            inside and LOCK_NAME not in inside
+        ):
             raise CorpusError(
                 f"half-written embeddings go to {str(self._partial)!r}, which must be free, got "
                 f"{sorted(inside)[:5]} there; choose another place or move them away."
             )
 
-    def _begin(self, journal: Journal, *, overwrite: bool) -> None:
-        """Find arrays of the same layout, or make them."""
-        lines = journal.lines()
-        if lines and self._growing.exists():
-            different = self._layout.differences(lines[0])
-            if not different:
-                return
-            if not overwrite:
-                raise CorpusError(
-                    "half-written embeddings must have been begun with the same settings, got "
-                    f"{str(self._partial)!r} with another {', '.join(different)}; pass overwrite "
-                    "to begin again."
-                )
-        journal.clear()
-        if self._growing.exists():
-            shutil.rmtree(self._growing)
-        self._create()
-        # Last: a kill before this line leaves no header, and the arrays are made again.
-        journal.append(self._layout.attributes())
-
     def _create(self) -> None:
         layout = self._layout
+        for mark in self._partial.glob(f"{_MARK}-*"):
+            mark.unlink()
+        # Renamed when all arrays are there: a kill before leaves none.
+        unfinished = self._partial / f"{_STORE}.new"
         group = zarr.create_group(
-            self._growing, zarr_format=3, attributes=layout.attributes(), overwrite=False
+            unfinished, zarr_format=3, attributes=layout.attributes(), overwrite=True
         )
         rows, chunk = layout.rows_per_shard, layout.rows_per_chunk
         columns: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -186,9 +184,10 @@ class EmbeddingWriter:
                 compressors=None,
                 attributes={COMPLETE: True},
             )
+        unfinished.rename(self._growing)
 
     def write(self, block: int, rows: Rows) -> None:
-        """Write one whole block; note it in the journal afterwards.
+        """Write one whole block, and its mark when it is there.
 
         Raises:
             CorpusError: If the rows are not as many as the block has, or hold what is not finite.
@@ -215,10 +214,7 @@ class EmbeddingWriter:
                 arrays[name][start:stop] = (
                     _half(name, values, start) if values.ndim == 2 else values
                 )
-
-
-def _blocks_done(journal: Journal) -> set[int]:
-    return {line["block"] for line in journal.lines()[1:]}
+        write_json(self._mark(block), {"rows": [start, stop]})
 
 
 def _half(name: str, values: NDArray[Any], start: int) -> NDArray[np.float16]:

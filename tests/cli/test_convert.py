@@ -17,9 +17,12 @@ import pytest
 import zstandard
 from datasets import Dataset
 
+from slap_stream import convert
 from slap_stream.cli.convert import main
+from slap_stream.errors import ConfigError
 from slap_stream.shards.index import corpus_columns, corpus_size
 from slap_stream.shards.reader import iter_corpus
+from tests.helpers.plain_corpora import shards_of
 
 
 def pair(n: int) -> dict[str, Any]:
@@ -74,6 +77,19 @@ def test_inputs_of_all_kinds_become_one_corpus(
     described = json.loads((out / "corpus.json").read_text())
     assert described["command"].startswith("slap-convert ")
     assert described["counts"] == {"packed": 60, "plain": 61, "saved": 60, "table": 60}
+
+
+def test_python_writes_what_the_tool_writes(tmp_path: Path) -> None:
+    paths = write_inputs(tmp_path)
+    options = ["--seed", "3", "--shard-bytes", "4096", "--source-field", "", "--quiet"]
+    assert main([*map(str, paths), str(tmp_path / "tool"), *options]) == 0
+    given: dict[str, Any] = {"seed": 3, "shard_bytes": 4096, "source_field": None}
+    report = convert(paths, tmp_path / "python", **given, progress=False)
+    assert report.num_samples == 240
+    assert shards_of(tmp_path / "python") == shards_of(tmp_path / "tool")
+    for wrong in ("seed", "num_workers", "shard_bytes"):
+        with pytest.raises(ConfigError, match=f"{wrong} must be a whole number >= ., got -1"):
+            convert(paths, tmp_path / "none", **{wrong: -1})
 
 
 def test_errors_are_one_line_and_no_traceback(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,19 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slap_stream import embed
 from slap_stream.cli.embed import main
-from slap_stream.embeddings.corpus_texts import describe_corpus
-from slap_stream.embeddings.embed import embed
-from slap_stream.embeddings.encoders import HashingEncoder
+from slap_stream.core.files import file_digest
+from slap_stream.embeddings.corpus_texts import CorpusTexts, describe_corpus
 from slap_stream.embeddings.features import FEATURE_NAMES
-from slap_stream.embeddings.reference import ReferenceLoss
-from slap_stream.embeddings.store import EmbeddingStore, file_digest
-from slap_stream.errors import CorpusError
+from slap_stream.embeddings.pretrained import torch_device
+from slap_stream.embeddings.store import EmbeddingStore
+from slap_stream.errors import ConfigError, CorpusError
 from slap_stream.shards.writer import open_writer
 from slap_stream.text.sample import TextSample, from_messages
 from slap_stream.types import MISMATCH_COLUMN
 from tests.embeddings.test_encoders import llama_path  # noqa: F401, a fixture
-from tests.helpers.embed_samples import Questions, question
+from tests.helpers.embed_samples import question
+from tests.helpers.plain_corpora import files_of
 
 # streaming's writer asks for the start method of processes it never starts.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:streaming.*")
@@ -120,42 +122,106 @@ def test_nothing_but_embeddings_is_ever_replaced(
     assert thesis.read_text() == "years"
 
 
-def test_workers_write_the_same_store_as_one_process(tmp_path: Path) -> None:
-    stores = []
+def arrays_of(store: Path) -> dict[str, bytes]:
+    """Every file but the group's own, which says what command made it."""
+    files = files_of(store)
+    del files["zarr.json"]
+    return files
+
+
+def test_python_and_its_workers_write_what_the_tool_writes(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"dim": 16, "rows_per_shard": 128, "progress": True}
+    run(capsys, corpus, "--out", tmp_path / "tool.zarr", "--dim", 16, "--rows-per-shard", 128)
+    tool = arrays_of(tmp_path / "tool.zarr")
+    attributes = EmbeddingStore(tmp_path / "tool.zarr").attributes
     for workers in (1, 2):
-        path = tmp_path / f"{workers}.zarr"
-        embed(
-            Questions(),
-            path,
-            HashingEncoder(16),
-            num_samples=300,
-            index_digest="d",
-            num_workers=workers,
-            rows_per_shard=128,
-        )
-        stores.append(EmbeddingStore(path).read(0, 300))
-    for name in ("embedding", "length", "feature", "source"):
-        np.testing.assert_array_equal(getattr(stores[0], name), getattr(stores[1], name))
+        out = tmp_path / f"{workers}.zarr"
+        report = embed(corpus, out=out, num_workers=workers, **options)
+        assert (report.path, report.num_samples, report.embedded) == (str(out), 300, 300)
+        assert "300/300" in capsys.readouterr().err
+        assert arrays_of(out) == tool
+        assert EmbeddingStore(out).attributes == attributes | {"command": ""}
+
+
+def test_cores_are_counted_where_no_process_is_kept_off_some(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("os.sched_getaffinity")
+    assert embed(corpus, out=tmp_path / "e.zarr", dim=16).embedded == 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "said"),
+    [
+        ("--dim 4", {"dim": 4}, "dim must be a whole number >= 8, got 4; try 384."),
+        ("--encoder best", {"encoder": "best"}, "encoder must be one of hashing, hf:PATH, got 'b"),
+        (
+            "--num-workers -1",
+            {"num_workers": -1},
+            "num_workers must be a whole number >= 0, got -1",
+        ),
+        (
+            "--rows-per-shard 1500",
+            {"rows_per_shard": 1500},
+            "rows_per_shard must be a multiple of rows_per_chunk, got 1500 and 1024",
+        ),
+        ("--tokenizer x", {"tokenizer": "x"}, "tokenizer must be None for a corpus of text, got"),
+        (
+            "--source-column shelf",
+            {"source_column": "shelf"},
+            "source_column must be one of id, messages, source, got 'shelf'; None tells",
+        ),
+        (
+            "--text-column id --prompt-column id --completion-column id",
+            dict.fromkeys(("text_column", "prompt_column", "completion_column"), "id"),
+            "text_column must be None beside prompt_column, got 'id'",
+        ),
+    ],
+)
+def test_python_says_of_wrong_arguments_what_the_tool_says(
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    options: dict[str, Any],
+    said: str,
+) -> None:
+    out = tmp_path / "e.zarr"
+    with pytest.raises(ValueError, match=re.escape(said)) as raised:
+        embed(corpus, out=out, **options)
+    assert refuse(capsys, corpus, "--out", out, *arguments.split()) == (
+        f"slap-embed: {raised.value}\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_is_not_here_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="device must be one of torch's, got 'tpu'"):
+        torch_device("tpu")
+    with pytest.raises(ConfigError, match="device must be here, got 'cuda:99' on a machine with"):
+        torch_device("cuda:99")
 
 
 def test_a_killed_embedding_goes_on_and_ends_the_same(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "c", 2_000)
+    corpus = write_corpus(tmp_path / "c", 800)
     script = (
         "import sys, time\n"
-        "from slap_stream.embeddings.journal import Journal\n"
-        "append = Journal.append\n"
-        "def slow(journal, line):\n"
-        "    append(journal, line)\n"
-        "    time.sleep(0.3)\n"
-        "Journal.append = slow\n"
+        "from slap_stream.embeddings.store import EmbeddingWriter\n"
+        "write = EmbeddingWriter.write\n"
+        "def slow(*arguments):\n"
+        "    write(*arguments)\n"
+        "    time.sleep(0.2)\n"
+        "EmbeddingWriter.write = slow\n"
         "from slap_stream.cli.embed import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    given = [str(corpus), "--dim", "16", "--rows-per-shard", "128", "--quiet"]
+    given = [str(corpus), "--dim", "16", "--rows-per-shard", "64", "--quiet"]
     process = subprocess.Popen([sys.executable, "-c", script, *given], cwd=ROOT)
-    journal = corpus / "embeddings.zarr.partial" / "journal.jsonl"
+    partial = corpus / "embeddings.zarr.partial"
     deadline = time.monotonic() + 90
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
+    while len(list(partial.glob("block-*.json"))) < 3:
         assert time.monotonic() < deadline, "embedding did not start"
         assert process.poll() is None, "embedding ended before it could be killed"
         time.sleep(0.02)
@@ -164,93 +230,43 @@ def test_a_killed_embedding_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert not (corpus / "embeddings.zarr").exists()
     assert main(given) == 0
     assert main([*given, "--out", str(tmp_path / "unbroken.zarr")]) == 0
-    broken = EmbeddingStore(corpus / "embeddings.zarr").read(0, 2_000)
-    unbroken = EmbeddingStore(tmp_path / "unbroken.zarr").read(0, 2_000)
-    for name in ("embedding", "length", "feature", "source"):
-        np.testing.assert_array_equal(getattr(broken, name), getattr(unbroken, name))
+    broken = arrays_of(corpus / "embeddings.zarr")
+    assert len(broken) > 4 * 12
+    assert broken == arrays_of(tmp_path / "unbroken.zarr")
     assert not (corpus / "embeddings.zarr.partial").exists()
 
 
-def test_only_missing_blocks_are_embedded_again(tmp_path: Path) -> None:
-    reads = []
+def test_only_missing_blocks_are_embedded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_corpus(tmp_path / "c", 100)
+    reads, read = [], CorpusTexts.read
 
-    class Failing:
-        def __init__(self, bad: int | None) -> None:
-            self.bad = bad
+    def failing(texts: CorpusTexts, start: int, stop: int) -> Iterator[TextSample]:
+        reads.append((start, stop))
+        if (start, stop) == (40, 60) and bad:
+            raise CorpusError("shard is gone")
+        return read(texts, start, stop)
 
-        def read(self, start: int, stop: int) -> Iterator[TextSample]:
-            reads.append((start, stop))
-            for number in range(start, stop):
-                if number == self.bad and (start, stop) != (0, 100):
-                    raise CorpusError("shard is gone")
-                yield question(number)
-
-    def go(texts: Failing) -> int:
-        return embed(
-            texts,
-            tmp_path / "e.zarr",
-            HashingEncoder(16),
-            num_samples=100,
-            index_digest="d",
-            num_workers=1,
-            rows_per_shard=20,
-        ).embedded
-
+    monkeypatch.setattr(CorpusTexts, "read", failing)
+    bad = True
     with pytest.raises(CorpusError, match="shard is gone"):
-        go(Failing(bad=50))
-    assert not (tmp_path / "e.zarr").exists()
+        embed(corpus, dim=16, rows_per_shard=20)
+    assert not (corpus / "embeddings.zarr").exists()
     reads.clear()
-    assert go(Failing(bad=None)) == 60
+    bad = False
+    assert embed(corpus, dim=16, rows_per_shard=20).embedded == 60
     # Read to count words, to learn from pairs, and to embed what is missing.
     assert reads == [(0, 1), (0, 100), (0, 100), (40, 60), (60, 80), (80, 100)]
 
 
-def test_a_corpus_that_gives_fewer_samples_than_its_index_is_refused(tmp_path: Path) -> None:
-    class Short:
-        def read(self, start: int, stop: int) -> Iterator[TextSample]:
-            return (question(number) for number in range(start, min(stop, 10)))
-
-    with pytest.raises(CorpusError, match=r"samples \[0, 12\) must be 12"):
-        embed(
-            Short(),
-            tmp_path / "e.zarr",
-            HashingEncoder(16),
-            num_samples=12,
-            index_digest="d",
-        )
-
-
-def test_an_empty_corpus_and_too_many_workers_are_refused(
-    tmp_path: Path,
-    llama_path: Path,  # noqa: F811
-) -> None:
-    class Nothing:
-        def read(self, start: int, stop: int) -> Iterator[TextSample]:
-            return iter([question(0)])
-
-    settings: dict[str, Any] = {"index_digest": "d"}
-    path = tmp_path / "e.zarr"
+def test_an_empty_corpus_and_a_wrong_description_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="at least one sample, got 0"):
-        embed(Nothing(), path, HashingEncoder(16), num_samples=0, **settings)
-    with pytest.raises(CorpusError, match="num_workers must be 1 with a model, got 2"):
-        embed(
-            Nothing(),
-            path,
-            HashingEncoder(16),
-            num_samples=1,
-            num_workers=2,
-            reference=ReferenceLoss(str(llama_path), "cpu"),
-            **settings,
-        )
-    with pytest.raises(CorpusError, match="source must be one of the corpus's 1, got None"):
-        embed(
-            Nothing(),
-            path,
-            HashingEncoder(16),
-            num_samples=1,
-            source_names=("books",),
-            **settings,
-        )
+        embed(write_corpus(tmp_path / "empty", 0))
+    corpus = write_corpus(tmp_path / "c", 3)
+    (corpus / "corpus.json").write_text(json.dumps({"counts": {"films": 3}}))
+    with pytest.raises(CorpusError, match="source must be one of the corpus's 1, got 'books'"):
+        embed(corpus, dim=16)
 
 
 def test_a_tokenised_corpus_counts_tokens_and_takes_a_reference_model(
@@ -274,7 +290,10 @@ def test_a_tokenised_corpus_counts_tokens_and_takes_a_reference_model(
     assert "tokenizer must be given for a tokenised corpus" in refuse(capsys, corpus)
     described = {"format": "tokens", "tokenizer": str(llama_path), "counts": {"only": 20}}
     (corpus / "corpus.json").write_text(json.dumps(described))
-    report = run(capsys, corpus, "--dim", 16, "--reference-model", llama_path, "--device", "cpu")
+    model = ("--reference-model", llama_path, "--device", "cpu")
+    said = refuse(capsys, corpus, *model, "--num-workers", 2)
+    assert "num_workers must be 1 with a model, got 2; the model uses all cores." in said
+    report = run(capsys, corpus, "--dim", 16, *model)
     assert report["feature_names"] == [*FEATURE_NAMES, MISMATCH_COLUMN, "reference_loss"]
     store = EmbeddingStore(corpus / "embeddings.zarr")
     rows = store.read(0, 20)

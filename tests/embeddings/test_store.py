@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pickle
 import shutil
@@ -24,7 +23,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slap_stream.corpus.tally import Tally
-from slap_stream.embeddings.journal import Journal
 from slap_stream.embeddings.store import (
     EmbeddingStore,
     EmbeddingWriter,
@@ -202,12 +200,11 @@ def test_a_writer_stopped_anywhere_goes_on_where_it_stopped(
         if path.exists():
             break
         writer = EmbeddingWriter(path, layout)
-        with suppress(CorpusError), writer.open() as (blocks, journal):
+        with suppress(CorpusError), writer.open() as blocks:
             assert blocks == sorted(set(range(layout.num_blocks)) - set(written))
             for block in blocks[:budget]:
                 start, stop = layout.block(block)
                 writer.write(block, make_rows(stop - start, first=start))
-                journal.append({"block": block})
                 written.append(block)
     assert sorted(written) == list(range(layout.num_blocks))
     assert_rows_are(EmbeddingStore(path).read(0, num_samples), np.arange(num_samples))
@@ -222,11 +219,10 @@ def test_a_finished_store_is_replaced_only_on_demand(tmp_path: Path) -> None:
     ):
         pass
     writer = EmbeddingWriter(path, make_layout(6))
-    with writer.open(overwrite=True) as (blocks, journal):
+    with writer.open(overwrite=True) as blocks:
         # Until the new one is whole, the old one is there.
         assert EmbeddingStore(path).shape == (20, 4)
         writer.write(blocks[0], make_rows(6))
-        journal.append({"block": 0})
     assert EmbeddingStore(path).shape == (6, 4)
 
 
@@ -240,8 +236,9 @@ def test_a_finished_store_is_recognised_and_one_of_other_settings_refused(tmp_pa
 
 
 def stop_half_way(path: Path, layout: StoreLayout) -> None:
-    with suppress(CorpusError), EmbeddingWriter(path, layout).open() as (_, journal):
-        journal.append({"block": 0})
+    writer = EmbeddingWriter(path, layout)
+    with suppress(CorpusError), writer.open():
+        writer.write(0, make_rows(8))
 
 
 def test_a_half_written_store_of_other_settings_is_refused(tmp_path: Path) -> None:
@@ -249,13 +246,15 @@ def test_a_half_written_store_of_other_settings_is_refused(tmp_path: Path) -> No
     stop_half_way(path, make_layout())
     other = EmbeddingWriter(path, make_layout(index_digest="e" * 64, feature_names=("up",)))
     with (
-        pytest.raises(CorpusError, match="with another index_digest, feature_names"),
+        pytest.raises(
+            CorpusError, match="left by one with other index_digest, feature_names; make the"
+        ),
         other.open(),
     ):
         pass
     with (
         pytest.raises(CorpusError, match="got 3 missing; run again"),
-        other.open(overwrite=True) as (blocks, _),
+        other.open(overwrite=True) as blocks,
     ):
         assert blocks == [0, 1, 2]
 
@@ -265,32 +264,29 @@ def test_the_command_may_differ_when_a_writer_goes_on(tmp_path: Path) -> None:
     stop_half_way(path, make_layout())
     with (
         pytest.raises(CorpusError, match="got 2 missing"),
-        EmbeddingWriter(path, make_layout(command="other")).open() as (blocks, _),
+        EmbeddingWriter(path, make_layout(command="other")).open() as blocks,
     ):
         assert blocks == [1, 2]
 
 
-def test_two_processes_cannot_write_one_store(tmp_path: Path) -> None:
+def test_arrays_that_were_not_all_made_are_made_again(tmp_path: Path) -> None:
     path = tmp_path / "embeddings.zarr"
     stop_half_way(path, make_layout())
+    partial = tmp_path / "embeddings.zarr.partial"
+    (partial / "store").rename(partial / "store.new")
+    shutil.rmtree(partial / "store.new" / "length")
+    assert_rows_are(write_store(path, make_layout()).read(0, 20), np.arange(20))
+    assert [found.name for found in tmp_path.iterdir()] == ["embeddings.zarr"]
+
+
+def test_two_processes_cannot_write_one_store(tmp_path: Path) -> None:
+    first, second = (EmbeddingWriter(tmp_path / "e.zarr", make_layout()) for _ in range(2))
     with (
-        Journal(tmp_path / "embeddings.zarr.partial" / "journal.jsonl"),
-        pytest.raises(CorpusError, match="must be written by one process"),
-        EmbeddingWriter(path, make_layout()).open(),
+        pytest.raises(CorpusError, match=r"embeddings must not be in use, got .*e\.zarr', which"),
+        first.open(),
+        second.open(overwrite=True),
     ):
         pass
-
-
-def test_a_torn_line_does_not_count_and_does_not_spoil_the_next(tmp_path: Path) -> None:
-    path = tmp_path / "job" / "journal.jsonl"
-    with Journal(path) as journal:
-        journal.append({"block": 1})
-    with open(path, "ab") as file:
-        file.write(b'{"block": 2')
-    with Journal(path) as journal:
-        assert journal.lines() == [{"block": 1}]
-        journal.append({"block": 3})
-        assert journal.lines() == [{"block": 1}, {"block": 3}]
 
 
 @pytest.mark.parametrize(
@@ -337,15 +333,14 @@ def test_as_many_sources_as_a_corpus_may_have_are_embedded(tmp_path: Path) -> No
     layout = make_layout(8, source_names=tuple(f"page {n}" for n in range(MAX_SOURCES)))
     last = np.full(8, MAX_SOURCES - 1)
     writer = EmbeddingWriter(tmp_path / "embeddings.zarr", layout)
-    with writer.open() as (_, journal):
+    with writer.open():
         writer.write(0, dataclasses.replace(make_rows(8), source=last))
-        journal.append({"block": 0})
     store = EmbeddingStore(tmp_path / "embeddings.zarr")
     np.testing.assert_array_equal(store.read(0, 8).source, last)
     assert len(store.source_names) == MAX_SOURCES
 
 
-def test_a_killed_writer_leaves_no_store_and_every_journaled_block(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_no_store_and_every_block_done(tmp_path: Path) -> None:
     path = tmp_path / "embeddings.zarr"
     script = textwrap.dedent(
         """
@@ -356,31 +351,29 @@ def test_a_killed_writer_leaves_no_store_and_every_journaled_block(tmp_path: Pat
 
         layout = make_layout(400)
         writer = EmbeddingWriter(Path(sys.argv[1]), layout)
-        with writer.open() as (blocks, journal):
+        with writer.open() as blocks:
             for block in blocks:
                 start, stop = layout.block(block)
                 writer.write(block, make_rows(stop - start, first=start))
-                journal.append({"block": block})
                 time.sleep(0.02)
         """
     )
     root = Path(__file__).parents[2]
-    journal = tmp_path / "embeddings.zarr.partial" / "journal.jsonl"
+    partial = tmp_path / "embeddings.zarr.partial"
     process = subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=root)
     deadline = time.monotonic() + 60
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 6:
+    while len(list(partial.glob("block-*.json"))) < 5:
         assert time.monotonic() < deadline, "the writer did not start"
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not path.exists()
-    before = {json.loads(line)["block"] for line in journal.read_bytes().split(b"\n")[1:-1]}
+    before = {int(mark.stem.split("-")[1]) for mark in partial.glob("block-*.json")}
     layout = make_layout(400)
     writer = EmbeddingWriter(path, layout)
-    with writer.open() as (blocks, notes):
+    with writer.open() as blocks:
         assert blocks == sorted(set(range(layout.num_blocks)) - before)
         for block in blocks:
             start, stop = layout.block(block)
             writer.write(block, make_rows(stop - start, first=start))
-            notes.append({"block": block})
     assert_rows_are(EmbeddingStore(path).read(0, 400), np.arange(400))

@@ -40,11 +40,10 @@ def make_layout(num_samples: int = 20, **changes: Any) -> StoreLayout:
 
 def write_store(path: Path, layout: StoreLayout) -> EmbeddingStore:
     writer = EmbeddingWriter(path, layout)
-    with writer.open() as (blocks, journal):
+    with writer.open() as blocks:
         for block in reversed(blocks):
             start, stop = layout.block(block)
             writer.write(block, make_rows(stop - start, layout.dim, first=start))
-            journal.append({"block": block})
     return EmbeddingStore(path)
 
 

@@ -1,8 +1,6 @@
-"""Small made-up samples for the tests of embedding; light to import, as spawned workers do."""
+"""Small made-up samples for the tests of embedding."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -27,10 +25,3 @@ def question(number: int, length: int = 12) -> TextSample:
     prompt = " ".join(rng.choice(own, size=length))
     target = " ".join([*rng.choice(own, size=3), *rng.choice(WORDS, size=length - 3)])
     return pair(f"tell me about {prompt}", f"well , {target} {number}")
-
-
-class Questions:
-    """Reads `question(i)` as sample i, as a corpus would be read."""
-
-    def read(self, start: int, stop: int) -> Iterator[TextSample]:
-        return map(question, range(start, stop))

@@ -103,7 +103,7 @@ def _write_embeddings(corpus: Path, count: int) -> None:
     if writer.is_finished():
         return
     centres = np.random.default_rng(SEED).normal(size=(CENTRES, DIM))
-    with writer.open() as (blocks, journal):
+    with writer.open() as blocks:
         for block in blocks:
             start, stop = layout.block(block)
             rng = np.random.default_rng([SEED, block])
@@ -119,4 +119,3 @@ def _write_embeddings(corpus: Path, count: int) -> None:
                     source=np.zeros(stop - start, np.int16),
                 ),
             )
-            journal.append({"block": block})
