@@ -39,7 +39,11 @@ def parser() -> argparse.ArgumentParser:
         help="do not tell sources apart",
     )
     line.add_argument("--num-workers", type=int, help="processes; default: up to one per core")
-    line.add_argument("--rows-per-shard", type=int, help="rows of one file of the store")
+    line.add_argument(
+        "--rows-per-chunk",
+        type=int,
+        help="rows of one file of the store; default 16384, a quarter of that for models",
+    )
     line.add_argument("--overwrite", action="store_true", help="replace embeddings that are there")
     line.add_argument(
         "--quiet", action="store_const", const=False, dest="progress", help="no progress bar"

@@ -11,7 +11,7 @@ pairing.py       the column `mismatch`: does a target belong to another prompt?
 reference.py     the column `reference_loss`: what another model loses on a sample
 layout.py        shape, columns and origin of a store
 store.py         `EmbeddingStore`: the store itself; the only importer of zarr
-plain_rows.py    rows of an uncompressed store without Zarr, for speed
+plain_rows.py    rows of an array without Zarr, for speed
 rows.py          arrays in memory and several stores as one row store
 """
 

@@ -18,7 +18,7 @@ from slap_stream.core.processes import run_jobs, usable_cores
 from slap_stream.embeddings.corpus_texts import CorpusTexts, find_texts, source_names
 from slap_stream.embeddings.encoders import Encoder, open_encoder
 from slap_stream.embeddings.features import FEATURE_NAMES, FIT_SAMPLES, HashedTfidf, feature_columns
-from slap_stream.embeddings.layout import ROWS_PER_CHUNK, ROWS_PER_SHARD, StoreLayout
+from slap_stream.embeddings.layout import ROWS_PER_CHUNK, StoreLayout
 from slap_stream.embeddings.pairing import PairModel, cut_sides
 from slap_stream.embeddings.reference import ReferenceLoss
 from slap_stream.embeddings.store import EmbeddingStore, EmbeddingWriter
@@ -83,7 +83,7 @@ def embed(
     completion_column: str | None = None,
     source_column: str | None = "source",
     num_workers: int | None = None,
-    rows_per_shard: int | None = None,
+    rows_per_chunk: int | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
     command: str | None = None,
@@ -111,7 +111,7 @@ def embed(
             sources are not told apart.
         num_workers: Processes; None means one per core, fewer for a small corpus, and 1 for
             models, which use all cores.
-        rows_per_shard: Rows of one file; None means 16,384, a quarter of that for models.
+        rows_per_chunk: Rows of one file; None means 16,384, a quarter of that for models.
         overwrite: Replace the embeddings that are there.
         progress: Whether to show a bar on stderr; None means if that is a terminal.
         command: What to write into the store as the command that made it.
@@ -148,9 +148,9 @@ def embed(
         raise ConfigError(
             f"num_workers must be 1 with a model, got {num_workers!r}; the model uses all cores."
         )
-    if rows_per_shard is None:
-        rows_per_shard = ROWS_PER_SHARD if in_workers else ROWS_PER_SHARD // 4
-    rows_per_shard = require_whole("rows_per_shard", rows_per_shard, 1)
+    if rows_per_chunk is None:
+        rows_per_chunk = ROWS_PER_CHUNK if in_workers else ROWS_PER_CHUNK // 4
+    rows_per_chunk = require_whole("rows_per_chunk", rows_per_chunk, 1)
     described: dict[str, Any] = {"name": opened.name, "version": opened.version, "dim": opened.dim}
     feature_names = (*FEATURE_NAMES, MISMATCH_COLUMN, *opened.feature_names)
     if reference is not None:
@@ -165,8 +165,7 @@ def embed(
         feature_names=feature_names,
         source_names=names,
         command=command or "",
-        rows_per_shard=rows_per_shard,
-        rows_per_chunk=min(ROWS_PER_CHUNK, rows_per_shard),
+        rows_per_chunk=rows_per_chunk,
     )
     path = corpus / STORE_NAME if out is None else Path(out)
     writer = EmbeddingWriter(path, layout)

@@ -9,12 +9,9 @@ from slap_stream.errors import CorpusError
 from slap_stream.types import MAX_SOURCES
 
 FORMAT = "slap_stream.embeddings.store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Rows of one file: what is written, and after a kill written again, at once.
-ROWS_PER_SHARD = 16_384
-# Rows of the smallest piece that is read: small enough that a slice of a data shard costs little
-# more than itself, large enough that long reads stay fast (measured with 256 to 16,384).
-ROWS_PER_CHUNK = 1_024
+ROWS_PER_CHUNK = 16_384
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,8 +27,7 @@ class StoreLayout:
         feature_names: Names of the feature columns.
         source_names: Names of the sources; empty if the dataset has none.
         command: What the store was made with.
-        rows_per_shard: Rows of one file; a multiple of `rows_per_chunk`.
-        rows_per_chunk: Rows of the smallest piece that is read.
+        rows_per_chunk: Rows of one file.
     """
 
     num_samples: int
@@ -42,21 +38,15 @@ class StoreLayout:
     feature_names: tuple[str, ...] = ()
     source_names: tuple[str, ...] = ()
     command: str = ""
-    rows_per_shard: int = ROWS_PER_SHARD
     rows_per_chunk: int = ROWS_PER_CHUNK
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "dim", "rows_per_shard", "rows_per_chunk"):
+        for name in ("num_samples", "dim", "rows_per_chunk"):
             if getattr(self, name) < 1:
                 raise CorpusError(
                     f"{name} must be at least 1, got {getattr(self, name)!r}; there would be "
                     "nothing to write."
                 )
-        if self.rows_per_shard % self.rows_per_chunk:
-            raise CorpusError(
-                f"rows_per_shard must be a multiple of rows_per_chunk, got {self.rows_per_shard!r} "
-                f"and {self.rows_per_chunk!r}; a chunk lies in one shard."
-            )
         if len(self.source_names) > MAX_SOURCES:
             raise CorpusError(
                 f"source_names must be at most {MAX_SOURCES}, got {len(self.source_names)}; embed "
@@ -75,7 +65,7 @@ class StoreLayout:
             "feature_names": list(self.feature_names),
             "source_names": list(self.source_names),
             "command": self.command,
-            "rows_per_shard": self.rows_per_shard,
+            "rows_per_chunk": self.rows_per_chunk,
         }
 
     def plan(self) -> dict[str, Any]:
@@ -85,9 +75,9 @@ class StoreLayout:
     @property
     def num_blocks(self) -> int:
         """Files per array."""
-        return -(-self.num_samples // self.rows_per_shard)
+        return -(-self.num_samples // self.rows_per_chunk)
 
     def block(self, index: int) -> tuple[int, int]:
         """Half-open range of rows of one block."""
-        start = index * self.rows_per_shard
-        return start, min(start + self.rows_per_shard, self.num_samples)
+        start = index * self.rows_per_chunk
+        return start, min(start + self.rows_per_chunk, self.num_samples)

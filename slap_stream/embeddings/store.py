@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,8 +17,8 @@ from numpy.typing import NDArray
 from slap_stream.core.files import file_digest, write_json
 from slap_stream.core.work_dir import LOCK_NAME, PLAN_NAME, claimed
 from slap_stream.embeddings.layout import FORMAT, FORMAT_VERSION, StoreLayout
-from slap_stream.embeddings.plain_rows import COMPLETE, plain_rows
-from slap_stream.embeddings.rows import ArrayStore, ReadsIds, RowSlices, StackedStore
+from slap_stream.embeddings.plain_rows import PlainRows
+from slap_stream.embeddings.rows import ArrayStore, ReadsIds, StackedStore
 from slap_stream.errors import AlignmentError, CorpusError
 from slap_stream.types import Rows, RowStore
 
@@ -32,8 +31,6 @@ __all__ = [
     "file_digest",
     "open_embeddings",
 ]
-
-logger = logging.getLogger(__name__)
 
 # In the folder of a half-written store: the store itself, and a mark for each block that is done.
 _STORE, _MARK = "store", "block"
@@ -73,7 +70,8 @@ class EmbeddingWriter:
         """
         if not self._path.exists():
             return False
-        found = EmbeddingStore(self._path).attributes
+        self._refuse_what_is_not_ours()
+        found = _attributes_at(self._path)
         different = [key for key, value in self._layout.plan().items() if found.get(key) != value]
         if different:
             raise CorpusError(
@@ -140,7 +138,7 @@ class EmbeddingWriter:
             CorpusError: If the store's place, or that of the half-written one, holds something
                 else.
         """
-        if self._path.exists() and not _is_store(self._path):
+        if self._path.exists() and _attributes_at(self._path).get("format") != FORMAT:
             raise CorpusError(
                 f"embeddings must not replace anything but embeddings, got {str(self._path)!r}, "
                 "which slap-embed did not make; choose another place."
@@ -164,7 +162,6 @@ class EmbeddingWriter:
         group = zarr.create_group(
             unfinished, zarr_format=3, attributes=layout.attributes(), overwrite=True
         )
-        rows, chunk = layout.rows_per_shard, layout.rows_per_chunk
         columns: dict[str, tuple[str, tuple[int, ...]]] = {
             "embedding": ("float16", (layout.dim,)),
             "length": ("int32", ()),
@@ -178,11 +175,9 @@ class EmbeddingWriter:
                 name,
                 shape=(layout.num_samples, *tail),
                 dtype=dtype,
-                chunks=(chunk, *tail),
-                shards=(rows, *tail),
-                # Half floats hardly compress, the rest is little, and what is plain is read fast.
+                # A file each, of plain bytes. Half floats hardly compress, and the rest is little.
+                chunks=(layout.rows_per_chunk, *tail),
                 compressors=None,
-                attributes={COMPLETE: True},
             )
         unfinished.rename(self._growing)
 
@@ -231,13 +226,13 @@ def _half(name: str, values: NDArray[Any], start: int) -> NDArray[np.float16]:
     return half
 
 
-def _is_store(path: Path) -> bool:
-    """Whether a finished store of any version is there, read without opening it."""
+def _attributes_at(path: Path) -> dict[str, Any]:
+    """What the group there says about itself, be it a store of another version; {} if no group."""
     try:
-        described = json.loads((path / "zarr.json").read_text())
-        return bool(described["attributes"]["format"] == FORMAT)
+        attributes: dict[str, Any] = json.loads((path / "zarr.json").read_text())["attributes"]
+        return attributes
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return {}
 
 
 class EmbeddingStore(ReadsIds):
@@ -284,16 +279,7 @@ class EmbeddingStore(ReadsIds):
         for name, wanted in needed.items():
             if wanted and name not in arrays:
                 raise AlignmentError(self._not_a_store(f"no array {name}"))
-        plain = {name: plain_rows(self._path / name) for name in arrays}
-        slow = [name for name, rows in plain.items() if rows is None]
-        if slow:
-            logger.info(
-                "%s of %s are packed, and read by Zarr, which takes 1 to 2 ms a read; slap-embed "
-                "now writes them plain.",
-                ", ".join(sorted(slow)),
-                self._path,
-            )
-        columns: dict[str, Any] = {name: plain[name] or array for name, array in arrays.items()}
+        columns = {name: self._plain_rows(name, array) for name, array in arrays.items()}
         self._store = ArrayStore(
             columns["embedding"],
             lengths=columns["length"],
@@ -301,8 +287,19 @@ class EmbeddingStore(ReadsIds):
             feature_names=features,
             source_names=None,
         )
-        self._sources: RowSlices | None = columns.get("source")
+        self._sources = columns.get("source")
         self._source_names = tuple(names) or ("all",)
+
+    def _plain_rows(self, name: str, array: Any) -> PlainRows:
+        whole_rows = array.chunks[1:] == array.shape[1:]
+        if array.shards or array.compressors or array.filters or not whole_rows:
+            raise AlignmentError(self._not_a_store(f"{name} not in files of plain rows"))
+        return PlainRows(
+            self._path / name,
+            shape=array.shape,
+            dtype=array.dtype.newbyteorder("<"),
+            chunk_rows=array.chunks[0],
+        )
 
     def _not_a_store(self, reason: str) -> str:
         return (
@@ -393,18 +390,10 @@ class EmbeddingStore(ReadsIds):
             IndexError: If the range leaves the store.
             AlignmentError: If a file of the store is gone or damaged.
         """
-        try:
-            rows = self._store.read(start, stop)
-            if self._sources is None:
-                return rows
-            source = np.asarray(self._sources[start:stop], dtype=np.int16)
-        except AlignmentError:
-            raise
-        except ValueError as error:  # what Zarr says of packed columns that are damaged
-            raise AlignmentError(
-                f"embeddings must be read as they were written, got rows {start} to {stop} of "
-                f"{str(self._path)!r} of which Zarr says: {error}; run slap-embed again."
-            ) from error
+        rows = self._store.read(start, stop)
+        if self._sources is None:
+            return rows
+        source = self._sources[start:stop]
         return Rows(
             embedding=rows.embedding, length=rows.length, feature=rows.feature, source=source
         )

@@ -74,7 +74,7 @@ def test_every_row_belongs_to_its_sample(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "e.zarr"
-    report = run(capsys, corpus, "--out", out, "--dim", 64, "--rows-per-shard", 128)
+    report = run(capsys, corpus, "--out", out, "--dim", 64, "--rows-per-chunk", 128)
     assert report["num_samples"] == report["embedded"] == 300
     assert report["num_sources"] == 3
     store = EmbeddingStore(out)
@@ -132,8 +132,8 @@ def arrays_of(store: Path) -> dict[str, bytes]:
 def test_python_and_its_workers_write_what_the_tool_writes(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options: dict[str, Any] = {"dim": 16, "rows_per_shard": 128, "progress": True}
-    run(capsys, corpus, "--out", tmp_path / "tool.zarr", "--dim", 16, "--rows-per-shard", 128)
+    options: dict[str, Any] = {"dim": 16, "rows_per_chunk": 128, "progress": True}
+    run(capsys, corpus, "--out", tmp_path / "tool.zarr", "--dim", 16, "--rows-per-chunk", 128)
     tool = arrays_of(tmp_path / "tool.zarr")
     attributes = EmbeddingStore(tmp_path / "tool.zarr").attributes
     for workers in (1, 2):
@@ -162,11 +162,7 @@ def test_cores_are_counted_where_no_process_is_kept_off_some(
             {"num_workers": -1},
             "num_workers must be a whole number >= 0, got -1",
         ),
-        (
-            "--rows-per-shard 1500",
-            {"rows_per_shard": 1500},
-            "rows_per_shard must be a multiple of rows_per_chunk, got 1500 and 1024",
-        ),
+        ("--rows-per-chunk 0", {"rows_per_chunk": 0}, "rows_per_chunk must be a whole number >= 1"),
         ("--tokenizer x", {"tokenizer": "x"}, "tokenizer must be None for a corpus of text, got"),
         (
             "--source-column shelf",
@@ -217,7 +213,7 @@ def test_a_killed_embedding_goes_on_and_ends_the_same(tmp_path: Path) -> None:
         "from slap_stream.cli.embed import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    given = [str(corpus), "--dim", "16", "--rows-per-shard", "64", "--quiet"]
+    given = [str(corpus), "--dim", "16", "--rows-per-chunk", "64", "--quiet"]
     process = subprocess.Popen([sys.executable, "-c", script, *given], cwd=ROOT)
     partial = corpus / "embeddings.zarr.partial"
     deadline = time.monotonic() + 90
@@ -251,11 +247,11 @@ def test_only_missing_blocks_are_embedded_again(
     monkeypatch.setattr(CorpusTexts, "read", failing)
     bad = True
     with pytest.raises(CorpusError, match="shard is gone"):
-        embed(corpus, dim=16, rows_per_shard=20)
+        embed(corpus, dim=16, rows_per_chunk=20)
     assert not (corpus / "embeddings.zarr").exists()
     reads.clear()
     bad = False
-    assert embed(corpus, dim=16, rows_per_shard=20).embedded == 60
+    assert embed(corpus, dim=16, rows_per_chunk=20).embedded == 60
     # Read to count words, to learn from pairs, and to embed what is missing.
     assert reads == [(0, 1), (0, 100), (0, 100), (40, 60), (60, 80), (80, 100)]
 

@@ -21,6 +21,7 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.codecs import ZstdCodec
 
 from slap_stream.corpus.tally import Tally
 from slap_stream.embeddings.store import (
@@ -68,6 +69,7 @@ def test_the_group_is_plain_zarr_v3_as_the_format_says(store: EmbeddingStore) ->
         "feature": ("float16", (20, 2)),
         "source": ("int16", (20,)),
     }
+    np.testing.assert_array_equal(group["length"][:], np.arange(1, 21))
     assert group.attrs["command"] == "slap-embed corpus"
     assert sorted(p.name for p in store.path.parent.iterdir()) == ["embeddings.zarr"]
 
@@ -150,23 +152,38 @@ def test_a_file_of_a_store_that_is_gone_is_told(tmp_path: Path, name: str) -> No
     store = write_store(tmp_path / "embeddings.zarr", make_layout())
     [file] = [path for path in (store.path / name / "c").rglob("*") if path.is_file()][:1]
     file.unlink()
-    with pytest.raises(AlignmentError, match=f"got no file in .*{name}/c/.*; run slap-embed again"):
+    with pytest.raises(
+        AlignmentError, match=f"got No such file .*{name}/c/.*; run slap-embed again"
+    ):
         store.read(0, 20)
 
 
-def test_a_packed_column_that_is_damaged_is_told_with_the_path(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"shards": (8, 4)}, {"compressors": ZstdCodec(level=1)}, {"chunks": (4, 2)}],
+    ids=["shards", "packed", "columns"],
+)
+def test_arrays_that_are_no_plain_rows_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     path = write_store(tmp_path / "embeddings.zarr", make_layout()).path
-    shutil.rmtree(path / "length")
-    lengths = zarr.create_array(
-        path / "length", shape=(20,), dtype="int32", chunks=(4,), shards=(8,)
-    )
-    lengths[:] = np.arange(1, 21)
-    store = EmbeddingStore(path)
-    np.testing.assert_array_equal(store.read(0, 20).length, np.arange(1, 21))
-    file = path / "length" / "c" / "0"
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(AlignmentError, match=r"rows 0 to 20 of .*embeddings.zarr' of which Zar"):
-        store.read(0, 20)
+    shutil.rmtree(path / "embedding")
+    plain: dict[str, Any] = {"chunks": (4, 4), "compressors": None}
+    zarr.create_array(path / "embedding", shape=(20, 4), dtype="float16", **(plain | options))
+    with pytest.raises(
+        AlignmentError, match=r"embedding not in files of plain rows\); run slap-em"
+    ):
+        EmbeddingStore(path)
+
+
+def test_a_store_of_another_version_is_refused_and_can_be_replaced(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "embeddings.zarr", make_layout()).path
+    edit(path / "zarr.json", '"format_version":2', '"format_version":1')
+    with pytest.raises(AlignmentError, match=r"\(format_version 1, not 2\); run slap-embed"):
+        EmbeddingStore(path)
+    writer = EmbeddingWriter(path, make_layout())
+    with pytest.raises(CorpusError, match="with another format_version; pass overwrite"):
+        writer.is_finished()
+    with pytest.raises(CorpusError, match="got 3 missing"), writer.open(overwrite=True):
+        pass
 
 
 def test_embeddings_of_another_dataset_are_refused(store: EmbeddingStore) -> None:
@@ -315,7 +332,7 @@ def test_rows_that_cannot_be_kept_are_refused(
     ("changes", "message"),
     [
         ({"num_samples": 0}, "num_samples must be at least 1"),
-        ({"rows_per_shard": 9}, "rows_per_shard must be a multiple of rows_per_chunk"),
+        ({"rows_per_chunk": 0}, "rows_per_chunk must be at least 1"),
         ({"source_names": ("x",) * 32_769}, "source_names must be at most 32768, got 32769"),
     ],
 )

@@ -32,8 +32,7 @@ def make_layout(num_samples: int = 20, **changes: Any) -> StoreLayout:
         "feature_names": ("up", "down"),
         "source_names": ("a", "b", "c"),
         "command": "slap-embed corpus",
-        "rows_per_shard": 8,
-        "rows_per_chunk": 4,
+        "rows_per_chunk": 8,
     }
     return StoreLayout(**(settings | changes))
 
