@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import shlex
 import shutil
@@ -28,6 +29,8 @@ def test_the_python_blocks_run(
 ) -> None:
     shutil.copytree(folder, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
+    with gzip.open("chats.jsonl.gz", "wt") as file:
+        file.write('{"prompt": "a question", "completion": "an answer"}\n')
     found = blocks("python")
     assert found
     scope: dict[str, object] = {}
