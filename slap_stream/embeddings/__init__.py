@@ -19,8 +19,8 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
-    "store": ("EmbeddingStore", "StackedStore", "open_embeddings"),
-    "rows": ("as_row_store", "take"),
+    "store": ("EmbeddingStore", "open_embeddings"),
+    "rows": ("StackedStore", "as_row_store", "take"),
     "embed": ("EmbedReport", "embed"),
     "pretrained": ("torch_device",),
 }

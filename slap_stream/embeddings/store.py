@@ -14,23 +14,13 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from slap_stream.core.files import file_digest, write_json
+from slap_stream.core.files import write_json
 from slap_stream.core.work_dir import LOCK_NAME, PLAN_NAME, claimed
 from slap_stream.embeddings.layout import FORMAT, FORMAT_VERSION, StoreLayout
 from slap_stream.embeddings.plain_rows import PlainRows
 from slap_stream.embeddings.rows import ArrayStore, ReadsIds, StackedStore
 from slap_stream.errors import AlignmentError, CorpusError
 from slap_stream.types import Rows, RowStore
-
-__all__ = [
-    "ArrayStore",
-    "EmbeddingStore",
-    "EmbeddingWriter",
-    "StackedStore",
-    "StoreLayout",
-    "file_digest",
-    "open_embeddings",
-]
 
 # In the folder of a half-written store: the store itself, and a mark for each block that is done.
 _STORE, _MARK = "store", "block"

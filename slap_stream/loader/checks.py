@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from slap_stream.config import SlapConfig
-from slap_stream.embeddings.store import StackedStore
+from slap_stream.embeddings.rows import StackedStore
 from slap_stream.errors import AlignmentError, ConfigError
 from slap_stream.shards.settings import min_cache_bytes
 from slap_stream.types import IntArray, RowStore

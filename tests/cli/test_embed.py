@@ -136,7 +136,7 @@ def test_python_and_its_workers_write_what_the_tool_writes(
     run(capsys, corpus, "--out", tmp_path / "tool.zarr", "--dim", 16, "--rows-per-chunk", 128)
     tool = arrays_of(tmp_path / "tool.zarr")
     attributes = EmbeddingStore(tmp_path / "tool.zarr").attributes
-    for workers in (1, 2):
+    for workers in (0, 2):
         out = tmp_path / f"{workers}.zarr"
         report = embed(corpus, out=out, num_workers=workers, **options)
         assert (report.path, report.num_samples, report.embedded) == (str(out), 300, 300)

@@ -14,8 +14,14 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slap_stream.embeddings.rows import BRIDGE_ROWS, SPAN_ROWS, plan_spans
-from slap_stream.embeddings.store import ArrayStore, StackedStore, open_embeddings
+from slap_stream.embeddings.rows import (
+    BRIDGE_ROWS,
+    SPAN_ROWS,
+    ArrayStore,
+    StackedStore,
+    plan_spans,
+)
+from slap_stream.embeddings.store import open_embeddings
 from slap_stream.errors import AlignmentError
 from slap_stream.types import Rows
 from tests.helpers.embed_rows import array_store, assert_rows_are, make_rows

@@ -23,15 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import ZstdCodec
 
+from slap_stream.core.files import file_digest
 from slap_stream.corpus.tally import Tally
-from slap_stream.embeddings.store import (
-    EmbeddingStore,
-    EmbeddingWriter,
-    StackedStore,
-    StoreLayout,
-    file_digest,
-    open_embeddings,
-)
+from slap_stream.embeddings.layout import StoreLayout
+from slap_stream.embeddings.rows import StackedStore
+from slap_stream.embeddings.store import EmbeddingStore, EmbeddingWriter, open_embeddings
 from slap_stream.errors import AlignmentError, CorpusError
 from slap_stream.types import MAX_SOURCES, Rows
 from tests.helpers.embed_rows import (

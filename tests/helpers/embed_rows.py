@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from slap_stream.embeddings.store import ArrayStore, EmbeddingStore, EmbeddingWriter, StoreLayout
+from slap_stream.embeddings.layout import StoreLayout
+from slap_stream.embeddings.rows import ArrayStore
+from slap_stream.embeddings.store import EmbeddingStore, EmbeddingWriter
 from slap_stream.types import Rows
 
 

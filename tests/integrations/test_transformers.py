@@ -15,7 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from slap_stream import EmbeddingStore, SlapConfig, per_sample_loss
-from slap_stream.embeddings.store import ArrayStore
+from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.errors import ConfigError, StateError
 from slap_stream.integrations.transformers import STATE_FILE, SlapTrainer, planned_steps
 from slap_stream.text.collate import ChatCollator

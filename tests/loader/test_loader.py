@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from streaming import Stream, StreamingDataset
 
 from slap_stream import SlapDataLoader
-from slap_stream.embeddings.store import ArrayStore
+from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.errors import (
     AlignmentError,
     ConfigError,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from slap_stream import SlapConfig, SlapSampler
 from slap_stream.config import PolicyName
-from slap_stream.embeddings.store import ArrayStore
+from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.errors import ConfigError, FeedbackError
 from slap_stream.selection import lane
 from slap_stream.selection.policies import DivBS, Greats, MaxLoss, RhoLoss, Uds

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from slap_stream import SlapConfig, SlapSampler
 from slap_stream.config import PolicyName
-from slap_stream.embeddings.store import ArrayStore
+from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.errors import AlignmentError, ConfigError, FeedbackError, ShardError, StateError
 from tests.laws import (
     LossTable,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from slap_stream import SlapSampler
 from slap_stream.config import SlapConfig
 from slap_stream.core.kernels import unit_rows
-from slap_stream.embeddings.store import ArrayStore
+from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.selection.loss_model import LossModel
 from slap_stream.selection.moments import Moments
 from slap_stream.selection.policies import make_policy

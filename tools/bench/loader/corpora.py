@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from slap_stream.embeddings.store import EmbeddingWriter, StoreLayout, file_digest
+from slap_stream.core.files import file_digest
+from slap_stream.embeddings.layout import StoreLayout
+from slap_stream.embeddings.store import EmbeddingWriter
 from slap_stream.shards.writer import open_writer
 from slap_stream.types import Rows
 

@@ -17,7 +17,7 @@ from slap_stream import (
     SlapDataLoader,
     per_sample_loss,
 )
-from slap_stream.embeddings.store import ArrayStore
+from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.shards.opening import one_at_a_time
 from slap_stream.text.collate import ChatCollator
 from tools.bench.selection.corpora import KINDS, Corpus, Workshop, encoded
