@@ -186,6 +186,12 @@ def test_a_sampler_needs_neither_torch_nor_streaming() -> None:
     assert loaded("import slap_stream; slap_stream.SlapSampler", heavy) == "[]"
 
 
+def test_the_tools_load_nothing_heavy_before_there_is_work() -> None:
+    """Nor do processes that only read what is converted: they import the same again."""
+    heavy = ("torch", "streaming", "zarr", "numba", "transformers", "pyarrow", "sklearn")
+    assert loaded("import slap_stream.cli.convert, slap_stream.cli.embed", heavy) == "[]"
+
+
 def loaded(code: str, modules: tuple[str, ...]) -> str:
     """Which of these modules a process has after running some code."""
     result = subprocess.run(

@@ -42,7 +42,7 @@ EXPORTS = {
     "background": ("Background", "BackgroundThread"),
     "interrupts": ("handler_of", "ready_to_wait", "undisturbed", "waiting"),
     "processes": ("run_jobs", "usable_cores"),
-    "work_dir": ("LOCK_NAME", "PLAN_NAME", "claimed", "run_missing"),
+    "work_dir": ("LOCK_NAME", "PLAN_NAME", "claimed", "remove", "run_missing"),
     "checks": ("require_whole",),
     "files": ("file_digest", "read_json", "write_json", "write_text"),
     "state_bytes": ("from_bytes", "to_bytes"),

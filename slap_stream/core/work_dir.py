@@ -62,10 +62,20 @@ def claimed(
             # The plan goes first: a kill in between leaves nothing that would be gone on with.
             (work_dir / PLAN_NAME).unlink()
         if changed or saved is None:
-            for left in [path for path in work_dir.iterdir() if path.name != LOCK_NAME]:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            _clear(work_dir)
             write_json(work_dir / PLAN_NAME, plan)
         yield
+
+
+def remove(work_dir: Path) -> None:
+    """Remove a work directory that is held: its lock last, so that a kill leaves one of ours."""
+    _clear(work_dir)
+    shutil.rmtree(work_dir)
+
+
+def _clear(work_dir: Path) -> None:
+    for left in [path for path in work_dir.iterdir() if path.name != LOCK_NAME]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def run_missing(

@@ -15,7 +15,7 @@ import zarr
 from numpy.typing import NDArray
 
 from slap_stream.core.files import write_json
-from slap_stream.core.work_dir import LOCK_NAME, PLAN_NAME, claimed
+from slap_stream.core.work_dir import LOCK_NAME, PLAN_NAME, claimed, remove
 from slap_stream.embeddings.layout import FORMAT, FORMAT_VERSION, StoreLayout
 from slap_stream.embeddings.plain_rows import PlainRows
 from slap_stream.embeddings.rows import ArrayStore, ReadsIds, StackedStore
@@ -109,7 +109,7 @@ class EmbeddingWriter:
             if self._path.exists():
                 shutil.rmtree(self._path)
             self._growing.rename(self._path)
-            shutil.rmtree(self._partial)
+            remove(self._partial)
 
     def _missing(self) -> list[int]:
         return [n for n in range(self._layout.num_blocks) if not self._mark(n).exists()]

@@ -292,6 +292,24 @@ def test_arrays_that_were_not_all_made_are_made_again(tmp_path: Path) -> None:
     assert [found.name for found in tmp_path.iterdir()] == ["embeddings.zarr"]
 
 
+def test_a_kill_at_the_very_end_leaves_nothing_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "embeddings.zarr"
+
+    def killed(work_dir: Path) -> None:
+        (work_dir / "plan.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slap_stream.embeddings.store.remove", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_store(path, make_layout())
+    writer = EmbeddingWriter(path, make_layout())
+    assert writer.is_finished()
+    with pytest.raises(CorpusError, match="got 3 missing"), writer.open(overwrite=True):
+        pass
+
+
 def test_two_processes_cannot_write_one_store(tmp_path: Path) -> None:
     first, second = (EmbeddingWriter(tmp_path / "e.zarr", make_layout()) for _ in range(2))
     with (
