@@ -166,7 +166,7 @@ class Saved:
         if not (fits and same):
             raise self.refusal(name, wanted, value)
         with np.errstate(over="ignore"):  # too large for the type is infinite, and refused as that
-            return array.astype(dtype)
+            return array.astype(dtype, copy=False)
 
 
 def _is_plain(value: Any) -> bool:
