@@ -76,7 +76,8 @@ DAMAGES: dict[str, Callable[[Any], Any]] = {
     "as text": str,
     "in a list": lambda value: [value],
     "in a dict": lambda value: {"value": value},
-    "negative": lambda value: -7,
+    # A fraction may well be negative.
+    "negative": lambda value: GONE if isinstance(value, float) else -7,
     "half": lambda value: 0.5 + value if type(value) is int else GONE,
     "true": lambda value: GONE if isinstance(value, bool) else True,
     "not a number": _spoil,
