@@ -21,7 +21,7 @@ from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, Sta
 
 EMPTY = -1
 # Columns that may hold NaN (not measured) or infinity (too far to be known).
-NOT_FINITE = ("own_loss", "nuclear_norm", "distance")
+NOT_FINITE = ("own_loss", "distance")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -177,7 +177,7 @@ class Pool:
             sample_id: (n,) sample ids, in the pool or not; the first of equal ones counts.
             losses: (n,) finite losses.
             sketches: (n, sketch_dim) gradient sketches; not finite ones count as not measured.
-            measurements: (n,) other numbers, by name.
+            measurements: (n,) other numbers, by name; not finite ones count as not measured.
             since: Refreshes before.
         """
         known, first = np.unique(sample_id, return_index=True)
@@ -190,7 +190,7 @@ class Pool:
             usable = np.isfinite(sketches).all(axis=1)
             self.sketch[slots] = np.where(usable[:, None], sketches, 0.0)[at]
         for name, values in (measurements or {}).items():
-            self.measured[name][slots] = values[at]
+            self.measured[name][slots] = np.where(np.isfinite(values), values, 0.0)[at]
 
     def remove(self, slots: IntArray) -> None:
         """Free these slots."""

@@ -11,7 +11,7 @@ import numpy as np
 Path = tuple[str | int, ...]
 GONE = object()
 # In these NaN or infinity has a meaning.
-MAY_BE_NAN = ("own_loss", "nuclear_norm", "distance")
+MAY_BE_NAN = ("own_loss", "distance")
 
 
 def entries(state: Any, path: Path = ()) -> Iterator[Path]:
