@@ -4,8 +4,7 @@ kernels.py      loops over rows, compiled; the only importer of numba
 linear.py       linear algebra on one thread, so that sums come out alike
 sorting.py      candidates in the order of a score
 rng.py          random draws as a function of counters, never of history
-background.py   work in a thread of its own
-interrupts.py   signals that wait until a state is whole
+background.py   a thread that does one thing after the other
 processes.py    jobs over worker processes that end with their parent
 files.py        files that are found whole or not at all
 state_bytes.py  a state as bytes, without pickle
@@ -36,7 +35,6 @@ EXPORTS = {
     "sorting": ("first_of_each", "place_in_group", "sort_candidates"),
     "rng": ("Purpose", "generator", "gumbels", "uniforms"),
     "background": ("Background", "BackgroundThread"),
-    "interrupts": ("handler_of", "ready_to_wait", "undisturbed", "waiting"),
     "processes": ("run_jobs", "usable_cores"),
     "files": ("file_digest", "read_json", "write_json"),
     "state_bytes": ("from_bytes", "to_bytes"),
