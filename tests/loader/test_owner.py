@@ -53,6 +53,39 @@ def test_another_thread_may_ask_for_metrics_between_any_two_lines(
     assert ids == unbroken
 
 
+@pytest.mark.parametrize("lookahead", [0, 4])
+def test_a_batch_is_pending_whichever_line_of_its_delivery_is_interrupted(
+    corpus: Path, lookahead: int
+) -> None:
+    config = config_of(num_lanes=2, lookahead=lookahead)
+    loader = make(corpus, config=config)
+    run(loader, 3)
+    state = loader.state_dict()
+    expected = run(loader, 2)
+    for lines in range(500):
+        loader = make(corpus, config=config)
+        loader.load_state_dict(state)
+        batches, left = iter(loader), [lines]
+
+        def interrupt(left: list[int] = left) -> None:
+            left[0] -= threading.current_thread() is threading.main_thread()
+            if left[0] == -1:
+                raise KeyboardInterrupt
+
+        try:
+            with at_every_line(LOADER, interrupt):
+                batch = next(batches)
+        except KeyboardInterrupt:
+            # Ended, unless the interrupt came before anything was done.
+            batch = next(batches, None) or next(iter(loader))
+        assert batch["sample_id"].tolist() == expected[0]
+        if left[0] >= 0:
+            break
+    assert 20 < lines < 499
+    feed(loader, batch)
+    assert run(loader, 1) == expected[1:]
+
+
 @pytest.mark.parametrize(("lookahead", "seed"), [(0, 1), (1, 2), (4, 3)])
 def test_an_interrupt_at_any_line_loses_nothing(corpus: Path, lookahead: int, seed: int) -> None:
     config, draws = config_of(num_lanes=2, lookahead=lookahead), random.Random(seed)
