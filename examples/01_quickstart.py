@@ -147,7 +147,7 @@ def train(
                 run.losses.append(float(run.final.mean()))
                 print(f"  {policy:8} step {step:4}/{steps}  held-out loss {run.losses[-1]:.3f}")
                 resumed = time.perf_counter()
-        strata.append([loader.composer.offered_by_stratum, loader.composer.trained_by_stratum])
+        strata.append([loader.sampler.offered_by_stratum, loader.sampler.trained_by_stratum])
     run.strata = np.sum(strata, axis=0)
     run.metrics = loader.metrics()
     return run

@@ -4,8 +4,7 @@ kernels.py      loops over rows, compiled; the only importer of numba
 linear.py       linear algebra on one thread, so that sums come out alike
 sorting.py      candidates in the order of a score
 rng.py          random draws as a function of counters, never of history
-background.py   work in a thread of its own
-interrupts.py   signals that wait until a state is whole
+background.py   a thread that does one thing after the other
 processes.py    jobs over worker processes that end with their parent
 checks.py       checks of arguments that several stages make
 work_dir.py     work that may be cut off, and goes on when it is called again
@@ -40,7 +39,6 @@ EXPORTS = {
     "sorting": ("first_of_each", "place_in_group", "sort_candidates"),
     "rng": ("Purpose", "generator", "gumbels", "uniforms"),
     "background": ("Background", "BackgroundThread"),
-    "interrupts": ("handler_of", "ready_to_wait", "undisturbed", "waiting"),
     "processes": ("run_jobs", "usable_cores"),
     "work_dir": ("LOCK_NAME", "PLAN_NAME", "claimed", "remove", "run_missing"),
     "checks": ("require_whole",),

@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     SUBSET = 13
     METRIC = 14
     LOSSES = 15
+    WORKERS = 16
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

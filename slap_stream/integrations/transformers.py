@@ -17,7 +17,8 @@ from slap_stream.config import SlapConfig
 from slap_stream.core.state_bytes import from_bytes, to_bytes
 from slap_stream.errors import ConfigError, StateError
 from slap_stream.integrations.data_schedule import DataSchedule, planned_steps
-from slap_stream.loader.loader import SAMPLE_ID, SlapDataLoader
+from slap_stream.loader.delivery import SAMPLE_ID
+from slap_stream.loader.loader import SlapDataLoader
 from slap_stream.probe.probe import LearnabilityProbe
 from slap_stream.probe.readout import per_sample_loss
 from slap_stream.selection.policies.registry import make_policy
@@ -287,13 +288,13 @@ class _TrainerLoader(SlapDataLoader):
     @property
     def steps(self) -> int:
         """Batches of a whole epoch; with keep="auto", the most there can be."""
-        return len(self.composer)
+        return len(self.sampler)
 
     @property
     def delivered(self) -> int:
         """Batches delivered in the epoch of the next batch."""
         finished = self.progress == 1.0
-        return 0 if finished else self.composer.step - self._pending.undelivered
+        return 0 if finished else int(self.metrics()["step"])
 
     def __len__(self) -> int:
         return self.steps - self.delivered

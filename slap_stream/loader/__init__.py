@@ -5,6 +5,8 @@ out  batches for the training step; checkpoints; metrics
 
 loader.py       `SlapDataLoader`: torch's DataLoader over a sampler
 pending.py      batches that are composed and not delivered yet
+delivery.py     one iteration: pending batches to the training loop
+probe_link.py   what a probe asks of a loader and tells it
 ranks.py        what ranks tell each other
 state.py        a checkpoint of all ranks
 checks.py       settings and data that do not fit together
@@ -16,5 +18,6 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
-    "loader": ("SAMPLE_ID", "SlapDataLoader"),
+    "delivery": ("SAMPLE_ID",),
+    "loader": ("SlapDataLoader",),
 }

@@ -44,17 +44,26 @@ def check_arguments(
     return settings
 
 
-def check_batch_size(batch_size: int, dataset: Any) -> None:
-    """Refuse a batch size that is not the dataset's.
+def batch_size_of(batch_size: int | None, dataset: Any) -> int:
+    """The batch size that was given, or else the dataset's.
 
     Raises:
-        ConfigError: If it is not.
+        ConfigError: If neither was given, or both and different ones.
     """
-    if dataset.batch_size is not None and dataset.batch_size != batch_size:
+    theirs: int | None = dataset.batch_size
+    if batch_size is None:
+        if theirs is None:
+            raise ConfigError(
+                "batch_size must be given to the loader or to the dataset, got neither; write "
+                "SlapDataLoader(dataset, batch_size=32, ...)."
+            )
+        return theirs
+    if theirs is not None and theirs != batch_size:
         raise ConfigError(
-            f"batch_size must be the dataset's, {dataset.batch_size}, got {batch_size!r}; give "
-            "both the same."
+            f"batch_size must be the dataset's, {theirs}, got {batch_size!r}; give both the same, "
+            "or the dataset's alone."
         )
+    return batch_size
 
 
 def prefetch_within(num_workers: int, prefetch_factor: int | None, lookahead: int) -> int | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,21 +12,22 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from slap_stream.config import SlapConfig
-from slap_stream.core.interrupts import ready_to_wait, undisturbed
+from slap_stream.core.background import BackgroundThread
+from slap_stream.core.rng import Purpose, generator
 from slap_stream.embeddings.store import open_embeddings
-from slap_stream.errors import WorkerError
 from slap_stream.loader.checks import (
+    batch_size_of,
     check_alignment,
     check_arguments,
-    check_batch_size,
     check_cache_limit,
     prefetch_within,
 )
+from slap_stream.loader.delivery import Delivery
 from slap_stream.loader.pending import PendingBatches
+from slap_stream.loader.probe_link import ProbeLink
 from slap_stream.loader.ranks import TIMEOUT_SECONDS, join_ranks
 from slap_stream.loader.state import check_loader_state, whole_state
 from slap_stream.loader.status_line import StatusLine
-from slap_stream.loader.workers import describe_dead, watch
 from slap_stream.probe.probe import LearnabilityProbe, check_probe_state
 from slap_stream.selection.sampler import SlapSampler
 from slap_stream.selection.state import check_ranks_agree
@@ -37,9 +39,7 @@ from slap_stream.shards.settings import (
     processes_per_node,
 )
 from slap_stream.shards.view import ShardView
-from slap_stream.types import FloatArray, IntArray, Position, State
-
-SAMPLE_ID = "sample_id"
+from slap_stream.types import Position, State
 
 
 class SlapDataLoader(DataLoader[Any]):
@@ -52,13 +52,26 @@ class SlapDataLoader(DataLoader[Any]):
     Ranks talk to each other when the loader is made, at refreshes and in `state_dict`; all of them
     must do the same at the same step.
 
+    A thread of its own owns the sampler and does in it, one after the other, all that is called
+    here. So any thread may call, and an interrupt (Ctrl-C, or torch's when a worker has died) ends
+    the waiting for a call and never the call: what was begun is done whole, and a batch is either
+    delivered or still pending. A process that was forked from this one (a worker, say) cannot use
+    the loader. The loader waits for the thread before torch forks workers; who forks otherwise
+    calls `metrics()` first, or forks while nothing is composed.
+
+    Workers are seeded by (seed, epoch, batches delivered in it, rank) when they are started, so a
+    resumed run does not draw again what an earlier part of it has drawn. What a worker draws for a
+    sample depends on the samples it has read before: a run that is resumed, or has another number
+    of workers, has the same batches and other draws. Persistent workers go on drawing from epoch to
+    epoch. Without workers, draws come from this process's own generators.
+
     State: the sampler's, the composed and undelivered batches, and the attached probe's.
 
     Args:
         dataset: The dataset; its `batch_size`, if set, must be this one. Of a dataset with
             `replication`, so many consecutive processes get the same batches.
-        batch_size: Samples in this rank's batch; the global batch, batch_size * world_size, is
-            fixed for a run.
+        batch_size: Samples in this rank's batch; default: the dataset's. The global batch,
+            batch_size * world_size, is fixed for a run.
         embeddings: Path of `embeddings.zarr`, an `EmbeddingStore`, an array, or a list of them in
             stream order.
         config: Settings; default `SlapConfig()`.
@@ -88,7 +101,7 @@ class SlapDataLoader(DataLoader[Any]):
     def __init__(
         self,
         dataset: Any,
-        batch_size: int,
+        batch_size: int | None = None,
         *,
         embeddings: Any,
         config: SlapConfig | None = None,
@@ -107,7 +120,7 @@ class SlapDataLoader(DataLoader[Any]):
     ) -> None:
         config = check_arguments(config, num_workers, prefetch_factor, collate_fn)
         shards = dataset_shards(dataset)
-        check_batch_size(batch_size, dataset)
+        batch_size = batch_size_of(batch_size, dataset)
         prefetch_factor = prefetch_within(num_workers, prefetch_factor, config.lookahead)
         store = open_embeddings(embeddings)
         self._digests = index_digests(dataset)
@@ -139,9 +152,10 @@ class SlapDataLoader(DataLoader[Any]):
             gate=self._fetcher,
             exchange=self._ranks,
         )
-        self._pending = PendingBatches(self._sampler)
+        self._owner = BackgroundThread("slap-sampler")
+        self._pending = PendingBatches(self._sampler, self._owner)
         # Of the rank that needs most: then all are refused or none.
-        check_cache_limit(dataset, self._meet_ranks(), ranks_on_node)
+        check_cache_limit(dataset, self._owner.call(self._meet_ranks), ranks_on_node)
         self._probe: LearnabilityProbe | None = None
         self._probe_state: State | None = None
         # Which iterator may go on: none from before a new iteration or a loaded state.
@@ -160,7 +174,7 @@ class SlapDataLoader(DataLoader[Any]):
             multiprocessing_context=multiprocessing_context,
             # Torch draws the workers' seed at every iteration: from the global generator, a resumed
             # run would draw once more than the unbroken one, and its dropout would differ.
-            generator=torch.Generator().manual_seed(config.seed),
+            generator=torch.Generator(),
         )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -173,50 +187,43 @@ class SlapDataLoader(DataLoader[Any]):
                 training step runs, the step itself ends with it.
         """
         self._iteration += 1
-        self._pending.begin()
+        iteration = self._iteration
+        delivered = self._owner.call(self._begin)
         # Persistent workers of which one has died: the next iteration makes new ones.
         if any(worker.exitcode for worker in getattr(self._iterator, "_workers", ())):
             self._iterator = None
+        place = self._pending.epoch, delivered, self._ranks.rank
+        draws = generator(self.config.seed, Purpose.WORKERS, *place)
+        self.generator.manual_seed(int(draws.integers(2**63)))
         batches = super().__iter__()
-        if self.num_workers:
-            watch(batches)
         self._line.restart()
-        with ready_to_wait():
-            yield from self._deliver(batches)
+        return Delivery(
+            batches,
+            self._pending,
+            is_newest=lambda: iteration == self._iteration,
+            hold_shards=self._hold_shards,
+            count=lambda samples, progress: self._line.count(samples, progress, self.metrics),
+        )
 
-    def _deliver(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yield what torch's iterator over the pending batches gives, and compose ahead."""
-        iteration = self._iteration
-        while self._pending.ask():
-            self._hold_shards()
-            try:
-                batch = next(batches)
-            except WorkerError:
-                raise
-            except (RuntimeError, OSError, EOFError) as error:
-                message = describe_dead(getattr(batches, "_workers", ()), error)
-                if message is None:
-                    raise
-                raise WorkerError(message) from error
-            with self._pending.delivering() as ids:
-                batch = _with_ids(batch, ids)
-                self._line.count(len(ids), self.progress, self.metrics)
-            yield batch
-            if iteration != self._iteration:
-                raise RuntimeError(
-                    "an iterator of the loader must not be used on after load_state_dict or after "
-                    "a new iteration has begun, which has its batches now: start a new "
-                    "iteration or go on with the newest."
-                )
+    def _begin(self) -> int:
+        delivered = self._pending.begin()
+        if self.num_workers:
+            # A fork in the middle of a read would copy whatever lock is held there.
+            self._sampler.finish_reading()
+        return delivered
 
-    @property
-    def composer(self) -> SlapSampler:
+    @property  # type: ignore[override]  # torch's is of single samples
+    def sampler(self) -> SlapSampler:
         """Who composes the batches; waits until what is composed in the background is done.
 
         Ask for it anew every time: one that is kept from batch to batch is in use meanwhile.
         """
-        self._pending.settle()
-        return self._sampler
+        return self._owner.call(lambda: self._sampler)
+
+    @sampler.setter
+    def sampler(self, torchs: Any) -> None:
+        """Torch's constructor sets one of its own, which a loader with a batch sampler has no use
+        for."""
 
     @property
     def config(self) -> SlapConfig:
@@ -224,19 +231,9 @@ class SlapDataLoader(DataLoader[Any]):
         return self._sampler.config
 
     @property
-    def measurements(self) -> tuple[str, ...]:
-        """Names of what the policy wants measured besides losses and sketches."""
-        return self._sampler.measurements
-
-    @property
-    def num_local_lanes(self) -> int:
-        """Lanes of this rank."""
-        return len(self._sampler.lanes)
-
-    @property
     def epoch(self) -> int:
         """Epoch of the next batch, counted from 0."""
-        return self._sampler.epoch + int(self._pending.finished)
+        return self._pending.epoch + int(self._pending.finished)
 
     @property
     def progress(self) -> float:
@@ -244,7 +241,7 @@ class SlapDataLoader(DataLoader[Any]):
 
         As of the batch delivered last: 1 with the epoch's last one, until the next epoch begins.
         """
-        return 1.0 if self._pending.finished else self._pending.progress
+        return 1.0 if self._pending.finished else self._pending.delivered.progress
 
     @property
     def epochs_done(self) -> float:
@@ -266,7 +263,7 @@ class SlapDataLoader(DataLoader[Any]):
         """
         # First what waits for the model, while a batch is still composed in the background.
         ids, losses = _on_cpu(ids), _on_cpu(losses)
-        self.composer.observe(ids, losses)
+        self._owner.call(partial(self._sampler.observe, ids, losses))
 
     def loss_weights(self, ids: Any) -> torch.Tensor:
         """Weights of the losses of the batch at hand; call it before `observe`.
@@ -280,73 +277,53 @@ class SlapDataLoader(DataLoader[Any]):
         Raises:
             FeedbackError: If an id was not yielded lately or was already observed.
         """
-        return torch.from_numpy(self.composer.loss_weights(_on_cpu(ids)))
+        ids = _on_cpu(ids)
+        return torch.from_numpy(self._owner.call(partial(self._sampler.loss_weights, ids)))
 
-    def probe_budget(self) -> int:
-        """Candidates due to be probed now; 0 if none."""
-        return self.composer.probe_budget()
-
-    def probe_candidates(self, count: int) -> IntArray:
-        """(count,) sample ids to probe, lane by lane, equally many per lane."""
-        return self.composer.probe_candidates(count)
-
-    def read_batch(self, ids: Sequence[int] | IntArray) -> Any:
-        """Read and collate samples by id, in this process."""
+    def probe_host(self) -> ProbeLink:
+        """What `LearnabilityProbe` asks of this loader and tells it: internal, the probe's."""
         view: ShardView = self.dataset  # type: ignore[assignment]
         collate = self.collate_fn
         assert collate is not None, "set in the constructor"
-        ids = np.array(ids, np.int64)
-        return _with_ids(collate(view.__getitems__(ids)), ids)
+        return ProbeLink(
+            self._sampler,
+            self._owner,
+            read=lambda ids: collate(view.__getitems__(ids)),
+            attach=self._attach,
+        )
 
-    def update(
-        self, ids: IntArray, losses: FloatArray, sketches: Any = None, measurements: Any = None
-    ) -> None:
-        """Feed back what the probe measured of the ids that `probe_candidates` gave."""
-        self.composer.update(ids, losses, sketches, measurements)
-
-    def refresh(self, also: FloatArray | None = None) -> FloatArray:
-        """Take in all feedback since the last refresh, of all ranks; every rank calls it.
-
-        Args:
-            also: (local lanes, n) more numbers to be added up over all lanes of all ranks.
-
-        Returns:
-            (n,) their sums.
-
-        Raises:
-            ExchangeError: If a rank does not answer in time or is at another step.
-        """
-        self.composer.refreshes_itself = False
-        return self.composer.refresh(also)
+    def _attach(self, probe: LearnabilityProbe) -> None:
+        if self._probe_state is not None:
+            probe.load_state_dict(self._probe_state)
+        self._probe, self._probe_state = probe, None
+        # From now on the probe says when; a second clock would refresh twice.
+        self._sampler.refreshes_itself = False
 
     def _hold_shards(self) -> None:
         """Under a `cache_limit`, say which shards composed and pooled samples still need."""
-        if not self._fetcher.limited:
-            return
-        first_id = self.composer.table.first_id
+        if self._fetcher.limited:
+            self._owner.call(self._hold_needed)
+
+    def _hold_needed(self) -> None:
+        first_id = self._sampler.table.first_id
         now = [np.searchsorted(first_id, self._pending.ids, side="right") - 1]
         soon = []
-        for lane in self.composer.lanes:
+        for lane in self._sampler.lanes:
             pooled, following = lane.intake.shards_in_use()
             now.append(pooled)
             soon.append(following)
         self._fetcher.hold(np.unique(np.concatenate(now)), np.concatenate(soon))
 
-    def attach(self, probe: LearnabilityProbe) -> None:
-        """Let a probe refresh this loader; its state travels in the loader's."""
-        if self._probe_state is not None:
-            probe.load_state_dict(self._probe_state)
-        self._probe, self._probe_state = probe, None
-        # From now on the probe says when; a second clock would refresh twice.
-        self.composer.refreshes_itself = False
-
     def metrics(self) -> dict[str, float]:
         """Flat numbers about the run, ready for TensorBoard or Weights & Biases."""
-        metrics = self.composer.metrics() | self._fetcher.metrics() | self._ranks.metrics()
+        return self._owner.call(self._metrics)
+
+    def _metrics(self) -> dict[str, float]:
+        metrics = self._sampler.metrics() | self._fetcher.metrics() | self._ranks.metrics()
         # What was composed ahead has not been trained on yet.
-        ahead = self._pending.undelivered
+        ahead = len(self._pending.undelivered)
         metrics["undelivered"] = float(ahead)
-        metrics["trained"] -= float(ahead * self.composer.batch_size)
+        metrics["trained"] -= float(ahead * self._sampler.batch_size)
         metrics["step"] -= float(ahead)
         if self._probe is not None:
             metrics |= self._probe.metrics()
@@ -361,28 +338,29 @@ class SlapDataLoader(DataLoader[Any]):
         Raises:
             ExchangeError: If a rank does not answer in time or is at another step.
         """
-        # Interrupts that came between the parts of an exchange would part the ranks.
-        with undisturbed():
-            return whole_state(
-                self._ranks,
-                self._position(),
-                index_digests=self._digests,
-                sampler=self.composer.state_dict(),
-                pending=self._pending.state_dict(),
-                probe=self._probe_state if self._probe is None else self._probe.state_dict(),
-            )
+        return self._owner.call(self._state)
+
+    def _state(self) -> State:
+        return whole_state(
+            self._ranks,
+            self._position(),
+            index_digests=self._digests,
+            sampler=self._sampler.state_dict(),
+            pending=self._pending.state_dict(),
+            probe=self._probe_state if self._probe is None else self._probe.state_dict(),
+        )
 
     def _meet_ranks(self) -> int:
         """Check that all ranks were given the same run; most shards that one needs at a time."""
-        run = self.config.to_dict() | self.composer.describe()
-        mine = run | {"index_digests": self._digests}, self.composer.shards_at_hand
+        run = self.config.to_dict() | self._sampler.describe()
+        mine = run | {"index_digests": self._digests}, self._sampler.shards_at_hand
         everyones = self._ranks.gather(json.dumps(mine).encode(), self._position())
         runs, needs = zip(*map(json.loads, everyones), strict=True)
         check_ranks_agree(runs)
         return int(max(needs))
 
     def _position(self) -> Position:
-        return Position(epoch=self.composer.epoch, step=self.composer.step, digest=0)
+        return Position(epoch=self._sampler.epoch, step=self._sampler.step, digest=0)
 
     def load_state_dict(self, state: State) -> None:
         """Go on exactly where the state was saved; arrays may come back as nested lists.
@@ -397,7 +375,10 @@ class SlapDataLoader(DataLoader[Any]):
                 changed; nothing has changed then.
             ShardError: If a shard that the state needs cannot be fetched; likewise.
         """
-        sampler = self.composer
+        self._owner.call(partial(self._load, state))
+
+    def _load(self, state: State) -> None:
+        sampler = self._sampler
         probe = check_loader_state(
             state,
             index_digests=self._digests,
@@ -417,25 +398,11 @@ class SlapDataLoader(DataLoader[Any]):
 
     def close(self) -> None:
         """End the threads that fetch shards, and the ranks' connections: the loader's end."""
+        self._owner.call(self._close)
+
+    def _close(self) -> None:
         self._fetcher.close()
         self._ranks.close()
-
-
-def _with_ids(batch: Any, ids: IntArray) -> Any:
-    """Add `sample_id` to what the user's function made of the samples.
-
-    Here, not in the worker, which would send back what this process knows: a tensor more costs
-    more than all the ids of a batch.
-    """
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"collate_fn must make a mapping, got {type(batch).__name__}; sample_id is added to it."
-        )
-    if not isinstance(batch, MutableMapping):
-        batch = dict(batch)
-    # A copy: what a training loop does to its batch must not change what is checkpointed.
-    batch[SAMPLE_ID] = torch.tensor(ids)
-    return batch
 
 
 def _on_cpu(values: Any) -> Any:

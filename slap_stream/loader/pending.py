@@ -1,18 +1,31 @@
-"""Batches between the sampler that composes them and the loader that delivers them."""
+"""Batches between the sampler that composes them and the loop that trains on them."""
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from slap_stream.core.background import Background, BackgroundThread
-from slap_stream.core.interrupts import undisturbed
+from slap_stream.core.background import BackgroundThread
 from slap_stream.selection.sampler import SlapSampler
 from slap_stream.types import IntArray, State
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ComposedBatch:
+    """A batch of this rank.
+
+    Attributes:
+        number: Of the batch, counted over all that this loader has had.
+        ids: (batch,) sample ids.
+        progress: Share of the epoch that is done after it.
+    """
+
+    number: int
+    ids: IntArray
+    progress: float
 
 
 class PendingBatches:
@@ -22,23 +35,29 @@ class PendingBatches:
     the background, while batch t is trained on. Torch pulls ahead by its prefetch, which is never
     more than that, so how far it has pulled changes nothing.
 
+    The sampler is its owner's: whatever reads or changes it is called in that thread. The thread
+    alone says which batches are composed, by a new tuple each time, which any other may read. The
+    training loop's thread alone says which of them was delivered last, by a single assignment: so
+    an interrupt finds a batch either pending or delivered.
+
     Args:
         sampler: Composes the batches.
+        owner: The thread that owns the sampler.
 
     Attributes:
-        progress: Share of the epoch that is done after the batch delivered last.
+        delivered: The batch delivered last; one of no samples at the start of an epoch.
+        epoch: Epoch of the batches composed last, counted from 0.
     """
 
-    def __init__(self, sampler: SlapSampler) -> None:
-        self._sampler = sampler
+    def __init__(self, sampler: SlapSampler, owner: BackgroundThread) -> None:
+        self._sampler, self._owner = sampler, owner
         self._lookahead = sampler.config.lookahead
-        # Each with the share of the epoch that is done after it.
-        self._pending: deque[tuple[IntArray, float]] = deque()
-        self.progress = 0.0
-        self._pulled = 0
-        self._background = BackgroundThread("slap-compose-ahead")
-        self._ahead: Background[list[tuple[IntArray, float]]] | None = None
-        self._settling = threading.Lock()
+        self._composed: tuple[ComposedBatch, ...] = ()
+        self._failed: BaseException | None = None
+        self.epoch = sampler.epoch
+        self.delivered = _nothing(-1, 0.0)
+        # Number of the batch that torch pulls next.
+        self._next = 0
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -46,125 +65,129 @@ class PendingBatches:
 
     def __iter__(self) -> Iterator[IntArray]:
         """Hand out the undelivered batches from the first on."""
-        self._pulled = 0
+        self._next = self.delivered.number + 1
         return self
 
     def __next__(self) -> IntArray:
-        if self._pulled >= len(self._pending):
+        batch = self._numbered(self._next)
+        if batch is None:
             # Torch wants the one that would have been composed in the background.
-            self._compose(self._lookahead + 1)
-        if self._pulled >= len(self._pending):
+            delivered = self.delivered.number
+            self._owner.call(partial(self._compose, delivered + self._lookahead + 1, delivered))
+            batch = self._numbered(self._next)
+        if batch is None:
             raise StopIteration
-        self._pulled += 1
-        return self._pending[self._pulled - 1][0]
+        self._next += 1
+        return batch.ids
 
     @property
-    def undelivered(self) -> int:
-        """Batches composed and not delivered yet."""
-        self.settle()
-        return len(self._pending)
+    def undelivered(self) -> tuple[ComposedBatch, ...]:
+        """Batches composed and not delivered yet, the oldest first."""
+        # Read once: the owner may make another tuple meanwhile.
+        delivered = self.delivered.number
+        return tuple(batch for batch in self._composed if batch.number > delivered)
 
     @property
     def finished(self) -> bool:
         """Whether the epoch's last batch has been delivered."""
-        if self._pending:
-            return False
-        self.settle()
-        return not self._pending and self._sampler.exhausted
+        return not self.undelivered and self._owner.call(self._at_end)
+
+    def _at_end(self) -> bool:
+        return not self.undelivered and self._sampler.exhausted
 
     @property
     def ids(self) -> IntArray:
         """(n,) sample ids of the batches composed and not delivered yet."""
-        self.settle()
-        return np.concatenate([np.zeros(0, np.int64), *(batch for batch, _ in self._pending)])
+        return np.concatenate([np.zeros(0, np.int64), *(b.ids for b in self.undelivered)])
 
-    def begin(self) -> None:
-        """Compose up to the lookahead; begins the next epoch if this one is all delivered."""
-        if self.finished:
+    def begin(self) -> int:
+        """Compose up to the lookahead; begins the next epoch if this one is all delivered. The
+        owner calls it.
+
+        Returns:
+            Batches of the epoch that are delivered.
+        """
+        if self._at_end():
             self._sampler.start_next_epoch()
-            self.progress = 0.0
-        self._compose(self._lookahead)
+            self.epoch = self._sampler.epoch
+            self.delivered = _nothing(self.delivered.number, 0.0)
+        done = self._sampler.step - len(self.undelivered)
+        self._compose(self.delivered.number + self._lookahead, self.delivered.number)
+        return done
 
-    def ask(self) -> bool:
-        """Have the next batch at hand; whether there is one."""
-        self._compose(max(1, self._lookahead))
-        return bool(self._pending)
+    def oldest(self) -> ComposedBatch | None:
+        """The batch to be delivered next, once it is composed; None after the epoch's last.
 
-    @contextmanager
-    def delivering(self) -> Iterator[IntArray]:
-        """Context that gives the oldest pending batch's (batch,) sample ids; after it the batch has
-        been delivered, and what has been due since it was asked for is composed in the background.
-
-        After an error or an interrupt the batch is still pending.
+        Raises:
+            Exception: What composing has failed with, also in the background.
         """
-        before, oldest = self.progress, self._pending[0]
+        delivered = self.delivered.number
+        last = delivered + max(1, self._lookahead)
+        if self._numbered(last) is None:
+            self._owner.call(partial(self._compose, last, delivered))
+        return self._numbered(delivered + 1)
+
+    def compose_ahead(self) -> None:
+        """The oldest pending batch is about to be delivered: have what is due then composed in the
+        background."""
+        if self._lookahead:
+            delivered = self.delivered.number
+            last = delivered + 1 + self._lookahead
+            self._owner.post(partial(self._compose_quietly, last, delivered))
+
+    def _compose_quietly(self, last: int, delivered: int) -> None:
+        """Compose; who asks for the next batch is told what fails."""
         try:
-            with undisturbed():
-                ids, self.progress = self._pending.popleft()
-                yield ids
-                self._pulled -= 1
-                self._compose_ahead()
-        except BaseException:
-            # Whoever iterates anew pulls from the first on; this iteration has ended.
-            self._pending.appendleft(oldest)
-            self.progress = before
-            raise
+            self._compose(last, delivered)
+        except BaseException as error:
+            self._failed = error
 
-    def _compose_ahead(self) -> None:
-        due = len(self._pending) < self._lookahead and not self._sampler.exhausted
-        if due and self._ahead is None:
-            self._ahead = self._background.start(self._composed)
-
-    def settle(self) -> None:
-        """Wait for what is composed in the background.
-
-        If that has failed, this does not raise: who asks for the next batch is told.
-        """
-        ahead = self._ahead
-        if ahead is not None and ahead.wait():
-            # Another thread may ask for metrics.
-            with undisturbed(), self._settling:
-                if self._ahead is ahead:
-                    self._ahead = None
-                    self._pending.extend(ahead.get())
-
-    def _compose(self, count: int) -> None:
-        """Compose until so many batches are pending, or the epoch has no more."""
-        self.settle()
-        if self._ahead is not None:
-            failed, self._ahead = self._ahead, None
-            failed.get()
-        while len(self._pending) < count and not self._sampler.exhausted:
-            # An interrupt after a batch was composed, and before it is here, would lose it.
-            with undisturbed():
-                composed = self._composed()
-                self._pending.extend(composed)
-            if not composed:
+    def _compose(self, last: int, delivered: int) -> None:
+        """Compose until batch `last` is there, or the epoch has no more; let go of those up to
+        batch `delivered`, which is certain to stay so."""
+        self._composed = tuple(batch for batch in self._composed if batch.number > delivered)
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+        while self._last_number < last and not self._sampler.exhausted:
+            ids = self._sampler.compose()
+            if ids is None:
+                # A refresh has found that there are none left.
                 break
+            batch = ComposedBatch(self._last_number + 1, ids, self._sampler.progress)
+            self._composed = (*self._composed, batch)
 
-    def _composed(self) -> list[tuple[IntArray, float]]:
-        """The next batch and the share of the epoch that is done after it; none if a refresh has
-        found that there are none left."""
-        batch = self._sampler.compose()
-        return [] if batch is None else [(batch, self._sampler.progress)]
+    @property
+    def _last_number(self) -> int:
+        return self._composed[-1].number if self._composed else self.delivered.number
+
+    def _numbered(self, number: int) -> ComposedBatch | None:
+        return next((batch for batch in self._composed if batch.number == number), None)
 
     def state_dict(self) -> State:
-        """The pending batches, verbatim, and how much of the epoch is done."""
-        self.settle()
+        """The pending batches, verbatim, and how much of the epoch is done; the owner calls it."""
+        pending = self.undelivered
         return {
-            "pending": [batch.copy() for batch, _ in self._pending],
-            "pending_progress": [progress for _, progress in self._pending],
-            "progress": self.progress,
+            "pending": [batch.ids.copy() for batch in pending],
+            "pending_progress": [batch.progress for batch in pending],
+            "progress": self.delivered.progress,
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Take over this rank's part of saved pending batches, which are those of all lanes."""
-        self._ahead = None
+        """Take over this rank's part of saved pending batches, which are those of all lanes; the
+        owner calls it, once the sampler has been loaded."""
         size = self._sampler.batch_size
         mine = slice(self._sampler.rank * size, (self._sampler.rank + 1) * size)
         batches = [np.array(batch, np.int64)[mine] for batch in state["pending"]]
-        self._pending = deque(zip(batches, map(float, state["pending_progress"]), strict=True))
-        self.progress = float(state["progress"])
+        shares = map(float, state["pending_progress"])
+        self._failed = None
+        self.epoch = self._sampler.epoch
+        self.delivered = _nothing(-1, float(state["progress"]))
+        self._composed = tuple(map(ComposedBatch, range(len(batches)), batches, shares))
+
+
+def _nothing(number: int, progress: float) -> ComposedBatch:
+    return ComposedBatch(number, np.zeros(0, np.int64), progress)
 
 
 def join_pending(states: Sequence[State]) -> State:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
-from slap_stream.errors import ConfigError, ExchangeError, WorkerError
+from slap_stream.errors import ConfigError, ExchangeError
 from slap_stream.selection.shared import sum_in_order
 from slap_stream.types import FloatArray, IntArray, Position
 
@@ -326,8 +326,6 @@ class Ranks:
             self._broken = None
             return found
         except RuntimeError as error:  # what gloo raises for a deadline and for a lost peer alike
-            if isinstance(error, WorkerError) or "DataLoader worker" in str(error):
-                raise  # it is raised wherever the main thread is when a worker dies
             raise ExchangeError(
                 f"rank {self.rank} of {self.world_size} must reach all others, got none of the "
                 f"answers due after {monotonic() - began:.0f} s (deadline "

@@ -14,15 +14,14 @@ is, so that adapters, biases and quantised heads need no code of their own.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import nn
 
 from slap_stream.config import SlapConfig
-from slap_stream.core.interrupts import undisturbed
 from slap_stream.core.saved import Saved
 from slap_stream.probe.head import find_head, head_weight, quiet, reshard, to_device, unwrap
 from slap_stream.probe.readout import (
@@ -87,9 +86,10 @@ class ProbeHost(Protocol):
         """Take (n,) losses, (n, sketch_dim) sketches and (n,) `measurements` of these samples."""
         ...
 
-    def refresh(self, also: FloatArray, /) -> FloatArray:
+    def refresh(self, also: FloatArray, then: Callable[[FloatArray], None], /) -> FloatArray:
         """Exchange and apply what was seen since the last refresh; add up (local lanes, n) numbers
-        of the probe's own over the lanes of all ranks."""
+        of the probe's own over the lanes of all ranks, and give their sums to `then` where no
+        interrupt can part the two."""
         ...
 
     def attach(self, probe: LearnabilityProbe, /) -> None:
@@ -114,6 +114,15 @@ def check_probe_state(state: Any, shape: tuple[int, int] | None) -> None:
     read_factors(saved.part("second_moment"), shape)
 
 
+@runtime_checkable
+class HasProbeHost(Protocol):
+    """A loader, which does not show the probe's business among its own."""
+
+    def probe_host(self) -> ProbeHost:
+        """What the probe needs."""
+        ...
+
+
 class LearnabilityProbe:
     """Reads the model for the loader: losses and gradient sketches of the candidates it asks for.
 
@@ -135,7 +144,7 @@ class LearnabilityProbe:
     def __init__(
         self,
         model: nn.Module,
-        loader: ProbeHost,
+        loader: HasProbeHost | ProbeHost,
         *,
         head: nn.Module | None = None,
         loss_fn: LossFn | None = None,
@@ -148,7 +157,8 @@ class LearnabilityProbe:
 
         Args:
             model: The model in training; DDP and torch.compile wrappers are looked through.
-            loader: Who asks for candidates and takes what the probe saw.
+            loader: The `SlapDataLoader`, or whatever else asks for candidates and takes what the
+                probe saw.
             head: Module that makes the logits; None: the model's output embeddings.
             loss_fn: (model, batch) -> (batch,) losses, each a function of its own sample alone;
                 None: cross-entropy of the next token, as in `per_sample_loss`.
@@ -168,7 +178,7 @@ class LearnabilityProbe:
         if not len(check_ids):
             raise ValueError("check_ids must name at least one sample, got none.")
         self._model = unwrap(model)
-        self._loader = loader
+        self._loader = host = loader.probe_host() if isinstance(loader, HasProbeHost) else loader
         self._batch_size = batch_size
         self._device = next(self._model.parameters()).device
         self._step = 0
@@ -180,7 +190,7 @@ class LearnabilityProbe:
         reshard(self._model)
         found = find_head(self._model, head)
         weight = head_weight(found)
-        wanted = loader.measurements
+        wanted = host.measurements
         self._reader: Reader = (
             CausalReader(self._model, found, measurements=wanted)
             if loss_fn is None
@@ -188,10 +198,10 @@ class LearnabilityProbe:
         )
         checked = np.asarray(check_ids, np.int64)
         with quiet(self._model, self._device):
-            batch = to_device(loader.read_batch(checked), self._device)
+            batch = to_device(host.read_batch(checked), self._device)
             vocabulary, hidden, device = self._reader.check(batch, len(checked))
         reshard(self._model)
-        config = loader.config
+        config = host.config
         self._sketch: TensorSketch | None = None
         self._optimizer_given = optimizer is not None
         self._moment = SecondMoment(
@@ -207,7 +217,7 @@ class LearnabilityProbe:
             )
             # A first estimate of the second moment, so that the first sketches are preconditioned.
             self._moment.update(self._read(checked[None])[3][0])
-        loader.attach(self)
+        host.attach(self)
 
     def step(self) -> bool:
         """Count an optimizer step; every `probe_every` of them, probe and refresh the loader.
@@ -238,15 +248,17 @@ class LearnabilityProbe:
             self._seconds += time.perf_counter() - began
             self._loader.update(ids, losses, sketches, measured)
         # Also without anything probed: a refresh is an exchange that every rank takes part in.
-        with undisturbed():
-            total = self._loader.refresh(seen)
-            samples, known, loss = total[: len(_COUNTS)]
-            if samples:
-                self._samples += int(samples)
-                self._nonfinite += int(samples - known)
-                self._last_loss = float(loss / known) if known else 0.0
-                self._moment.update(total[len(_COUNTS) :])
+        self._loader.refresh(seen, self._take)
         return True
+
+    def _take(self, total: FloatArray) -> None:
+        """Take in what all ranks have seen: sums of the counts and of the curvature."""
+        samples, known, loss = total[: len(_COUNTS)]
+        if samples:
+            self._samples += int(samples)
+            self._nonfinite += int(samples - known)
+            self._last_loss = float(loss / known) if known else 0.0
+            self._moment.update(total[len(_COUNTS) :])
 
     def mean_sketch(self, batches: Iterable[Mapping[str, Any]]) -> Float32Array:
         """Mean gradient sketch of a target set under the present model, for `set_target`.

@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 
 from slap_stream.core.background import Background, BackgroundThread
-from slap_stream.core.interrupts import waiting
 from slap_stream.core.saved import Saved
 from slap_stream.embeddings.rows import take
 from slap_stream.selection.loss_model import checked_rows, design_rows
@@ -169,6 +168,11 @@ class Intake:
         # As in design rows: a value that is not finite would spoil every centroid.
         return self.rows_of(ids)[:, -self._store.shape[1] :]
 
+    def finish_reading(self) -> None:
+        """Wait until nothing is read ahead; whether that has failed is told when it is needed."""
+        if self._ahead is not None:
+            self._ahead.wait()
+
     def _is_bad(self, ids: IntArray) -> BoolArray:
         shard = np.searchsorted(self._table.first_id, ids, side="right") - 1
         return np.isin(shard, self._bad_shards)
@@ -177,22 +181,19 @@ class Intake:
         if self.gate is not None:
             if index + 1 < self.order.num_blocks:
                 self.gate.hint(self.order.shards_of_block(index + 1))
-            with waiting():
-                bad = self.gate.require(self.order.shards_of_block(index))
+            bad = self.gate.require(self.order.shards_of_block(index))
             self._bad_shards = np.union1d(self._bad_shards, bad)
         # The rows before go first, so that no more than one block is in memory beside a read.
         self._rows = None
         if self._ahead is None:
             opened = self._load(index)
         else:
-            with waiting():
-                self._ahead.wait()
             ahead, self._ahead = self._ahead, None
             opened = ahead.get()
         self._block, self._ids, self._rows = opened
         self.block_index = index
         if self._may_read_ahead():
-            self._ahead = self._reader.start(partial(self._load, index + 1))
+            self._ahead = self._reader.post(partial(self._load, index + 1))
 
     def _load(self, index: int) -> _Opened:
         """A block, its (n,) unique sample ids and their rows."""

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from slap_stream.config import SlapConfig
-from slap_stream.core.interrupts import ready_to_wait, undisturbed
 from slap_stream.core.linear import single_threaded
 from slap_stream.core.saved import Saved
 from slap_stream.embeddings.rows import as_row_store
@@ -44,6 +43,10 @@ class SlapSampler:
 
     Iterating yields one epoch of lists of `batch_size` sample ids; breaking off and iterating
     again goes on with the epoch. Feed losses back with `observe` and `update`.
+
+    For one thread at a time. An interrupt, such as Ctrl-C, that ends a call half way leaves the
+    sampler half way, too: go on from a state, in a new sampler. (A loader's is called in a thread
+    that nothing interrupts.)
 
     State: the shared model and centroids, this rank's lanes, and what was agreed on at refreshes.
 
@@ -158,12 +161,11 @@ class SlapSampler:
         """Yield the rest of this epoch's batches."""
         if self.exhausted:
             self.start_next_epoch()
-        with ready_to_wait():
-            while not self.exhausted:
-                batch = self.compose()
-                if batch is None:
-                    break
-                yield batch.tolist()
+        while not self.exhausted:
+            batch = self.compose()
+            if batch is None:
+                break
+            yield batch.tolist()
 
     @property
     def offered_by_stratum(self) -> IntArray:
@@ -205,7 +207,7 @@ class SlapSampler:
             ShardError: If a shard cannot be fetched and bad shards are not to be skipped. The next
                 call tries it again, and composes the same batch.
         """
-        with undisturbed(), single_threaded():
+        with single_threaded():
             if not self._shared.seeded:
                 self._run.seed_strata()
             if self.refreshes_itself and self._refreshes.due(self.step):
@@ -228,8 +230,7 @@ class SlapSampler:
         Raises:
             FeedbackError: If shapes differ, or an id was not yielded lately or already observed.
         """
-        with undisturbed():
-            questions.take_trained(self.lanes, ids, losses)
+        questions.take_trained(self.lanes, ids, losses)
 
     def loss_weights(self, ids: ArrayLike) -> FloatArray:
         """Weights of the losses of samples that are trained on now; call it before `observe`.
@@ -264,16 +265,15 @@ class SlapSampler:
             FeedbackError: If shapes differ, a wanted measurement is missing, or an id was not given
                 by `probe_candidates`.
         """
-        with undisturbed():
-            questions.take_probed(
-                self.lanes,
-                ids,
-                losses,
-                sketches,
-                measurements or {},
-                sketch_dim=self.config.advanced.sketch_dim,
-                wanted=self.measurements,
-            )
+        questions.take_probed(
+            self.lanes,
+            ids,
+            losses,
+            sketches,
+            measurements or {},
+            sketch_dim=self.config.advanced.sketch_dim,
+            wanted=self.measurements,
+        )
 
     def set_target(self, sketch: ArrayLike | None) -> None:
         """Say what the model is to become good at, for policies that aim at a target (`greats`).
@@ -314,7 +314,7 @@ class SlapSampler:
         Raises:
             FeedbackError: If `count` is not a multiple of this rank's lanes.
         """
-        with undisturbed(), single_threaded():
+        with single_threaded():
             return questions.choose_probes(self.lanes, count)
 
     def statistics(self) -> list[State]:
@@ -330,14 +330,11 @@ class SlapSampler:
         Raises:
             FeedbackError: If the lanes are not all there, once each and in order.
         """
-        with undisturbed():
-            self._refreshes.merge(statistics_in_lane_order)
+        self._refreshes.merge(statistics_in_lane_order)
         self.refreshes_itself = False
 
     def refresh(self, also: FloatArray | None = None) -> FloatArray:
         """Refresh from the lanes of all ranks, over the exchange; every rank at the same step.
-
-        Interrupts wait until it is done: one that ended it half way would part the ranks.
 
         Args:
             also: (local lanes, n) more numbers that are to be added up over all lanes.
@@ -349,8 +346,7 @@ class SlapSampler:
             ConfigError: If there are other ranks and no exchange.
             ExchangeError: If the ranks cannot be reached or are not at the same step.
         """
-        with undisturbed():
-            return self._refreshes.refresh(also)
+        return self._refreshes.refresh(also)
 
     def metrics(self) -> dict[str, float]:
         """Counts over this rank's lanes in this epoch, and how well losses are predicted."""
@@ -407,6 +403,11 @@ class SlapSampler:
         self._take_over(run)
         self.epoch, self.refreshes_itself = epoch, refreshes_itself
         self._aim(target if target is not None and len(target) else None)
+
+    def finish_reading(self) -> None:
+        """Wait until no rows are read ahead in the background: before the process is forked."""
+        for lane in self.lanes:
+            lane.intake.finish_reading()
 
     @property
     def shards_at_hand(self) -> int:

@@ -239,8 +239,8 @@ def replicas(run: Run) -> dict[str, Any]:
         found[f"{name} lanes"] = len(loader.state_dict()["sampler"]["lanes"])
         if name == "numbers":
             # As if one of two twins had been fed other losses.
-            loader.composer._refreshes._digest += run.rank == 3
-            found["parted"] = error_of(loader.refresh)
+            loader.sampler._refreshes._digest += run.rank == 3
+            found["parted"] = error_of(loader.probe_host().refresh)
         loader.close()
     return found
 
@@ -274,11 +274,13 @@ def errors(run: Run) -> dict[str, Any]:
     found = {}
     loader = run.loader()
     batches(loader, most=2)
-    found["mismatch"] = error_of(loader.state_dict if run.rank == 1 else loader.refresh)
+    found["mismatch"] = error_of(
+        loader.state_dict if run.rank == 1 else loader.probe_host().refresh
+    )
     loader.close()
     loader = run.loader()
     batches(loader, most=2 + (run.rank == 2))
-    found["elsewhere"] = error_of(loader.refresh)
+    found["elsewhere"] = error_of(loader.probe_host().refresh)
     loader.close()
     other = config_of(num_lanes=4, lookahead=4, seed=run.rank % 2)
     found["seeds"] = error_of(
@@ -298,7 +300,7 @@ def errors(run: Run) -> dict[str, Any]:
     if run.rank == 3:
         time.sleep(3.0)
     else:
-        found["late"] = error_of(loader.refresh)
+        found["late"] = error_of(loader.probe_host().refresh)
         found["waited"] = time.monotonic() - began
     return found
 

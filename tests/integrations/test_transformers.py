@@ -280,7 +280,7 @@ def test_the_losses_fed_back_are_those_of_the_step(folder: Path, tmp_path: Path)
     assert inputs
     assert not [names for names in inputs if "sample_id" in names]
     assert trainer.loader is not None
-    batch = trainer.loader.read_batch(trainer.ids[0])
+    batch = trainer.loader.probe_host().read_batch(trainer.ids[0])
     model = new_model(folder).eval()
     with torch.no_grad():
         logits = model(batch["input_ids"], batch["attention_mask"]).logits

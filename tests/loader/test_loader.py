@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import multiprocessing
-import os
-import signal
-import threading
-import time
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from streaming import Stream, StreamingDataset
 
-from slap_stream import SlapDataLoader
+from slap_stream import SlapDataLoader, SlapSampler
 from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.errors import (
     AlignmentError,
@@ -28,9 +21,7 @@ from slap_stream.errors import (
     FeedbackError,
     ShardError,
     StateError,
-    WorkerError,
 )
-from slap_stream.loader.workers import describe_dead
 from slap_stream.shards.writer import open_writer
 from tests.laws import FIRM, as_json, config_of
 
@@ -48,11 +39,6 @@ def write_corpus(path: Path, first: int = 0, count: int = NUM_SAMPLES) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpora") / "corpus")
-
-
 def vectors(count: int = NUM_SAMPLES) -> np.ndarray[Any, Any]:
     """Embeddings."""
     return np.random.default_rng(0).normal(size=(count, 8)).astype(np.float16)
@@ -64,7 +50,7 @@ def make(
     embeddings: Any = None,
     dataset: Any = None,
     config: Any = None,
-    batch_size: int = BATCH,
+    batch_size: int | None = BATCH,
     **options: Any,
 ) -> SlapDataLoader:
     """A loader over a local corpus."""
@@ -95,13 +81,6 @@ def run(loader: SlapDataLoader, batches: int) -> list[list[int]]:
     return ids
 
 
-@pytest.fixture(scope="module")
-def unbroken(corpus: Path) -> list[list[int]]:
-    """Two epochs, read in the main process."""
-    loader = make(corpus)
-    return run(loader, 2 * len(loader))
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -125,7 +104,7 @@ def test_batches_do_not_depend_on_workers(
 def test_resume_is_exact_at_any_batch(
     corpus: Path, unbroken: list[list[int]], num_workers: int
 ) -> None:
-    steps = len(unbroken) // 2
+    steps = len(unbroken) // 3
     # Every step is tried without a loader, in test_sampler; here batches ahead come on top.
     later = range(steps + 4, 2 * steps, 5) if not num_workers else ()
     loader, done = make(corpus, num_workers=num_workers), 0
@@ -233,217 +212,6 @@ def test_iterating_leaves_torchs_random_state_alone(corpus: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.fixture
-def let_go_soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Torch waits 5 s for each worker of an iterator in which one has died, once it is collected:
-    here, and not in whatever test comes later."""
-    yield
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
-    gc.collect()
-
-
-@pytest.mark.usefixtures("let_go_soon")
-def test_a_worker_that_dies_is_named_and_replaced(corpus: Path, unbroken: list[list[int]]) -> None:
-    loader = make(corpus, num_workers=2, persistent_workers=True)
-    batches = iter(loader)
-    ids = [feed(loader, next(batches))]
-    victim = loader._iterator._workers[1]
-    os.kill(victim.pid, signal.SIGKILL)
-    began = time.monotonic()
-    with pytest.raises(WorkerError, match=rf"worker 1 \(pid {victim.pid}\) .* SIGKILL: .* memory"):
-        ids.extend(feed(loader, batch) for batch in batches)
-    assert time.monotonic() - began < 10
-    assert ids + run(loader, 10) == unbroken[: len(ids) + 10]
-
-
-def train_while(killed: int) -> None:
-    """Stands for a training step in which a worker is killed: nothing of ours is called."""
-    os.kill(killed, signal.SIGKILL)
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        time.sleep(0.01)
-
-
-@pytest.mark.usefixtures("let_go_soon")
-def test_a_worker_that_dies_during_a_step_is_named_there(
-    corpus: Path, unbroken: list[list[int]]
-) -> None:
-    loader = make(corpus, num_workers=2, persistent_workers=True)
-    batches = iter(loader)
-    ids = [feed(loader, next(batches))]
-    victim = loader._iterator._workers[0].pid
-    with pytest.raises(WorkerError, match=rf"worker 0 \(pid {victim}\) that was killed by SIGKILL"):
-        train_while(victim)
-    assert ids + run(loader, 5) == unbroken[:6]
-    # Another loader's workers are none of ours.
-    other = iter(torch.utils.data.DataLoader(range(10), num_workers=1))
-    next(other)
-    with pytest.raises(RuntimeError, match=r"DataLoader worker .* is killed by") as caught:
-        train_while(other._workers[0].pid)
-    assert not isinstance(caught.value, WorkerError)
-
-
-@pytest.mark.parametrize(
-    ("part", "method"),
-    [("_composer", "leaving"), ("_scorer", "bring_near"), ("feedback", "take_trained")],
-)
-def test_an_interrupt_in_the_middle_of_a_batch_loses_nothing(
-    part: str,
-    method: str,
-    corpus: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # Composed in the background, where nobody is interrupted, unless there is no lookahead.
-    config = config_of(num_lanes=2, lookahead=4 if method == "take_trained" else 0)
-    expected = run(make(corpus, config=config), 30)
-    loader = make(corpus, config=config)
-    owner = getattr(loader.composer.lanes[0], part)
-    original = getattr(owner, method)
-    calls = 0
-
-    def interrupted(*arguments: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls % 5 == 0:
-            signal.raise_signal(signal.SIGINT)
-        return original(*arguments, **named)
-
-    monkeypatch.setattr(owner, method, interrupted)
-    ids: list[list[int]] = []
-    interrupts = 0
-    while len(ids) < 30:
-        try:
-            for batch in loader:
-                ids.append(batch["sample_id"].tolist())
-                feed(loader, batch)
-        except KeyboardInterrupt:
-            interrupts += 1
-    assert ids[:30] == expected
-    assert interrupts >= 5
-
-
-def interrupt_the_loader(number: int, frame: Any) -> None:
-    """A handler of Ctrl-C that spares the test's own lines: what they lose is their loss."""
-    while frame is not None:
-        if "slap_stream" in Path(frame.f_code.co_filename).parts:
-            raise KeyboardInterrupt
-        frame = None if frame.f_code.co_filename == __file__ else frame.f_back
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_interrupt_while_a_batch_is_composed_in_the_background_loses_nothing(
-    corpus: Path, unbroken: list[list[int]], num_workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loader = make(corpus, num_workers=num_workers)
-    lane = loader.composer.lanes[0]
-    original, threads = lane.prepare, set[str]()
-    kept: list[list[int]] = []
-
-    def slow() -> None:
-        threads.add(threading.current_thread().name)
-        time.sleep(0.005)
-        if len(threads) > 1 and len(kept) % 3 == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.005)
-        original()
-
-    monkeypatch.setattr(lane, "prepare", slow)
-    before = signal.signal(signal.SIGINT, interrupt_the_loader)
-    interrupts = 0
-    try:
-        batches = iter(loader)
-        while len(kept) < 30:
-            try:
-                batch = next(batches)
-            except (KeyboardInterrupt, StopIteration) as ended:
-                interrupts += isinstance(ended, KeyboardInterrupt)
-                batches = iter(loader)
-                continue
-            kept.append(batch["sample_id"].tolist())
-            fed = False
-            while not fed:
-                # After an interrupt either nothing was taken in, or all of it was.
-                try:
-                    feed(loader, batch)
-                    fed = True
-                except KeyboardInterrupt:
-                    interrupts += 1
-                except FeedbackError:
-                    fed = True
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert kept == unbroken[:30]
-    assert interrupts >= 5
-    assert "slap-compose-ahead_0" in threads
-
-
-def test_another_thread_may_ask_for_metrics(corpus: Path, unbroken: list[list[int]]) -> None:
-    loader, done = make(corpus), threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            loader.metrics()
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        assert run(loader, 20) == unbroken[:20]
-    finally:
-        done.set()
-        thread.join()
-
-
-def test_who_asks_for_the_next_batch_is_told_what_failed_in_the_background(
-    corpus: Path, unbroken: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loader = make(corpus)
-    lane = loader.composer.lanes[1]
-    batches = iter(loader)
-    ids = [feed(loader, next(batches))]
-
-    def fail() -> None:
-        raise OSError("no such luck")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lane, "prepare", fail)
-        ids.append(feed(loader, next(batches)))
-        # Everything else goes on as before.
-        loader.metrics()
-        state = as_json(loader.state_dict())
-        with pytest.raises(OSError, match="no such luck"):
-            next(batches)
-    assert ids + run(loader, 20) == unbroken[:22]
-    other = make(corpus)
-    other.load_state_dict(state)
-    assert ids + run(other, 20) == unbroken[:22]
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_iterator_that_another_has_taken_over_from_ends(
-    corpus: Path, unbroken: list[list[int]], num_workers: int
-) -> None:
-    loader = make(corpus, num_workers=num_workers)
-    first = iter(loader)
-    ids = [feed(loader, next(first))]
-    second = iter(loader)
-    ids.append(feed(loader, next(second)))
-    with pytest.raises(RuntimeError, match=r"must not be used on after .* a new iteration"):
-        next(first)
-    ids.append(feed(loader, next(second)))
-    assert ids == unbroken[:3]
-
-
-def test_an_error_of_the_callers_own_code_in_a_worker_stays_what_it_is(corpus: Path) -> None:
-    loader = make(corpus, num_workers=1, collate_fn=fail)
-    with pytest.raises(RuntimeError, match="no such thing") as caught:
-        next(iter(loader))
-    assert not isinstance(caught.value, WorkerError)
-
-
-def fail(samples: list[Any]) -> Any:
-    raise RuntimeError("no such thing")
-
-
 def test_an_epoch_offers_all_and_trains_keep_of_it(corpus: Path) -> None:
     loader = make(corpus)
     ids = [i for batch in run(loader, len(loader)) for i in batch]
@@ -528,7 +296,7 @@ def test_a_run_that_a_bad_shard_ended_goes_on_without_it(tmp_path: Path) -> None
     corpus = write_corpus(tmp_path / "corpus")
     options = {"num_lanes": 1, "lookahead": 1, "pool_batches": 2, "shards_per_block": 1}
     loader = make(corpus, config=config_of(**options))
-    order = loader.composer.lanes[0].intake.order
+    order = loader.sampler.lanes[0].intake.order
     (broken,) = order.shards_of_block(order.num_blocks // 2)
     break_shard(corpus, f"shard.{broken:05}.mds")
     ids: list[list[int]] = []
@@ -546,7 +314,7 @@ def test_a_run_that_a_bad_shard_ended_goes_on_without_it(tmp_path: Path) -> None
     train(again)
     assert 0 < before < len(ids) <= len(again)
     metrics = again.metrics()
-    first, size = again.composer.table.first_id[broken], again.composer.table.sizes[broken]
+    first, size = again.sampler.table.first_id[broken], again.sampler.table.sizes[broken]
     assert metrics["withdrawn"] == size
     assert metrics["offered"] == NUM_SAMPLES - size
     trained = np.concatenate(ids)
@@ -584,6 +352,35 @@ def test_an_epoch_ends_early_when_withdrawals_leave_too_little(tmp_path: Path) -
     assert loader.metrics()["epochs_cut_short"] == 1
     assert loader.epoch == 1
     assert [feed(loader, batch) for batch in loader], "the next epoch goes on"
+
+
+def test_the_batch_size_is_the_datasets_unless_only_the_loader_has_one(
+    corpus: Path, unbroken: list[list[int]]
+) -> None:
+    assert run(make(corpus, batch_size=None), 3) == unbroken[:3]
+    dataset = StreamingDataset(local=str(corpus), batch_size=None)
+    assert run(make(corpus, dataset=dataset), 3) == unbroken[:3]
+    with pytest.raises(ConfigError, match=r"batch_size must be given .* got neither; write Slap"):
+        make(corpus, dataset=dataset, batch_size=None)
+
+
+def test_the_sampler_is_the_one_that_composes_and_the_probes_business_is_elsewhere(
+    corpus: Path,
+) -> None:
+    loader = make(corpus)
+    for batch in islice(loader, 3):
+        feed(loader, batch)
+    assert isinstance(loader.sampler, SlapSampler)
+    # Three that were delivered, and the lookahead: it has waited for what is composed ahead.
+    assert loader.sampler.step == 3 + 4
+    with pytest.raises(ValueError, match="sampler attribute should not be set"):
+        loader.sampler = None
+    host = loader.probe_host()
+    members = ("num_local_lanes", "probe_budget", "probe_candidates", "read_batch", "update")
+    for name in (*members, "refresh", "attach"):
+        assert hasattr(host, name)
+        assert not hasattr(loader, name)
+    assert host.read_batch([3, 1])["number"].tolist() == [3, 1]
 
 
 def test_refusals_name_the_cause(corpus: Path, tmp_path: Path) -> None:
@@ -654,20 +451,3 @@ def test_weights_of_losses_come_with_the_batch_at_hand(corpus: Path) -> None:
     assert torch.cat(seen).max() > 1.0
     with pytest.raises(FeedbackError, match="loss_weights: ids of yielded batches"):
         loader.loss_weights(batch["sample_id"])
-
-
-def test_a_worker_that_dies_while_it_hands_a_batch_over_is_told_too() -> None:
-    context = multiprocessing.get_context("fork")
-    living = context.Process(target=time.sleep, args=(60,))
-    dying = context.Process(target=os._exit, args=(3,))
-    living.start()
-    dying.start()
-    try:
-        message = describe_dead([living, dying], ConnectionResetError("reset by peer"))
-        assert message is not None
-        assert f"worker 1 (pid {dying.pid}) that exited with code 3" in message
-        assert describe_dead([living], RuntimeError("something else")) is None
-    finally:
-        living.kill()
-        living.join()
-        dying.join()

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -305,29 +306,25 @@ def test_what_one_rank_could_not_learn_all_raise(monkeypatch: pytest.MonkeyPatch
             sampler.refresh()
 
 
-def test_an_interrupt_waits_for_a_whole_exchange() -> None:
-    class Exchange:
-        summed = told = 0
+def test_an_interrupt_does_not_end_an_exchange_half_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = make(write_corpus(tmp_path / "corpus"))
+    next(iter(loader))
+    loader.metrics()  # after what is composed in the background
+    ranks, done = loader._ranks, list[str]()
+    original = ranks.sum_lanes
 
-        def sum_lanes(self, rows: Any, least: int, position: Position) -> Any:
-            signal.raise_signal(signal.SIGINT)
-            self.summed += 1
-            return rows.sum(axis=0), least
+    def sum_lanes(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        done.append("sum")
+        return original(*arguments)
 
-        def tell(self, data: bytes, position: Position) -> bytes:
-            self.told += 1
-            return data
-
-    exchange = Exchange()
-    sampler = SlapSampler(
-        [40] * 4,
-        embeddings(160),
-        batch_size=8,
-        config=config_of(num_lanes=1),
-        exchange=exchange,
-    )
-    sampler.compose()
+    monkeypatch.setattr(ranks, "sum_lanes", sum_lanes)
+    host = loader.probe_host()
     with pytest.raises(KeyboardInterrupt):
-        sampler.refresh()
-    assert exchange.summed == exchange.told == 1
-    assert sampler.state_dict()["refreshes"]["refreshed_before"] == 1, "the refresh is whole"
+        host.refresh(np.ones((2, 3)), lambda total: done.append(str(total.tolist())))
+    step = loader.sampler.step
+    assert done == ["sum", "[2.0, 2.0, 2.0]"], "the probe has been told, too"
+    assert loader.state_dict()["sampler"]["refreshes"]["refreshed_before"] == step

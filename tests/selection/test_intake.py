@@ -139,7 +139,7 @@ class ThreadSafe(CountingStore):
 
     def read_ids(self, ids: IntArray) -> Rows:
         self.threads.append(threading.current_thread().name)
-        if self.fails and self.threads[-1] == "slap-read-ahead_0":
+        if self.fails and self.threads[-1] == "slap-read-ahead":
             raise OSError("no such luck")
         return super().read_ids(ids)
 
@@ -163,7 +163,7 @@ def test_the_next_block_is_read_while_this_one_is_composed_from() -> None:
     assert len(store.reads) == 2, "ahead of need"
     pairs = pairs_of([first, *drain(intake, most=3)])
     assert pairs == pairs_of(drain(intake_of([10] * 6), most=3))
-    assert store.threads == ["MainThread", "slap-read-ahead_0", "slap-read-ahead_0"]
+    assert store.threads == ["MainThread", "slap-read-ahead", "slap-read-ahead"]
     assert [set(ids.tolist()) for ids in store.reads] == [
         set(intake.order.block(index).sample_id.tolist()) for index in range(3)
     ]
@@ -180,7 +180,7 @@ def test_what_could_not_be_read_ahead_raises_when_it_is_needed_and_is_read_again
     pairs = pairs_of([*taken, *drain(intake)])
     assert pairs == pairs_of(drain(intake_of([10] * 6)))
     # In the background, again by who needed it, and the last block in the background.
-    assert store.threads == ["MainThread", "slap-read-ahead_0", "MainThread", "slap-read-ahead_0"]
+    assert store.threads == ["MainThread", "slap-read-ahead", "MainThread", "slap-read-ahead"]
 
 
 def test_two_large_blocks_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:

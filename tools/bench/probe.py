@@ -181,7 +181,7 @@ def selection_cost(arguments: argparse.Namespace, corpus: Path) -> dict[str, flo
             probe.step()
 
     training, probing = Stopwatch(train, device), Stopwatch(select, device)
-    composing = loader.composer.compose = Stopwatch(loader.composer.compose, device)  # type: ignore[method-assign]
+    composing = loader.sampler.compose = Stopwatch(loader.sampler.compose, device)  # type: ignore[method-assign]
     watches = {"training": training, "composing": composing, "probing": probing}
     began, last = WARMUP_REFRESHES, WARMUP_REFRESHES + arguments.refreshes
     for step, batch in enumerate(loader, 1):

@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 
 from slap_stream import SlapConfig, SlapSampler
 from slap_stream.cli.command_line import CommandLine, ended, whole
-from slap_stream.core.interrupts import ready_to_wait
 from slap_stream.core.state_bytes import to_bytes
 from slap_stream.loader.ranks import Ranks, join_ranks
 from slap_stream.selection.shared import StatisticsLayout, sum_in_order
@@ -266,9 +265,7 @@ def in_processes(
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     arguments = parse(argv)
-    # As a loader's iteration has it.
-    with ready_to_wait():
-        return ended(PROGRAM, lambda: measure(arguments))
+    return ended(PROGRAM, lambda: measure(arguments))
 
 
 def measure(arguments: argparse.Namespace) -> int:

@@ -147,14 +147,14 @@ def _slap_stream(run: Run, selecting: Clock, *, config: Any) -> Iterator[Any]:
         num_workers=run.num_workers,
         collate_fn=collate,
     )
-    composer = loader.composer
+    sampler = loader.sampler
     # Both are the selection's, and none of the loading's; waiting for shards, while a batch is
     # composed, is not.
-    composer.compose = selecting.around(composer.compose)  # type: ignore[method-assign]
-    composer.observe = selecting.around(composer.observe)  # type: ignore[method-assign]
+    sampler.compose = selecting.around(sampler.compose)  # type: ignore[method-assign]
+    sampler.observe = selecting.around(sampler.observe)  # type: ignore[method-assign]
     gate = loader._fetcher
     gate.require = selecting.without(gate.require)  # type: ignore[method-assign]
-    losses = np.random.default_rng(5).gamma(4.0, 0.5, composer.table.num_samples)
+    losses = np.random.default_rng(5).gamma(4.0, 0.5, sampler.table.num_samples)
     with closing(loader):
         for batch in loader:
             yield batch

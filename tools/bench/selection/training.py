@@ -86,7 +86,7 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
                 began = time.perf_counter()
                 loader.observe(batch["sample_id"], losses)
                 if targets and steps % TARGET_EVERY == 0:
-                    loader.composer.set_target(probe.mean_sketch(targets))
+                    loader.sampler.set_target(probe.mean_sketch(targets))
                     shown += TARGET_SIZE
                 probe.step()
                 steps += 1

@@ -1,0 +1,94 @@
+"""One iteration of a loader: pending batches, read by torch, to the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+from slap_stream.errors import SlapStreamError, WorkerError
+from slap_stream.loader.pending import PendingBatches
+from slap_stream.loader.workers import describe_dead
+from slap_stream.types import IntArray
+
+SAMPLE_ID = "sample_id"
+
+
+class Delivery(Iterator[Any]):
+    """Yields the pending batches of an epoch, and has others composed ahead.
+
+    A class, not a generator: an error that comes before `__next__` has returned is raised inside
+    of it, and the batch is still pending. Where a generator yields, an interrupt that comes after
+    the loop's body looks like one that comes before.
+
+    Args:
+        batches: Torch's iterator over the pending batches.
+        pending: The pending batches.
+        is_newest: Whether no other iteration has begun since, and no state was loaded.
+        hold_shards: Says which shards are still needed; called before a batch is read.
+        count: Takes note of a batch: its samples, and the share of the epoch that is done after it.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        pending: PendingBatches,
+        *,
+        is_newest: Callable[[], bool],
+        hold_shards: Callable[[], None],
+        count: Callable[[int, float], None],
+    ) -> None:
+        self._batches: Iterator[Any] | None = batches
+        self._pending = pending
+        self._is_newest, self._hold_shards, self._count = is_newest, hold_shards, count
+
+    def __next__(self) -> Any:
+        if not self._is_newest():
+            raise RuntimeError(
+                "an iterator of the loader must not be used on after load_state_dict or after "
+                "a new iteration has begun, which has its batches now: start a new "
+                "iteration or go on with the newest."
+            )
+        batches, before = self._batches, self._pending.delivered
+        if batches is None:
+            raise StopIteration
+        try:
+            oldest = self._pending.oldest()
+            if oldest is None:
+                raise StopIteration
+            self._hold_shards()
+            batch = with_ids(next(batches, None), oldest.ids)
+            self._count(len(oldest.ids), oldest.progress)
+            self._pending.compose_ahead()
+            self._pending.delivered = oldest
+            return batch
+        except BaseException as error:
+            self._pending.delivered = before
+            # Whoever iterates anew pulls from the first pending batch on.
+            self._batches = None
+            # Torch's handler of a worker's death raises wherever the main thread is.
+            if isinstance(error, RuntimeError | OSError | EOFError) and not isinstance(
+                error, SlapStreamError
+            ):
+                message = describe_dead(getattr(batches, "_workers", ()), error)
+                if message is not None:
+                    raise WorkerError(message) from error
+            raise
+
+
+def with_ids(batch: Any, ids: IntArray) -> Any:
+    """Add `sample_id` to what the user's function made of the samples.
+
+    Here, not in the worker, which would send back what this process knows: a tensor more costs
+    more than all the ids of a batch.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"collate_fn must make a mapping, got {type(batch).__name__}; sample_id is added to it."
+        )
+    if not isinstance(batch, MutableMapping):
+        batch = dict(batch)
+    # A copy: what a training loop does to its batch must not change what is checkpointed.
+    batch[SAMPLE_ID] = torch.tensor(ids)
+    return batch

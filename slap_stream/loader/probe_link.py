@@ -1,0 +1,109 @@
+"""What a probe asks of a loader and tells it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from slap_stream.config import SlapConfig
+from slap_stream.core.background import BackgroundThread
+from slap_stream.loader.delivery import with_ids
+from slap_stream.probe.probe import LearnabilityProbe
+from slap_stream.selection.sampler import SlapSampler
+from slap_stream.types import Float32Array, FloatArray, IntArray
+
+
+class ProbeLink:
+    """A loader as its probe sees it: a `ProbeHost`.
+
+    Args:
+        sampler: The loader's.
+        owner: The thread that owns the sampler.
+        read: Reads and collates samples by id.
+        attach: Keeps a probe, whose state travels in the loader's; the owner calls it.
+    """
+
+    def __init__(
+        self,
+        sampler: SlapSampler,
+        owner: BackgroundThread,
+        *,
+        read: Callable[[IntArray], Any],
+        attach: Callable[[LearnabilityProbe], None],
+    ) -> None:
+        self._sampler, self._owner = sampler, owner
+        self._read, self._attach = read, attach
+
+    @property
+    def config(self) -> SlapConfig:
+        """Settings of the run."""
+        return self._sampler.config
+
+    @property
+    def measurements(self) -> tuple[str, ...]:
+        """Names of what the policy wants measured besides losses and sketches."""
+        return self._sampler.measurements
+
+    @property
+    def num_local_lanes(self) -> int:
+        """Lanes of this rank."""
+        return self._owner.call(lambda: len(self._sampler.lanes))
+
+    def probe_budget(self) -> int:
+        """Candidates due to be probed now; 0 if none."""
+        return self._owner.call(self._sampler.probe_budget)
+
+    def probe_candidates(self, count: int) -> IntArray:
+        """(count,) sample ids to probe, lane by lane, equally many per lane."""
+        return self._owner.call(partial(self._sampler.probe_candidates, count))
+
+    def read_batch(self, ids: Sequence[int] | IntArray) -> Any:
+        """Read and collate samples by id, in this process."""
+        ids = np.array(ids, np.int64)
+        return with_ids(self._read(ids), ids)
+
+    def update(
+        self,
+        ids: IntArray,
+        losses: FloatArray,
+        sketches: Float32Array | None,
+        measurements: Mapping[str, FloatArray],
+    ) -> None:
+        """Feed back what the probe measured of the ids that `probe_candidates` gave."""
+        self._owner.call(partial(self._sampler.update, ids, losses, sketches, measurements))
+
+    def refresh(
+        self,
+        also: FloatArray | None = None,
+        then: Callable[[FloatArray], None] | None = None,
+    ) -> FloatArray:
+        """Take in all feedback since the last refresh, of all ranks; every rank calls it.
+
+        Args:
+            also: (local lanes, n) more numbers to be added up over all lanes of all ranks.
+            then: Is given their (n,) sums at once, in the thread that refreshes: an interrupt
+                cannot come between.
+
+        Returns:
+            (n,) the sums.
+
+        Raises:
+            ExchangeError: If a rank does not answer in time or is at another step.
+        """
+        return self._owner.call(partial(self._refresh, also, then))
+
+    def _refresh(
+        self, also: FloatArray | None, then: Callable[[FloatArray], None] | None
+    ) -> FloatArray:
+        self._sampler.refreshes_itself = False
+        total = self._sampler.refresh(also)
+        if then is not None:
+            then(total)
+        return total
+
+    def attach(self, probe: LearnabilityProbe) -> None:
+        """Let a probe refresh the loader; its state travels in the loader's."""
+        self._owner.call(partial(self._attach, probe))
