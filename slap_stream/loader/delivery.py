@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Delivery(Iterator[Any]):
 
     Args:
         batches: Torch's iterator over the pending batches.
+        workers: Its worker processes.
         pending: The pending batches.
         is_newest: Whether no other iteration has begun since, and no state was loaded.
         hold_shards: Says which shards are still needed; called before a batch is read.
@@ -33,6 +34,7 @@ class Delivery(Iterator[Any]):
     def __init__(
         self,
         batches: Iterator[Any],
+        workers: Sequence[Any],
         pending: PendingBatches,
         *,
         is_newest: Callable[[], bool],
@@ -40,7 +42,7 @@ class Delivery(Iterator[Any]):
         count: Callable[[int, float], None],
     ) -> None:
         self._batches: Iterator[Any] | None = batches
-        self._pending = pending
+        self._pending, self._workers = pending, workers
         self._is_newest, self._hold_shards, self._count = is_newest, hold_shards, count
 
     def __next__(self) -> Any:
@@ -71,7 +73,7 @@ class Delivery(Iterator[Any]):
             if isinstance(error, RuntimeError | OSError | EOFError) and not isinstance(
                 error, SlapStreamError
             ):
-                message = describe_dead(getattr(batches, "_workers", ()), error)
+                message = describe_dead(self._workers, error)
                 if message is not None:
                     raise WorkerError(message) from error
             raise

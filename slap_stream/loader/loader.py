@@ -190,7 +190,7 @@ class SlapDataLoader(DataLoader[Any]):
         iteration = self._iteration
         delivered = self._owner.call(self._begin)
         # Persistent workers of which one has died: the next iteration makes new ones.
-        if any(worker.exitcode for worker in getattr(self._iterator, "_workers", ())):
+        if any(worker.exitcode for worker in self._workers_of(self._iterator)):
             self._iterator = None
         place = self._pending.epoch, delivered, self._ranks.rank
         draws = generator(self.config.seed, Purpose.WORKERS, *place)
@@ -199,11 +199,17 @@ class SlapDataLoader(DataLoader[Any]):
         self._line.restart()
         return Delivery(
             batches,
+            self._workers_of(batches),
             self._pending,
             is_newest=lambda: iteration == self._iteration,
             hold_shards=self._hold_shards,
             count=lambda samples, progress: self._line.count(samples, progress, self.metrics),
         )
+
+    def _workers_of(self, batches: Any) -> list[Any]:
+        """Worker processes of torch's iterator; one that reads in this process has none."""
+        workers: list[Any] = batches._workers if self.num_workers and batches is not None else []
+        return workers
 
     def _begin(self) -> int:
         delivered = self._pending.begin()
