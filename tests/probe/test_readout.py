@@ -67,7 +67,7 @@ def test_a_head_that_is_never_called_is_read_from_the_body():
 def test_inner_products_estimate_preconditioned_ones():
     """At 4096 numbers an error is 1/64 of the norms; largest of 15 pairs, stated: 5/64."""
     model, host = make("gpt2"), Host()
-    object.__setattr__(host.config, "sketch_dim", 4096)
+    object.__setattr__(host.config.advanced, "sketch_dim", 4096)
     probe = LearnabilityProbe(model, host)
     left, right = probe._moment.factors()
     probe.step()

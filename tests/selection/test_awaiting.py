@@ -145,7 +145,7 @@ def test_questions_of_a_longer_memory_are_taken_over_all() -> None:
     longer, shorter = Awaiting(depth=5), Awaiting(depth=2)
     for step in range(4):
         ask(longer, step, 10 + step)
-    shorter.load_state_dict(as_json(longer.state_dict()), rows_of)
+    shorter.load_state_dict(Saved(as_json(longer.state_dict())), LOOKUP)
     assert shorter.entries()[0].tolist() == [10, 11, 12, 13]
     # Each new one takes the place of the oldest.
     ask(shorter, 4, 14)
