@@ -79,8 +79,9 @@ def question(library: str, path: str, value: Any) -> Record | None:
 
 
 def answer_of(record: Record) -> str:
-    """What is said in a record, the user's part left out."""
-    return " ".join(turn["content"] for turn in record["messages"] if turn["role"] != "user")
+    """What a model is to say."""
+    roles = ("assistant", "text")
+    return " ".join(turn["content"] for turn in record["messages"] if turn["role"] in roles)
 
 
 def phrases(record: Record) -> set[str]:
@@ -194,8 +195,7 @@ def run(given: Path | None, count: int, seed: int, out: Path) -> None:
     command(embed, out / "train", "--quiet")
 
     heldout = samples_of(out / "heldout")
-    collate = ChatCollator(tokenizer)
-    batches = [collate(heldout[start : start + 50]) for start in range(0, len(heldout), 50)]
+    batches = [ChatCollator(tokenizer)(heldout[i : i + 50]) for i in range(0, len(heldout), 50)]
     by_id = {record["id"]: answer_of(record) for record in records}
     answers = [by_id[sample["id"]] for sample in samples_of(out / "train")]
     keep, taught, losses = 1.0, {}, {}

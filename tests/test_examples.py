@@ -60,7 +60,12 @@ def rows(printed: str) -> dict[str, list[float]]:
 def conversation(number: int) -> dict[str, Any]:
     question = f"What is {number} plus {number + 3}, and which word goes with {number * 7}?"
     answer = f"It is {2 * number + 3}, and the word is w{number * 7919 % 997}."
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    # What is the same in all of them must not make copies of them.
+    system = (
+        "You are a machine that adds up two numbers, and that always knows which word is asked."
+    )
+    turns = {"system": system, "user": question, "assistant": answer}
+    messages = [{"role": role, "content": content} for role, content in turns.items()]
     return {"source": f"s{number % 2}", "messages": messages}
 
 
