@@ -214,11 +214,11 @@ def run(given: Path | None, count: int, seed: int, out: Path) -> None:
         copies = 1.0 - sum(len({answers[index] for index in epoch}) for epoch in epochs) / samples
         keep = samples / (EPOCHS * len(answers))  # Of uniform batches as many as of slap's.
         print(f"{name:12}{losses[name].mean():14.3f}{samples:9,}{copies:8.0%}{seconds:9.1f}")
-    print("(copies: their answer came before in the same epoch)\n")
+    print("(copies: answers seen before in the epoch; ±: 95 % over records, seeds vary more)\n")
     for name in ("everything", "uniform"):
         change = losses["slap"] - losses[name]
         margin = 1.96 * change.std() / len(change) ** 0.5
-        print(f"slap against {name}: {change.mean():+.3f} ± {margin:.3f} (95 %, held-out records)")
+        print(f"slap against {name}: {change.mean():+.3f} ± {margin:.3f}")
     print("\neverything   slap   uniform   how often each trained on an answer")
     for text, times in taught["everything"].most_common(4):
         print(f"{times:10,}{taught['slap'][text]:7,}{taught['uniform'][text]:10,}   {text[:60]}")
