@@ -21,10 +21,8 @@ import torch
 from streaming import StreamingDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slap_stream import LearnabilityProbe, SlapConfig, SlapDataLoader, per_sample_loss
+from slap_stream import ChatCollator, LearnabilityProbe, SlapConfig, SlapDataLoader, per_sample_loss
 from slap_stream.cli.command_line import CommandLine, ended, real, share, to_write, whole
-from slap_stream.shards.index import corpus_columns
-from slap_stream.text.collate import ChatCollator
 
 
 def collate_text(
@@ -34,16 +32,6 @@ def collate_text(
     return collate(
         [{"messages": [{"role": "text", "content": sample[column]}]} for sample in samples]
     )
-
-
-def check_columns(line: CommandLine, shards: Path, text_column: str | None) -> None:
-    """Say now what would otherwise fail when the first batch is collated."""
-    columns = corpus_columns(shards)
-    texts = [name for name, encoding in columns.items() if encoding == "str"]
-    if text_column is None and not {"messages", "input_ids"} & columns.keys():
-        line.error(f"argument --text-column: must be given, as one of {texts}")
-    if text_column is not None and text_column not in texts:
-        line.error(f"argument --text-column: must be one of {texts}, got {text_column!r}")
 
 
 def main() -> int:
@@ -57,9 +45,7 @@ def main() -> int:
     line.add_argument("--batch-size", type=whole(1), default=32)
     line.add_argument("--keep", type=share, default=0.7, help="share of candidates trained on")
     line.add_argument("--learning-rate", type=real(0.0, above=True), default=2e-5)
-    line.add_argument(
-        "--num-workers", type=whole(0), default=2, help="processes that read and collate"
-    )
+    line.add_argument("--num-workers", type=whole(0), default=2, help="processes that read")
     line.add_argument("--save-every", type=whole(1), default=200, help="steps between checkpoints")
     line.add_argument("--out", type=to_write, default=Path("trained"), help="model and checkpoint")
     arguments = line.parse_args()
@@ -76,14 +62,19 @@ def main() -> int:
     except (OSError, ValueError) as error:
         line.error(f"argument --model: must be loadable, got {arguments.model!r}; {error}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate)
-    collate: Any = ChatCollator(tokenizer, max_length=arguments.max_length)
-    if arguments.text_column is not None:
-        collate = partial(collate_text, collate, arguments.text_column)
-
     dataset = StreamingDataset(
         remote=arguments.remote, local=str(arguments.shards), batch_size=arguments.batch_size
     )
-    check_columns(line, arguments.shards, arguments.text_column)
+    shard, column = dataset.shards[0], arguments.text_column
+    encodings = dict(zip(shard.column_names, shard.column_encodings, strict=True))
+    texts = [name for name, encoding in encodings.items() if encoding == "str"]
+    chats = {"messages", "input_ids"} & encodings.keys()
+    if column not in texts and (column is not None or not chats):
+        # Else it would fail when the first batch is collated.
+        line.error(f"argument --text-column: must be one of {texts}, got {column!r}")
+    collate: Any = ChatCollator(tokenizer, max_length=arguments.max_length)
+    if column is not None:
+        collate = partial(collate_text, collate, column)
     loader = SlapDataLoader(
         dataset,
         batch_size=arguments.batch_size,
@@ -94,7 +85,8 @@ def main() -> int:
     )
     probe = LearnabilityProbe(model, loader, optimizer=optimizer)
 
-    checkpoint = arguments.out / "checkpoint.pt"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    checkpoint, part = arguments.out / "checkpoint.pt", arguments.out / "checkpoint.part"
     step = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=False)
@@ -117,32 +109,17 @@ def main() -> int:
         probe.step()
         step += 1
         if step % arguments.save_every == 0 or loader.progress == 1.0:
-            print(
-                f"step {step}  {loader.progress:4.0%}  loss {losses.mean().item():.3f}", flush=True
-            )
-            save(checkpoint, model, optimizer, loader, step)
+            print(f"step {step}  {loader.progress:4.0%}  loss {losses.mean():.3f}", flush=True)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            # Renamed when it is whole, so that an interrupt leaves the one before.
+            torch.save(state | {"loader": loader.state_dict(), "step": step}, part)
+            part.replace(checkpoint)
 
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     metrics = loader.metrics()
     print(f"trained on {metrics['trained']:,.0f} of {metrics['offered']:,.0f} samples")
     return 0
-
-
-def save(path: Path, model: Any, optimizer: Any, loader: SlapDataLoader, step: int) -> None:
-    """Write a checkpoint whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    torch.save(
-        {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "loader": loader.state_dict(),
-            "step": step,
-        },
-        part,
-    )
-    part.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 """Train on any number of processes, be interrupted, and go on with another number of them.
 
-    python examples/04_torchrun.py                             # one process, no download, a minute
+    python examples/01_quickstart.py                           # once: makes runs/quickstart
+    python examples/04_torchrun.py                             # one process, a minute
     torchrun --nproc-per-node 2 examples/04_torchrun.py        # two, with DDP
     torchrun --nproc-per-node 2 examples/04_torchrun.py --fsdp # two, with fully_shard (FSDP2)
 
-Makes a small corpus of the docstrings of this Python installation, once. Saves a checkpoint every
---save-every steps with torch.distributed.checkpoint; run again with the same --out, on as many
-processes or on others, and the training goes on from the last one with the same batches. Needs
-`pip install ".[examples]"`.
+Saves a checkpoint every --save-every steps with torch.distributed.checkpoint. Run again with the
+same --out, on as many processes or on others, and the training goes on from the last one with the
+same batches.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -21,21 +20,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from quickstart_data import docstring_records, train_tokenizer
 from streaming import StreamingDataset
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from slap_stream import LearnabilityProbe, SlapConfig, SlapDataLoader, per_sample_loss
-from slap_stream.cli import convert, embed
+from slap_stream import ChatCollator, LearnabilityProbe, SlapConfig, SlapDataLoader, per_sample_loss
 from slap_stream.cli.command_line import CommandLine, ended, share, to_write, whole
-from slap_stream.text.collate import ChatCollator
 
 # Fixed for a run, like the number of lanes; each process takes its part of the batch.
 GLOBAL_BATCH, LANES = 16, 4
-MAX_TOKENS = 128
 
 
 class Training:
@@ -60,47 +55,32 @@ class Training:
         self.step = state["step"]
 
 
-def make_corpus(out: Path, records: int) -> None:
-    """Tokens and embeddings of docstrings, in out/corpus."""
-    found = docstring_records(records, seed=0)
-    train_tokenizer(found, out / "tokenizer")
-    (out / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found))
-    arguments = ("--tokenizer", out / "tokenizer", "--max-length", MAX_TOKENS, "--quiet")
-    convert.main([str(word) for word in (out / "train.jsonl", out / "corpus", *arguments)])
-    embed.main([str(out / "corpus"), "--quiet"])
-
-
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """The same weights on every process."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=352,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
     )
+    return LlamaForCausalLM(config)
 
 
 def main() -> int:
     """One epoch, saved now and then."""
     line = CommandLine(description=__doc__.splitlines()[0] if __doc__ else None)
     line.add_argument("--fsdp", action="store_true", help="shard the model; default: DDP")
-    line.add_argument("--records", type=whole(100), default=2000, help="docstrings to read")
+    line.add_argument("--data", type=Path, default=Path("runs/quickstart"), help="the quickstart's")
     line.add_argument("--keep", type=share, default=0.7, help="share of candidates trained on")
     line.add_argument("--save-every", type=whole(1), default=20, help="steps between checkpoints")
-    line.add_argument(
-        "--stop-after", type=whole(1), help="steps after which to stop, as if interrupted"
-    )
+    line.add_argument("--stop-after", type=whole(1), help="steps, as if interrupted then")
     line.add_argument("--out", type=to_write, default=Path("runs/torchrun"))
     arguments = line.parse_args()
-    out: Path = arguments.out
+    out, corpus = arguments.out, arguments.data / "train"
+    if not (corpus / "embeddings.zarr").exists():
+        line.error(f"--data must be what 01_quickstart.py made, got {arguments.data}; run it first")
 
     # Also on one process, so that there is one way only; streaming reads these variables too.
     single = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
@@ -118,19 +98,15 @@ def main() -> int:
     if LANES % world_size:
         line.error(f"processes must divide {LANES}, the lanes of this example, got {world_size}")
 
-    if rank == 0 and not (out / "corpus" / "embeddings.zarr").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        make_corpus(out, arguments.records)
-    dist.barrier()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.data / "tokenizer")
 
     # Of all processes, each makes the dataset, the loader and the probe.
     batch_size = GLOBAL_BATCH // world_size
-    dataset = StreamingDataset(local=str(out / "corpus"), batch_size=batch_size)
+    dataset = StreamingDataset(local=str(corpus), batch_size=batch_size)
     loader = SlapDataLoader(
         dataset,
         batch_size=batch_size,
-        embeddings=out / "corpus" / "embeddings.zarr",
+        embeddings=corpus / "embeddings.zarr",
         config=SlapConfig(keep=arguments.keep, seed=17, num_lanes=LANES),
         collate_fn=ChatCollator(tokenizer),
     )
@@ -141,7 +117,7 @@ def main() -> int:
         fully_shard(model)
     elif world_size > 1:
         model = DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     probe = LearnabilityProbe(model, loader, optimizer=optimizer)
 
     training = Training(model, optimizer)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import math
 import os
 import re
 import runpy
 import subprocess
 import sys
-from importlib import import_module
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from slap_stream.cli import embed
+from slap_stream.errors import CorpusError
 from slap_stream.shards.writer import open_writer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def run_here(name: str, *arguments: str | Path) -> None:
@@ -33,45 +35,62 @@ def run_here(name: str, *arguments: str | Path) -> None:
                 raise
 
 
-@pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As Python does for a script that is run from its directory.
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A small quickstart: the folder that it leaves, and what it prints."""
+    out = tmp_path_factory.mktemp("examples") / "quickstart"
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        run_here("01_quickstart.py", "--samples", "200", "--out", out)
+    return out, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, Any]:
+    """What the quickstart is made of."""
+    return runpy.run_path(str(EXAMPLES / "01_quickstart.py"))
+
+
+def rows(printed: str) -> dict[str, list[float]]:
+    """Held-out loss, samples, copies in percent and seconds of each run, as printed."""
+    found = re.findall(r"^(\w+) +([\d.]+) +([\d,]+) +(\d+)% +([\d.]+)$", printed, re.MULTILINE)
+    return {name: [float(n.replace(",", "")) for n in numbers] for name, *numbers in found}
 
 
 def conversation(number: int) -> dict[str, Any]:
     question = f"What is {number} plus {number + 3}, and which word goes with {number * 7}?"
     answer = f"It is {2 * number + 3}, and the word is w{number * 7919 % 997}."
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    # What is the same in all of them must not make copies of them.
+    system = (
+        "You are a machine that adds up two numbers, and that always knows which word is asked."
+    )
+    turns = {"system": system, "user": question, "assistant": answer}
+    messages = [{"role": role, "content": content} for role, content in turns.items()]
     return {"source": f"s{number % 2}", "messages": messages}
 
 
-def test_the_quickstart_needs_no_argument_but_time(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    run_here("01_quickstart.py", "--scale", "0.03", "--out", out)
-    printed = capsys.readouterr().out
-    results = json.loads((out / "results.json").read_text())
-    uniform, slap = results["uniform"], results["slap"]
-    # Paired: same samples seen, same weights to start with.
-    assert uniform["samples"] == slap["samples"]
-    assert uniform["losses"][0] == slap["losses"][0]
-    assert uniform["losses"][-1] < uniform["losses"][0] - 0.5
-    assert results["difference"] == pytest.approx(slap["losses"][-1] - uniform["losses"][-1])
-    assert results["verdict"] in printed
-    assert f"{slap['losses'][-1]:.3f}" in printed
-    assert "$ slap-convert" in printed
-    assert "$ slap-embed" in printed
-    assert (out / "quickstart.png").read_bytes().startswith(PNG)
+def test_the_quickstart_needs_no_argument_but_time(quickstart: tuple[Path, str]) -> None:
+    out, printed = quickstart
+    assert re.findall(r"^\$ (\S+)", printed, re.MULTILINE) == [
+        *("slap-convert", "slap-convert", "slap-embed")
+    ]
+    runs = rows(printed)
+    assert list(runs) == ["everything", "slap", "uniform"]
+    assert runs["everything"][1] == 4 * 192
+    assert runs["slap"][1] - 4 * 16 < runs["uniform"][1] <= runs["slap"][1] <= 4 * 192
+    # The documentation repeats itself, so that there is something to prune; all have learnt.
+    assert runs["everything"][2] > 20
+    assert all(0 < loss < math.log(1024) for loss, *_ in runs.values())
+    for name, change in re.findall(r"slap against (\w+): ([+-][\d.]+)", printed):
+        difference = runs["slap"][0] - runs[name][0]
+        assert float(change) == pytest.approx(difference, abs=0.0011)
+    assert (out / "train" / "embeddings.zarr").is_dir()
 
 
 WRONG = {
     "01_quickstart.py": {
-        "--keep 0": "--keep: must be in (0, 1], got '0'",
-        "--scale 0": "--scale: must be a number >= 0.01, got '0'",
-        "--corpus {none}": "inputs must exist, got '{none}'",
-        "--corpus {file}": "--corpus must hold records to train on, got none in file.jsonl",
+        "--samples 9": "--samples: must be a whole number >= 100, got '9'",
+        "--corpus {none}": "--corpus must be a file and not in --out, which is overwritten, got",
     },
     "02_wrap_streaming_dataset.py": {
         "{none} --model {none}": "shards must be a directory with an index.json, got {none}",
@@ -79,13 +98,13 @@ WRONG = {
         "{shards} --model {none}": "--model: must be loadable, got '{none}'",
     },
     "03_hf_trainer.py": {
-        "--records 9": "--records: must be a whole number >= 200, got '9'",
+        "--keep 2": "--keep: must be in (0, 1], got '2'",
         "--out {file}": "--out: must be a directory, new or old, that may be written to",
-        "--out {none} --records 200": "--save-every: must be at most 8, so that there is a",
+        "--data {none}": "--data must be what 01_quickstart.py made, got {none}; run it first",
     },
     "04_torchrun.py": {
         "--save-every 0": "--save-every: must be a whole number >= 1, got '0'",
-        "--keep 2": "--keep: must be in (0, 1], got '2'",
+        "--data {none}": "--data must be what 01_quickstart.py made, got {none}; run it first",
     },
 }
 
@@ -101,7 +120,7 @@ def test_a_wrong_argument_is_one_line(
     places["shards"].mkdir()
     (places["shards"] / "index.json").touch()
     for arguments, said in WRONG[example].items():
-        with pytest.raises(SystemExit, match=r"[12]"):
+        with pytest.raises(SystemExit, match="2"):
             run_here(example, *arguments.format(**places).split())
         [line] = capsys.readouterr().err.splitlines()
         assert line.startswith(f"{example}: ")
@@ -114,18 +133,20 @@ def test_the_quickstart_takes_a_corpus_of_ones_own(
 ) -> None:
     corpus, out = tmp_path / "mine.jsonl.gz", tmp_path / "run"
     with gzip.open(corpus, "wt") as file:
-        file.writelines(json.dumps(conversation(number)) + "\n" for number in range(600))
+        file.writelines(json.dumps(conversation(number)) + "\n" for number in range(300))
         file.write("this line is no JSON\n")
-    arguments = ("--corpus", corpus, "--scale", "0.02", "--keep", "0.5", "--out", out)
+    arguments = ("--corpus", corpus, "--samples", "100", "--out", out)
     run_here("01_quickstart.py", *arguments)
-    assert (out / "quickstart.png").read_bytes().startswith(PNG)
-    assert "over 64 held-out records" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert '"dropped": {"line that is not JSON": 1}' in printed
+    assert "100 records to train on, 200 held out" in printed
+    assert rows(printed)["everything"][1:3] == [4 * 96, 0]
     # A second run may replace the first one, and nothing else.
     (out / ".quickstart").unlink()
     with pytest.raises(SystemExit, match="2"):
         run_here("01_quickstart.py", *arguments)
     assert "--out must be new or of an earlier quickstart" in capsys.readouterr().err
-    assert (out / "quickstart.png").exists()
+    assert (out / "train" / "index.json").exists()
 
 
 def test_the_quickstart_never_overwrites_what_is_not_its_own(
@@ -133,15 +154,43 @@ def test_the_quickstart_never_overwrites_what_is_not_its_own(
 ) -> None:
     mine = tmp_path / "train.jsonl"
     mine.write_text(json.dumps(conversation(0)) + "\n")
-    arguments = ("--corpus", mine, "--out", tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        run_here("01_quickstart.py", *arguments)
+        run_here("01_quickstart.py", "--out", tmp_path)
     assert "--out must be new or of an earlier quickstart" in capsys.readouterr().err
     (tmp_path / ".quickstart").touch()
     with pytest.raises(SystemExit, match="2"):
-        run_here("01_quickstart.py", *arguments)
-    assert "--corpus must not lie in --out" in capsys.readouterr().err
+        run_here("01_quickstart.py", "--corpus", mine, "--out", tmp_path)
+    assert "--corpus must be a file and not in --out" in capsys.readouterr().err
     assert mine.read_text()
+
+
+def test_the_documentation_is_a_page_for_each_public_name(parts: dict[str, Any]) -> None:
+    records = list(parts["docstrings"](400, seed=1))
+    assert {record["source"] for record in records} == set(parts["LIBRARIES"])
+    assert len(records) == len({record["id"] for record in records}) == 400
+    for record in records:
+        question, answer = (turn["content"] for turn in record["messages"])
+        name = record["id"].rpartition(".")[2]
+        assert not name.startswith("_")
+        assert question.startswith(f"What does {name}(")
+        assert 60 <= len(answer) <= 200
+
+
+def test_nothing_held_out_occurs_in_training(parts: dict[str, Any]) -> None:
+    originals = [conversation(number) for number in range(300)]
+    # Every record twice, once with a word changed.
+    copies = [json.loads(json.dumps(record).replace("It is", "It was")) for record in originals]
+    train, heldout = parts["split"](originals + copies, 300, seed=3)
+    assert len(train) == 300
+    assert len(heldout) >= 50
+    sums = [re.findall(r"\d+,", parts["answer_of"](record))[0] for record in heldout]
+    assert len(set(sums)) == len(sums)
+    assert not set(sums) & {re.findall(r"\d+,", parts["answer_of"](r))[0] for r in train}
+
+
+def test_a_corpus_of_copies_leaves_nothing_to_hold_out(parts: dict[str, Any]) -> None:
+    with pytest.raises(CorpusError, match="must leave 50 new answers to hold out, got 0;"):
+        parts["split"]([conversation(1)] * 200, 100, seed=0)
 
 
 def test_someone_elses_shards_are_trained_on_and_resumed(
@@ -188,27 +237,22 @@ def test_someone_elses_shards_are_trained_on_and_resumed(
 
 
 def test_a_hugging_face_training_is_broken_off_and_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quickstart: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "run"
-    arguments = ("--records", "400", "--save-every", "5", "--out", out)
+    arguments = ("--data", quickstart[0], "--out", tmp_path / "run")
     run_here("03_hf_trainer.py", *arguments)
     printed = capsys.readouterr().out
-    # How many records the installed packages' docstrings leave is not the same everywhere.
-    taken = re.search(r"taken away after step (\d+) of (\d+)", printed)
-    assert taken is not None
-    cut, steps = map(int, taken.groups())
-    assert 0 < cut < steps
-    assert f"step {steps} of {steps}: the last epoch trained on {steps * 8} of" in printed
+    assert "taken away after step 12 of 16" in printed
+    assert "step 16 of 16: the last epoch trained on 128 of 200 samples" in printed
     with pytest.raises(SystemExit, match="2"):
         run_here("03_hf_trainer.py", *arguments)
-    assert "--out: must be new" in capsys.readouterr().err
+    assert "--out must be new" in capsys.readouterr().err
 
 
 def test_a_training_goes_on_with_another_number_of_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quickstart: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("--records", "200", "--save-every", "3", "--out", tmp_path / "run")
+    arguments = ("--data", quickstart[0], "--save-every", "3", "--out", tmp_path / "run")
     # What the example sets for one process, so that it is taken back.
     for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
@@ -229,63 +273,4 @@ def test_a_training_goes_on_with_another_number_of_processes(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "going on after step 3 on 2 processes" in done.stdout
-    trained = re.search(r"trained on (\d+) of (\d+) samples", done.stdout)
-    assert trained is not None
-    assert int(trained[1]) == int(0.7 * int(trained[2]) // 16) * 16
-
-
-def test_docstrings_become_questions_of_every_kind() -> None:
-    data = import_module("quickstart_data")
-    records = data.docstring_records(300, seed=1)
-    assert len(records) == 300
-    assert {record["source"] for record in records} == {
-        "explain",
-        "implement",
-        "purpose",
-        "signature",
-    }
-    assert len({record["id"] for record in records}) == 300
-    for record in records:
-        assert [turn["role"] for turn in record["messages"]] == ["user", "assistant"]
-        assert all(turn["content"].strip() for turn in record["messages"])
-    assert records == data.docstring_records(300, seed=1)
-
-
-def test_nothing_held_out_occurs_in_training() -> None:
-    data = import_module("quickstart_data")
-    originals = [conversation(number) for number in range(300)]
-    # Every record twice, once under another source and with a word changed.
-    copies = [
-        json.loads(json.dumps(record).replace("and which", "but which")) for record in originals
-    ]
-    train, heldout = data.split(originals + copies, num_train=300, num_heldout=64, seed=3)
-    assert len(train) == 300
-    answers = [data.answer_of(record) for record in heldout]
-    assert len(set(answers)) == len(answers) == 64
-    assert not set(answers) & {data.answer_of(record) for record in train}
-
-
-def test_a_corpus_of_copies_leaves_nothing_to_hold_out() -> None:
-    with pytest.raises(ValueError, match="at least 50 records to hold out, got 0 of 200"):
-        import_module("quickstart_data").split(
-            [conversation(1)] * 200, num_train=100, num_heldout=64, seed=0
-        )
-
-
-@pytest.mark.parametrize("sources", [1, 3])
-def test_the_figure_draws_what_there_is(tmp_path: Path, sources: int) -> None:
-    figure = import_module("quickstart_figure")
-    groups = [figure.Group(name="a", offered=100, kept={"uniform": 70, "slap": 50})]
-    figure.draw(
-        tmp_path / "figure.png",
-        title="A title",
-        verdict="A verdict",
-        keep=0.7,
-        curves=[
-            figure.Curve(name=name, samples=[0, 8, 16], losses=[7.0, 6.0, 5.0])
-            for name in ("uniform", "slap")
-        ],
-        strata=[groups] * sources,
-        kinds=[groups, []],
-    )
-    assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
+    assert "trained on 128 of 200 samples" in done.stdout
