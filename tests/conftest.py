@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -81,6 +82,10 @@ def _shared_memory_is_let_go() -> Iterator[None]:
         patch.setattr(module.SharedMemory, "__init__", recorded)
         yield
     gc.collect()
+    for thread in threading.enumerate():
+        # Of a loader that is gone; what it fetches lies in this memory.
+        if thread.name.startswith("slap-fetch"):
+            thread.join(10.0)
     for memory in made:
         # A dataset that a longer-lived fixture still holds keeps its own.
         with suppress(BufferError):

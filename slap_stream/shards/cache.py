@@ -15,7 +15,7 @@ import os
 import threading
 from functools import partial
 from pathlib import Path
-from time import monotonic, sleep, time_ns
+from time import monotonic, time_ns
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,12 @@ class ShardCache:
         self._deadline_seconds = deadline_seconds
         self._per_thread = threading.local()
         self._counting = threading.Lock()
+        self._stopped = threading.Event()
         self.retries = 0
+
+    def stop(self) -> None:
+        """Have whoever waits to try again give up: nobody needs the shards any more."""
+        self._stopped.set()
 
     def directory(self, shard_id: int) -> Path:
         """Local directory that a shard's file names are relative to."""
@@ -167,9 +172,14 @@ class ShardCache:
                         "remote, credentials and disk, and go on from the last state."
                     ) from error
                 pause = BACKOFF_SECONDS * 2 ** (failures - 1)
-                sleep(max(0.0, min(pause, deadline - monotonic())))
+                self._pause(min(pause, deadline - monotonic()))
             with self._counting:
                 self.retries += 1
+
+    def _pause(self, seconds: float) -> None:
+        """Wait before something is tried again, unless it is not needed any more."""
+        if self._stopped.wait(max(0.0, seconds)):
+            raise ShardError("fetcher must be open, got one that was closed while it fetched.")
 
     def _prepare(self, shard_id: int, deadline: float) -> int:
         """Download and unpack, or wait for whoever is doing so; the bytes this added."""
@@ -198,7 +208,7 @@ class ShardCache:
                     "another process that is still fetching it, or was killed while it did; end "
                     "all processes of the node and start them again."
                 )
-            sleep(POLL_SECONDS)
+            self._pause(POLL_SECONDS)
         usage = self._bytes_present(shard_id)
         arrived = False
         try:

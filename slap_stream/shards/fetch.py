@@ -98,7 +98,7 @@ class ShardFetcher:
         ]
         for thread in self._threads:
             thread.start()
-        self._finalizer = weakref.finalize(self, _stop, self._queue, num_threads)
+        self._finalizer = weakref.finalize(self, _stop, self._queue, self._cache, num_threads)
         # Not at exit: daemon threads just end, and a forked child must not wait for their lock.
         self._finalizer.atexit = False
 
@@ -270,7 +270,8 @@ def _work(jobs: _Queue, cache: ShardCache) -> None:
             job.future.set_exception(error)
 
 
-def _stop(jobs: _Queue, num_threads: int) -> None:
+def _stop(jobs: _Queue, cache: ShardCache, num_threads: int) -> None:
+    cache.stop()
     try:
         while True:
             jobs.get_nowait()

@@ -307,3 +307,21 @@ def test_the_limit_does_not_depend_on_the_order(
         except ShardError:
             stopped = True
     assert stopped == (limit < 4 / 25)
+
+
+def test_closing_ends_the_waiting_to_try_again(
+    remote: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_cache, "BACKOFF_SECONDS", 100.0)
+    stream, dataset = _flaky(remote, 10**6, OUTAGES[0])
+    fetcher = ShardFetcher(dataset, num_threads=1)
+    fetcher.hint(EVERY[:1])
+    deadline = time.monotonic() + 30
+    while stream.left[0] == 10**6:
+        assert time.monotonic() < deadline, "nothing was fetched"
+        time.sleep(0.01)
+    threads = fetcher._threads
+    fetcher.close()
+    assert not any(thread.is_alive() for thread in threads)
+    with pytest.raises(ShardError, match="fetcher must be open, got a closed one"):
+        fetcher.require(EVERY[:1])
