@@ -85,7 +85,7 @@ def _shared_memory_is_let_go() -> Iterator[None]:
     for thread in threading.enumerate():
         # Of a loader that is gone; what it fetches lies in this memory.
         if thread.name.startswith("slap-fetch"):
-            thread.join(10.0)
+            thread.join(0.2)
     for memory in made:
         # A dataset that a longer-lived fixture still holds keeps its own.
         with suppress(BufferError):

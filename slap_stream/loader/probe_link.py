@@ -1,4 +1,4 @@
-"""What a probe asks of a loader and tells it."""
+"""The questions of a probe to a loader, and its answers."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ in   how many samples each shard has; rows of embeddings; losses and sketches
 out  lists of sample ids, one a batch; candidates whose loss would tell most
 
 sampler.py        `SlapSampler`: this rank's lanes, and all that a loader may ask of them
-run.py            what composes a rank's batches, in one piece
+run.py            the lanes of a rank and what they share, in one piece
 lane.py           one lane: candidates in, batches out, step by step
   order.py        which candidates come when, block by block
   intake.py       the rows of a block, read once

@@ -1,4 +1,4 @@
-"""What composes a rank's batches, in one piece: made aside, loaded, and only then taken over."""
+"""A rank's lanes and what they share, in one piece: made aside, loaded, only then taken over."""
 
 from __future__ import annotations
 

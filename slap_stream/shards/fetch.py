@@ -258,16 +258,14 @@ class ShardFetcher:
 
 
 def _work(jobs: _Queue, cache: ShardCache) -> None:
-    while True:
-        _, _, job = jobs.get()
-        if job is None:
-            return
-        if not job.claim.acquire(blocking=False):
-            continue
-        try:
-            job.future.set_result(cache.ensure(job.shard_id))
-        except BaseException as error:
-            job.future.set_exception(error)
+    while (job := jobs.get()[2]) is not None:
+        if job.claim.acquire(blocking=False):
+            try:
+                job.future.set_result(cache.ensure(job.shard_id))
+            except BaseException as error:
+                job.future.set_exception(error)
+        # Its error holds the frames that it was raised through, and so a loader perhaps.
+        del job
 
 
 def _stop(jobs: _Queue, cache: ShardCache, num_threads: int) -> None:

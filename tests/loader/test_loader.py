@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from itertools import islice
 from pathlib import Path
@@ -273,6 +274,20 @@ def test_a_bad_shard_raises_or_is_withdrawn(tmp_path: Path) -> None:
     assert metrics["offered"] == NUM_SAMPLES - bad
     assert metrics["epochs_cut_short"] == 0
     assert len(ids) == int(0.7 * NUM_SAMPLES // BATCH) * BATCH
+
+
+def test_a_loader_that_a_bad_shard_ended_ends_its_threads(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    break_shard(corpus, "shard.00002.mds")
+    loader = make(corpus)
+    threads = loader._fetcher._threads
+    with pytest.raises(ShardError):
+        list(loader)
+    del loader
+    gc.collect()
+    for thread in threads:
+        thread.join(10.0)
+        assert not thread.is_alive()
 
 
 def test_a_run_that_loses_too_many_candidates_stops_and_may_go_on(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which policies there are, by name: our own, registered ones, and those of installed packages."""
+"""Policies by name: our own, registered ones, and those of installed packages."""
 
 from __future__ import annotations
 
