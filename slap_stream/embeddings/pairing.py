@@ -301,7 +301,7 @@ def _chance_above(found: FloatArray, shuffled: FloatArray) -> float:
 
 def _digests(samples: Sequence[TextSample]) -> IntArray:
     """(n,) a number of each sample, the same for samples with the same words."""
-    digests = [xxhash.xxh3_64_intdigest(f"{s.prompt}\n{s.target}") for s in samples]
+    digests = [xxhash.xxh3_64_intdigest(f"{s.prompt}\n{s.target}".encode()) for s in samples]
     return (np.array(digests, np.uint64) >> np.uint64(1)).astype(np.int64)
 
 

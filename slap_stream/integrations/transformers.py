@@ -170,6 +170,8 @@ class SlapTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            # transformers has it since version 5.
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -223,6 +225,24 @@ class SlapTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
             # no optimizer step would follow.
             return [], None
         return batches, num_items
+
+    def _run_epoch(
+        self,
+        *,
+        train_dataloader: Any,
+        steps_in_epoch: int,
+        num_update_steps_per_epoch: int,
+        **rest: Any,
+    ) -> None:
+        """Transformers 5.3 and later: an epoch, whose length the Trainer has asked for before a
+        resume. In mid-epoch it would miss the epoch's last, shorter group of batches."""
+        left = len(train_dataloader)
+        super()._run_epoch(
+            train_dataloader=train_dataloader,
+            steps_in_epoch=left,
+            num_update_steps_per_epoch=-(-left // self.args.gradient_accumulation_steps),
+            **rest,
+        )
 
     def num_examples(self, dataloader: Any) -> int:
         """Samples of an epoch: those that are trained on, not those that are offered."""
@@ -405,6 +425,14 @@ def _check_arguments(args: TrainingArguments) -> None:
     for name, cure in refused.items():
         if getattr(args, name, None):
             raise ConfigError(f"{name} must be off, got {getattr(args, name)!r}; {cure}.")
+    # Settings of transformers 5, and what they are where nothing is asked for.
+    wanted = {
+        "train_sampling_strategy": ("random", "the sampler composes the batches"),
+        "dataloader_in_order": (True, "a state says which batches were delivered: all up to one"),
+    }
+    for name, (usual, cure) in wanted.items():
+        if getattr(args, name, usual) != usual:
+            raise ConfigError(f"{name} must be {usual!r}, got {getattr(args, name)!r}; {cure}.")
 
 
 def _check_dataset(dataset: Any, embeddings: Any, args: TrainingArguments) -> None:

@@ -163,7 +163,7 @@ def test_exactly_the_assistants_words_and_their_end_mark_are_learnt(
 
 def test_the_ids_are_those_of_the_whole_conversation() -> None:
     tokenizer = byte_level(CHATML)
-    whole = tokenizer.apply_chat_template(DIALOGUE)
+    whole = tokenizer.apply_chat_template(DIALOGUE, return_dict=False)
     assert encode(tokenizer, DIALOGUE).input_ids == whole
     marked = byte_level(CHATML_MARKED)
     theirs = marked.apply_chat_template(
@@ -178,7 +178,10 @@ def test_a_prompt_at_inference_is_a_prefix_of_what_was_trained_on() -> None:
     tokenizer = byte_level(None)
     encoded = encode(tokenizer, DIALOGUE)
     prompt = tokenizer.apply_chat_template(
-        DIALOGUE[:-1], chat_template=DEFAULT_CHAT_TEMPLATE, add_generation_prompt=True
+        DIALOGUE[:-1],
+        chat_template=DEFAULT_CHAT_TEMPLATE,
+        add_generation_prompt=True,
+        return_dict=False,
     )
     assert encoded.input_ids[: len(prompt)] == prompt
     assert all(encoded.supervised[len(prompt) : -1])
