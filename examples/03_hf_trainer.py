@@ -65,7 +65,7 @@ def new_trainer(arguments: Any, *callbacks: TrainerCallback) -> SlapTrainer:
             num_train_epochs=2,
             learning_rate=5e-3,
             lr_scheduler_type="cosine",
-            warmup_ratio=0.05,
+            warmup_steps=5,
             logging_steps=0.1,
             save_steps=0.2,
             dataloader_pin_memory=torch.cuda.is_available(),

@@ -231,7 +231,7 @@ class PairModel:
             packed = np.array(
                 [
                     compression(sides.samples[other].target, sample.prompt)
-                    for sample, other in zip(sides.samples, at, strict=True)
+                    for sample, other in zip(sides.samples, at.tolist(), strict=True)
                 ]
             )
         likeness = np.zeros(len(fold))
@@ -245,7 +245,7 @@ class PairModel:
             cosine.reshape(-1),
             likeness,
             np.log1p([len(sample.prompt) for sample in sides.samples]),
-            np.log1p([len(sides.samples[other].target) for other in at]),
+            np.log1p([len(sides.samples[other].target) for other in at.tolist()]),
             packed,
             alone,
         )

@@ -77,7 +77,7 @@ def _clear_spoilt(values: Float32Array) -> BoolArray:
     if fine.all():
         return np.zeros(len(values), bool)
     values[~fine] = 0.0
-    spoilt: BoolArray = ~fine.all(axis=1)
+    spoilt: BoolArray = np.logical_not(np.all(fine, axis=1, keepdims=True))[:, 0]
     return spoilt
 
 
@@ -342,7 +342,7 @@ class LossModel:
         reduced = w @ basis
         power, turn = np.linalg.eigh(reduced.T @ (covariance @ reduced))
         usable = power > 1e-12 * max(float(power[-1]), 1e-300)
-        metric = scale[:, None] * (reduced @ (turn * usable))[:, -wanted:]
+        metric: FloatArray = scale[:, None] * (reduced @ (turn * usable))[:, -wanted:]
         metric[INTERCEPT] -= mean @ metric
         return metric
 

@@ -187,8 +187,8 @@ class Pool:
         self.columns.own_loss[slots] = losses[at]
         self.columns.own_since[slots] = since
         if sketches is not None and self.sketch.shape[1]:
-            usable = np.isfinite(sketches).all(axis=1)
-            self.sketch[slots] = np.where(usable[:, None], sketches, 0.0)[at]
+            usable = np.all(np.isfinite(sketches), axis=1, keepdims=True)
+            self.sketch[slots] = np.where(usable, sketches, 0.0)[at]
         for name, values in (measurements or {}).items():
             self.measured[name][slots] = np.where(np.isfinite(values), values, 0.0)[at]
 
