@@ -17,12 +17,12 @@ from slap_stream.config import SlapConfig
 from slap_stream.core.state_bytes import from_bytes, to_bytes
 from slap_stream.errors import ConfigError, StateError
 from slap_stream.integrations.data_schedule import DataSchedule, planned_steps
+from slap_stream.integrations.trainer_checks import check_arguments, check_dataset
 from slap_stream.loader.delivery import SAMPLE_ID
 from slap_stream.loader.loader import SlapDataLoader
 from slap_stream.probe.probe import LearnabilityProbe
 from slap_stream.probe.readout import per_sample_loss
 from slap_stream.selection.policies.registry import make_policy
-from slap_stream.shards.settings import dataset_shards
 from slap_stream.text.collate import ChatCollator
 
 STATE_FILE = "slap_stream.state"
@@ -83,9 +83,9 @@ class SlapTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     ) -> None:
         # A copy, because two settings are changed below, and the caller may use theirs again.
         args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
-        _check_arguments(args)
+        check_arguments(args)
         if train_dataset is not None:
-            _check_dataset(train_dataset, embeddings, args)
+            check_dataset(train_dataset, embeddings, args)
         # The loader itself knows where to go on; batches skipped by the Trainer would be lost.
         args.ignore_data_skip = True
         if isinstance(data_collator, ChatCollator):
@@ -401,51 +401,6 @@ class _ShowMetrics(TrainerCallback):  # type: ignore[misc]  # transformers is no
     ) -> None:
         """Every callback is handed the same dict."""
         logs.update(self._quiet.hidden)
-
-
-def _check_arguments(args: TrainingArguments) -> None:
-    """Refuse what cannot be honoured, by name."""
-    if args.n_gpu > 1:
-        raise ConfigError(
-            f"SlapTrainer must have one device in each process, got {args.n_gpu}; start one "
-            "process for each (torchrun --nproc-per-node), or show this one a single device "
-            "(CUDA_VISIBLE_DEVICES=0)."
-        )
-    refused = {
-        "group_by_length": "the sampler composes the batches",
-        "auto_find_batch_size": "the batch size is fixed for a run; find it beforehand",
-        "include_tokens_per_second": "it would read an epoch in advance; use "
-        "include_num_input_tokens_seen",
-        "fsdp": "probe and optimizer must see the same weights; with fully_shard in a loop of your "
-        "own they do (examples/04_torchrun.py)",
-        "parallelism_config": "ranks that share a sample must be told apart; give SlapDataLoader "
-        "rank and world_size in a loop of your own",
-        "deepspeed": "its engine takes over the optimizer step, which the probe follows",
-    }
-    for name, cure in refused.items():
-        if getattr(args, name, None):
-            raise ConfigError(f"{name} must be off, got {getattr(args, name)!r}; {cure}.")
-    # Settings of transformers 5, and what they are where nothing is asked for.
-    wanted = {
-        "train_sampling_strategy": ("random", "the sampler composes the batches"),
-        "dataloader_in_order": (True, "a state says which batches were delivered: all up to one"),
-    }
-    for name, (usual, cure) in wanted.items():
-        if getattr(args, name, usual) != usual:
-            raise ConfigError(f"{name} must be {usual!r}, got {getattr(args, name)!r}; {cure}.")
-
-
-def _check_dataset(dataset: Any, embeddings: Any, args: TrainingArguments) -> None:
-    dataset_shards(dataset)
-    if embeddings is None:
-        raise ConfigError(
-            "embeddings must be given with a train_dataset, got None; slap-embed makes them."
-        )
-    if dataset.batch_size not in (None, args.per_device_train_batch_size):
-        raise ConfigError(
-            f"per_device_train_batch_size must be the dataset's batch_size, {dataset.batch_size}, "
-            f"got {args.per_device_train_batch_size!r}; give both the same."
-        )
 
 
 def _read_state(checkpoint: Path) -> Any:
