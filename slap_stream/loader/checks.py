@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from slap_stream.config import SlapConfig
+from slap_stream.core.checks import require_whole
 from slap_stream.embeddings.rows import StackedStore
 from slap_stream.errors import AlignmentError, ConfigError
 from slap_stream.selection.policies.registry import make_policy
@@ -27,12 +28,9 @@ def check_arguments(
         raise ConfigError(
             f"config must be a SlapConfig, got {config!r}; write config=SlapConfig(keep=0.7)."
         )
-    for name, value, least in (
-        ("num_workers", num_workers, 0),
-        ("prefetch_factor", 1 if prefetch_factor is None else prefetch_factor, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} must be a whole number >= {least}, got {value!r}.")
+    require_whole("num_workers", num_workers, 0)
+    if prefetch_factor is not None:
+        require_whole("prefetch_factor", prefetch_factor, 1)
     if collate_fn is not None and not callable(collate_fn):
         raise ConfigError(
             f"collate_fn must be a function of a list of samples, got {collate_fn!r}."
@@ -51,6 +49,7 @@ def batch_size_of(batch_size: int | None, dataset: Any) -> int:
         ConfigError: If neither was given, or both and different ones.
     """
     theirs: int | None = dataset.batch_size
+    batch_size = None if batch_size is None else require_whole("batch_size", batch_size, 1)
     if batch_size is None:
         if theirs is None:
             raise ConfigError(

@@ -32,6 +32,6 @@ def functions_of(names: Sequence[str]) -> list[Callable[[Tensor], Tensor]]:
     if unknown:
         raise ConfigError(
             f"measurements must be of {', '.join(MEASUREMENTS)}, got {', '.join(unknown)}; without "
-            "the probe, hand others to loader.update."
+            "the probe, hand others to SlapSampler.update."
         )
     return [MEASUREMENTS[name] for name in names]

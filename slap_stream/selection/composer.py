@@ -8,7 +8,13 @@ from slap_stream.core.rng import Purpose, generator, uniforms
 from slap_stream.core.saved import Saved
 from slap_stream.selection.intake import Intake
 from slap_stream.selection.loss_model import LOG_LENGTH, NUM_OWN_COLUMNS, LossModel
-from slap_stream.selection.policies.base import Policy, PoolView, top_of_each_stratum
+from slap_stream.selection.policies.base import (
+    Policy,
+    PoolView,
+    checked_choice,
+    checked_score,
+    top_of_each_stratum,
+)
 from slap_stream.selection.policies.uniform import Uniform
 from slap_stream.selection.pool import Pool, RecentlyTrained, SketchQueue
 from slap_stream.selection.repeats import Turns, copy_number, pressing
@@ -140,7 +146,9 @@ class Composer:
                     part = apportion(claims, trained, have, int(part[0]))
             if not part.sum():
                 return
-            picked = at[policy.select(self.view(slots[at]), part)]
+            view = self.view(slots[at])
+            chosen_here = policy.select(view, part)
+            picked = at[checked_choice(policy, chosen_here, view, int(part.sum()))]
             chosen.append(picked)
             open_[picked] = False
             wanted -= len(picked)
@@ -307,7 +315,8 @@ class Composer:
                 progress.by_stratum(pool.columns.stratum[slots]),
                 surplus,
             )
-        score = policy.score(self.view(slots))
+        view = self.view(slots)
+        score = checked_score(policy, policy.score(view), view)
         due, _ = self._due(slots)
         return np.concatenate([useless, pool.lowest(score, quota, due, slots)])
 

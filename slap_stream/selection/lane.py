@@ -1,4 +1,4 @@
-"""One lane: candidate order -> strata -> reservoirs -> policy -> lane batches.
+"""One lane: candidate order -> strata -> pool -> policy -> lane batches.
 
 A plain state machine without threads, torch or files of its own: what it does next follows from its
 state, the shared model and the store.

@@ -466,3 +466,8 @@ def test_weights_of_losses_come_with_the_batch_at_hand(corpus: Path) -> None:
     assert torch.cat(seen).max() > 1.0
     with pytest.raises(FeedbackError, match="loss_weights: ids of yielded batches"):
         loader.loss_weights(batch["sample_id"])
+
+
+def test_numpys_whole_numbers_are_whole_numbers(corpus: Path) -> None:
+    loader = make(corpus, batch_size=np.int64(BATCH), num_workers=np.int64(0))
+    assert run(loader, 2) == run(make(corpus), 2)

@@ -218,3 +218,52 @@ def test_the_weight_of_the_rank_follows_the_reference_unless_it_is_given() -> No
     assert weight(["reference_loss"]) == 8.0
     assert weight(["other"]) == 0.4
     assert weight(["reference_loss"], rank_weight=0.5) == 0.5
+
+
+class Faulty(Surprising):
+    """Does what a test has it do wrong."""
+
+    needs = frozenset({"losses"})
+    measurements = ()
+    waits_for_losses = False
+    measures_all = False
+    weighs_losses = False
+    chosen: Any = None
+    scores: Any = None
+
+    def score(self, view: PoolView) -> FloatArray:
+        return view.gumbel if self.scores is None else self.scores(view)
+
+    def select(self, view: PoolView, quota: IntArray) -> IntArray:
+        picked = top(view.gumbel, view, int(quota.sum()))
+        return picked if self.chosen is None else self.chosen(picked)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"chosen": lambda picked: picked * 0}, r"Faulty.select must give 8 positions in \[0, "),
+        ({"chosen": lambda picked: picked[:3]}, r"all different, got \(3,\) int64"),
+        ({"chosen": lambda picked: picked + 10**6}, r"Faulty.select must give 8 positions"),
+        ({"chosen": lambda picked: picked * 1.0}, r"got \(8,\) float64"),
+        (
+            {"scores": lambda view: view.gumbel * np.nan},
+            r"Faulty.score must give \d+ floats without",
+        ),
+        (
+            {"scores": lambda view: view.gumbel[1:]},
+            r"must give \d+ floats without NaN, got float64",
+        ),
+        ({"scores": lambda view: ["a"] * len(view)}, r"Faulty.score must give"),
+    ],
+)
+def test_a_policy_that_breaks_its_word_is_told_which(
+    monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+    register_policy(
+        "faulty", type("Faulty", (Faulty,), {k: staticmethod(f) for k, f in fault.items()})
+    )
+    sampler = make("faulty", probe_fraction=0.0)
+    with pytest.raises(ConfigError, match=message):
+        list(sampler)

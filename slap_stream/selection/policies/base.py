@@ -10,6 +10,7 @@ import numpy as np
 
 from slap_stream.config import SlapConfig
 from slap_stream.core.sorting import first_of_each, sort_candidates
+from slap_stream.errors import ConfigError
 from slap_stream.selection.pool import RecentlyTrained
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray
 
@@ -205,6 +206,40 @@ class SketchPolicy(SlidingPolicy):
             count: How many to pick, from 1 to n.
         """
         raise NotImplementedError
+
+
+def checked_choice(policy: Policy, chosen: IntArray, view: PoolView, wanted: int) -> IntArray:
+    """What a policy has selected, (wanted,) positions in the view, if it has kept its word.
+
+    Raises:
+        ConfigError: If they are not so many, all different, in the view.
+    """
+    positions = np.asarray(chosen)
+    fits = positions.shape == (wanted,) and positions.dtype.kind in "iu"
+    if fits and wanted:
+        fits = positions.min() >= 0 and positions.max() < len(view)
+    if not (fits and np.bincount(positions, minlength=1).max() <= 1):
+        raise ConfigError(
+            f"{type(policy).__name__}.select must give {wanted} positions in [0, {len(view)}), all "
+            f"different, got {positions.shape} {positions.dtype}, first {positions[:5].tolist()}; "
+            "else a sample would be trained on twice, or a batch be short."
+        )
+    return positions
+
+
+def checked_score(policy: Policy, score: FloatArray, view: PoolView) -> FloatArray:
+    """The (n,) scores that a policy gives to a view, if they can be put in order.
+
+    Raises:
+        ConfigError: If they are of another shape, or one is NaN.
+    """
+    scores = np.asarray(score)
+    if scores.shape != (len(view),) or scores.dtype.kind != "f" or np.isnan(scores).any():
+        raise ConfigError(
+            f"{type(policy).__name__}.score must give {len(view)} floats without NaN, got "
+            f"{scores.dtype} {scores.shape}; the lowest are pruned, so they must have an order."
+        )
+    return scores
 
 
 def recency(view: PoolView) -> FloatArray:

@@ -79,7 +79,8 @@ def make_policy(config: SlapConfig, columns: Sequence[str] | None = None) -> Pol
     policy: Any = _factory(name)(config, () if columns is None else columns)
     if not isinstance(policy, Policy):
         raise TypeError(f"policy {name!r} must be a slap_stream.Policy, got {policy!r}; derive it.")
-    unknown = policy.needs - NEEDS.keys()
+    needs: Any = policy.needs
+    unknown = {needs} if isinstance(needs, str) else set(needs) - NEEDS.keys()
     if unknown:
         raise ConfigError(
             f"needs of policy {name!r} must be of {', '.join(NEEDS)}, got "
