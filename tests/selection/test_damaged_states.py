@@ -135,3 +135,13 @@ def test_what_was_loaded_is_the_samplers_own() -> None:
     sampler.load_state_dict(state)
     drive([sampler], TABLE, stop_after=6)
     assert as_json(state) == before
+
+
+def test_a_number_of_lanes_beyond_all_memory_is_refused() -> None:
+    rows = np.random.default_rng(0).normal(size=(160, 8)).astype(np.float16)
+    # Lanes that nobody has asked for are taken over from the state.
+    sampler = SlapSampler([40] * 4, rows, batch_size=8)
+    state = sampler.state_dict()
+    state["run"]["num_lanes"] = 10**12
+    with pytest.raises(StateError, match=r"lanes: \[0\] of 1000000000000 -> \[0, 1000000000000\)"):
+        sampler.load_state_dict(state)

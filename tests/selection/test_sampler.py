@@ -566,7 +566,7 @@ def test_a_run_goes_on_with_the_same_batches_on_another_world_size() -> None:
             assert sampler.num_lanes == 4
         for left, right in zip(unbroken, head + drive(again, table, epochs=2), strict=True):
             np.testing.assert_array_equal(left, right)
-    with pytest.raises(StateError, match=r"lanes: \[0\] of 4 -> \[0, 1\] of rank 0 in 2"):
+    with pytest.raises(StateError, match=r"lanes: \[0\] of 4 -> \[0, 2\) of rank 0 in 2"):
         ranks(2, None)[0].load_state_dict(states[0])
     with pytest.raises(StateError, match="num_lanes: 4 -> 2"):
         ranks(2, 2)[0].load_state_dict(whole)
