@@ -1,13 +1,17 @@
 """Training loops of other libraries that slap_stream plugs into.
 
-transformers.py    `SlapTrainer`: Hugging Face's Trainer
-data_schedule.py   learning rates that follow the data, where the number of steps is not known
-trainer_checks.py  arguments and data that a trainer refuses
+transformers.py       `SlapTrainer`: Hugging Face's Trainer
+mixin.py              `SlapMixin`: what makes any Trainer choose its batches
+trainer_loader.py     the loader that a Trainer draws from
+trainer_callbacks.py  what happens at moments that only a Trainer's callbacks are told of
+trainer_checks.py     arguments and data that a Trainer is refused for
+data_schedule.py      learning rates that follow the data, where the number of steps is not known
 """
 
 from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
+    "mixin": ("SlapMixin",),
     "transformers": ("SlapTrainer",),
 }

@@ -6,7 +6,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from slap_stream.config import SlapConfig
 from slap_stream.errors import ConfigError
+from slap_stream.selection.policies.registry import make_policy
 from slap_stream.shards.settings import dataset_shards
 
 
@@ -40,6 +42,22 @@ def check_arguments(args: TrainingArguments) -> None:
     for name, (usual, cure) in wanted.items():
         if getattr(args, name, usual) != usual:
             raise ConfigError(f"{name} must be {usual!r}, got {getattr(args, name)!r}; {cure}.")
+
+
+def check_config(config: Any) -> SlapConfig:
+    """The settings of the selection; refuses those that the loss of a Trainer cannot follow."""
+    config = config or SlapConfig()
+    if not isinstance(config, SlapConfig):
+        raise TypeError(
+            f"slap_config must be a SlapConfig, got {type(config).__name__}; write "
+            "SlapConfig(keep=0.7)."
+        )
+    if make_policy(config).weighs_losses:
+        raise ConfigError(
+            f"policy must not be {config.policy!r} with SlapTrainer, got it; its losses need "
+            "weights, and the loss here is the stock Trainer's: use a loop of your own."
+        )
+    return config
 
 
 def check_dataset(dataset: Any, embeddings: Any, args: TrainingArguments) -> None:

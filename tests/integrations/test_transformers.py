@@ -18,7 +18,8 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArg
 from slap_stream import EmbeddingStore, SlapConfig, per_sample_loss
 from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.errors import ConfigError, StateError
-from slap_stream.integrations.transformers import STATE_FILE, SlapTrainer
+from slap_stream.integrations.mixin import STATE_FILE
+from slap_stream.integrations.transformers import SlapTrainer
 from slap_stream.text.collate import ChatCollator
 from tests.laws import FIRM, config_of
 from tests.test_training import BATCH, byte_tokenizer, folder  # noqa: F401  (a fixture)

@@ -1,0 +1,303 @@
+"""What makes a Trainer choose its batches while the model trains."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import Trainer, TrainingArguments
+
+from slap_stream.config import SlapConfig
+from slap_stream.core.state_bytes import from_bytes, to_bytes
+from slap_stream.errors import ConfigError, StateError
+from slap_stream.integrations.data_schedule import DataSchedule, planned_steps
+from slap_stream.integrations.trainer_callbacks import (
+    METRICS_PREFIX,
+    Companion,
+    HideMetrics,
+    ShowMetrics,
+)
+from slap_stream.integrations.trainer_checks import check_arguments, check_config, check_dataset
+from slap_stream.integrations.trainer_loader import ModelColumns, TrainerLoader
+from slap_stream.loader.delivery import SAMPLE_ID
+from slap_stream.loader.loader import SlapDataLoader
+from slap_stream.probe.probe import LearnabilityProbe
+from slap_stream.probe.readout import per_sample_loss
+from slap_stream.text.collate import ChatCollator
+
+STATE_FILE = "slap_stream.state"
+
+
+class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
+    """Makes any `transformers.Trainer` choose its batches: name it before the Trainer's class.
+
+        class SlapMyTrainer(SlapMixin, MyTrainer): ...
+
+    The Trainer's arguments stay as they are. `embeddings`, `slap_config`, `head` and `loss_fn` are
+    added. `SlapTrainer` is the mixin with the stock Trainer, and says what to expect. A Trainer
+    whose loss is not the cross-entropy of the next token overrides `sample_losses`, too.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        embeddings: Any = None,
+        slap_config: SlapConfig | None = None,
+        head: nn.Module | None = None,
+        loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            *arguments: As for the Trainer that is mixed with.
+            embeddings: The training set's, as for `SlapDataLoader`.
+            slap_config: Settings; default `SlapConfig()`. `probe_fraction=0`: no probe.
+            head: As for `LearnabilityProbe`.
+            loss_fn: As for `LearnabilityProbe`.
+            **options: Everything else that the Trainer takes; it differs by version.
+
+        Raises:
+            TypeError: If the training set is not a `StreamingDataset`.
+            ConfigError: If settings contradict each other, or one of them cannot be honoured.
+        """
+        given = _by_name(type(self), arguments, options)
+        # A copy, because two settings are changed below, and the caller may use theirs again.
+        args = given.get("args")
+        args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
+        check_arguments(args)
+        if given.get("train_dataset") is not None:
+            check_dataset(given["train_dataset"], embeddings, args)
+        # The loader itself knows where to go on; batches skipped by the Trainer would be lost.
+        args.ignore_data_skip = True
+        if isinstance(given.get("data_collator"), ChatCollator):
+            args.remove_unused_columns = False
+        self._embeddings = embeddings
+        self._slap_config = check_config(slap_config)
+        self._head, self._loss_fn = head, loss_fn
+        self._resume_from: str | None = None
+        self.loader: SlapDataLoader | None = None
+        """The loader of the training that runs, or that ran last."""
+        self.probe: LearnabilityProbe | None = None
+        # Before the caller's own, which then see what ours have set.
+        companion = Companion(self._begin, self._step_probe)
+        callbacks = [companion, *(given.get("callbacks") or [])]
+        super().__init__(**{**given, "args": args, "callbacks": callbacks})
+        # Around the last one, which prints; callbacks that are added later are told again.
+        quiet = HideMetrics()
+        self.callback_handler.callbacks.insert(-1, quiet)
+        self.callback_handler.callbacks.append(ShowMetrics(quiet))
+
+    def sample_losses(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+        """What each sample of a training batch costs, from the forward of the training step.
+
+        Override it for a model whose loss is not the cross-entropy of the next token, together
+        with `head=` and `loss_fn=`.
+
+        Args:
+            outputs: What the model returned.
+            labels: (batch, tokens) int64.
+
+        Returns:
+            (batch,) losses that tell samples apart; no gradient is needed.
+
+        Raises:
+            ConfigError: If there are no logits.
+        """
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        if logits is None:
+            raise ConfigError(
+                f"the model's output must be a mapping with logits, got {type(outputs).__name__} "
+                "without; switch fused losses off (use_liger_kernel), or override "
+                "sample_losses."
+            )
+        # One sample at a time: logits as float32 are the largest thing in a training step.
+        rows = range(len(labels))
+        return torch.cat([per_sample_loss(logits[i : i + 1], labels[i : i + 1]) for i in rows])
+
+    def get_train_dataloader(self) -> SlapDataLoader:
+        """A new loader over the training set, at the start of its first epoch."""
+        if self.train_dataset is None:
+            raise ValueError("train_dataset must be given to train, got None.")
+        args, collate = self.args, self.data_collator
+        if args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
+            collate = ModelColumns(collate, self._signature_columns)
+        # Not prepared by Accelerate, which would divide and reorder the batches; the Trainer moves
+        # them to the device.
+        return TrainerLoader(
+            self.train_dataset,
+            self._train_batch_size,
+            embeddings=self._embeddings,
+            config=self._slap_config,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            # transformers has it since version 5.
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The stock Trainer's scheduler, or the caller's; with keep="auto" it follows the data."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        by_data = self._slap_config.keep == "auto" and self.args.max_steps <= 0
+        # One that is stepped at evaluations counts no steps of the training.
+        if by_data and not isinstance(scheduler, ReduceLROnPlateau):
+            if isinstance(scheduler, DataSchedule):
+                scheduler = scheduler.scheduler  # the caller's, in a second training
+
+            def planned() -> int:
+                assert self.loader is not None, "no step before a training has begun"
+                done = self.loader.epochs_done / self.args.num_train_epochs
+                return planned_steps(done, num_training_steps)
+
+            self.lr_scheduler = DataSchedule(scheduler, planned)
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The stock Trainer's loss; in training, each sample's own goes back to the loader."""
+        ids = inputs.pop(SAMPLE_ID, None) if model.training else None
+        # The stock Trainer takes them out of the inputs for some losses.
+        labels = inputs.get("labels")
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if ids is not None and self.loader is not None:
+            if labels is None:
+                raise ConfigError(
+                    f"data_collator must make labels, got the columns {sorted(inputs)!r}; use "
+                    "ChatCollator(tokenizer), or one that makes them."
+                )
+            with torch.no_grad():
+                self.loader.observe(ids, self.sample_losses(outputs, labels))
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, *device: Any
+    ) -> tuple[list[Any], Any]:
+        """The batches of one optimizer step."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, *device)
+        if len(batches) < num_batches:
+            # An epoch that ends early, because shards were withdrawn, may leave a few batches that
+            # no optimizer step would follow.
+            return [], None
+        return batches, num_items
+
+    def _run_epoch(
+        self,
+        *,
+        train_dataloader: Any,
+        steps_in_epoch: int,
+        num_update_steps_per_epoch: int,
+        **rest: Any,
+    ) -> None:
+        """Transformers 5.3 and later: an epoch, whose length the Trainer has asked for before a
+        resume. In mid-epoch it would miss the epoch's last, shorter group of batches."""
+        left = len(train_dataloader)
+        super()._run_epoch(
+            train_dataloader=train_dataloader,
+            steps_in_epoch=left,
+            num_update_steps_per_epoch=-(-left // self.args.gradient_accumulation_steps),
+            **rest,
+        )
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Samples of an epoch: those that are trained on, not those that are offered."""
+        if isinstance(dataloader, TrainerLoader):
+            return dataloader.steps * int(self._train_batch_size) * int(self.args.world_size)
+        return int(super().num_examples(dataloader))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the loader's metrics beside the training loss."""
+        if self.loader is None or "loss" not in logs:
+            super().log(logs, start_time)
+            return
+        metrics = {METRICS_PREFIX + name: n for name, n in self.loader.metrics().items()}
+        super().log({**logs, **metrics}, start_time)
+        # The history is written into every checkpoint.
+        entry = self.state.log_history[-1]
+        self.state.log_history[-1] = {name: entry[name] for name in entry if name not in metrics}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.loader is not None:
+            # Every rank takes part, one of them writes.
+            state = self.loader.state_dict()
+            if self.args.should_save:
+                (Path(output_dir) / STATE_FILE).write_bytes(to_bytes(state))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # The Trainer tells nobody else where it resumes from, and the loader is not loaded here:
+        # its length has still to be that of a whole epoch.
+        self._resume_from = checkpoint
+
+    def _begin(self, loader: TrainerLoader) -> None:
+        """Take up a training whose model and optimizer are as they are to start."""
+        self.loader, self.probe = loader, None
+        if self._resume_from is not None:
+            loader.load_state_dict(_read_state(Path(self._resume_from)))
+        if loader.config.probe_fraction > 0:
+            # Accelerate casts inside the model's forward only; the probe calls the head by itself.
+            with self.accelerator.autocast():
+                self.probe = LearnabilityProbe(
+                    self.model,
+                    loader,
+                    head=self._head,
+                    loss_fn=self._loss_fn,
+                    optimizer=self.optimizer,
+                    batch_size=self._train_batch_size,
+                )
+
+    def _step_probe(self) -> None:
+        if self.probe is not None:
+            with self.accelerator.autocast():
+                self.probe.step()
+
+
+def _by_name(mixed: type, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The Trainer's arguments by name, those without included.
+
+    A Trainer that only hands on `*args` is looked through.
+    """
+    order = mixed.__mro__
+    for parent in order[order.index(SlapMixin) + 1 :]:
+        signature = inspect.signature(parent.__init__)  # type: ignore[misc]  # a class, no object
+        names = signature.parameters.values()
+        if not any(name.kind is inspect.Parameter.VAR_POSITIONAL for name in names):
+            break
+    named = [name for name in signature.parameters if name != "self"]
+    if len(arguments) > len(named):
+        raise TypeError(
+            f"{mixed.__name__} must be given at most {len(named)} arguments without a name, got "
+            f"{len(arguments)}; name them."
+        )
+    given = dict(zip(named, arguments, strict=False))
+    twice = sorted(given.keys() & options)
+    if twice:
+        raise TypeError(f"{twice[0]} must be given once, got it by position and by name.")
+    return {**given, **options}
+
+
+def _read_state(checkpoint: Path) -> Any:
+    path = checkpoint / STATE_FILE
+    if not path.is_file():
+        raise StateError(
+            f"resume_from_checkpoint must be a checkpoint of a SlapTrainer, got {checkpoint}, "
+            f"which has no {STATE_FILE}; it was written by another Trainer or with "
+            "save_only_model: load its weights instead, and start anew."
+        )
+    return from_bytes(path.read_bytes())
