@@ -26,32 +26,22 @@ TOKENS_PER_BATCH = (2_048, 65_536)
 
 
 class Encoder(Protocol):
-    """Turns samples into vectors and, if it can, into further feature columns."""
+    """Turns samples into vectors and, if it can, into further feature columns.
 
-    @property
-    def name(self) -> str:
-        """How the encoder is asked for: `hashing`, `hf:PATH`."""
-        ...
+    Attributes:
+        name: How the encoder is asked for: `hashing`, `hf:PATH`.
+        version: Changes whenever the same text would get another vector.
+        dim: Length of a vector.
+        feature_names: Names of the further feature columns; may be empty.
+        in_workers: Whether several processes may each have one; false for models, which use all
+            cores.
+    """
 
-    @property
-    def version(self) -> str:
-        """Changes whenever the same text would get another vector."""
-        ...
-
-    @property
-    def dim(self) -> int:
-        """Length of a vector."""
-        ...
-
-    @property
-    def feature_names(self) -> tuple[str, ...]:
-        """Names of the further feature columns; may be empty."""
-        ...
-
-    @property
-    def in_workers(self) -> bool:
-        """Whether several processes may each have one; false for models, which use all cores."""
-        ...
+    name: str
+    version: str
+    dim: int
+    feature_names: tuple[str, ...]
+    in_workers: bool
 
     def encode(
         self, samples: Sequence[TextSample], pairs: HashedPairs
@@ -83,38 +73,19 @@ class HashingEncoder:
     Transforms", 2014.
     """
 
+    name = "hashing"
+    feature_names: tuple[str, ...] = ()
+    in_workers = True
+
     def __init__(self, dim: int = DEFAULT_DIM) -> None:
-        self._dim = require_whole("dim", dim, ENTRIES_PER_BUCKET, f"try {DEFAULT_DIM}")
-        self._projection = sparse_projection(self._dim)
+        self.dim = require_whole("dim", dim, ENTRIES_PER_BUCKET, f"try {DEFAULT_DIM}")
+        # Changes with the tokens, the buckets or the projection.
+        self.version = f"1-{NUM_BUCKETS}-{ENTRIES_PER_BUCKET}-{self.dim}"
+        self._projection = sparse_projection(self.dim)
 
     def __reduce__(self) -> tuple[type[HashingEncoder], tuple[int]]:
         # The projection is sixteen megabytes, and follows from the dimension.
-        return HashingEncoder, (self._dim,)
-
-    @property
-    def name(self) -> str:
-        """`hashing`."""
-        return "hashing"
-
-    @property
-    def version(self) -> str:
-        """Changes with the tokens, the buckets or the projection."""
-        return f"1-{NUM_BUCKETS}-{ENTRIES_PER_BUCKET}-{self._dim}"
-
-    @property
-    def dim(self) -> int:
-        """Length of a vector."""
-        return self._dim
-
-    @property
-    def feature_names(self) -> tuple[str, ...]:
-        """None."""
-        return ()
-
-    @property
-    def in_workers(self) -> bool:
-        """True."""
-        return True
+        return HashingEncoder, (self.dim,)
 
     def encode(
         self, samples: Sequence[TextSample], pairs: HashedPairs
@@ -152,44 +123,25 @@ class HFEncoder:
         ConfigError: If the path holds no model.
     """
 
+    # Cosine of the vectors of prompt and target.
+    feature_names: tuple[str, ...] = ("prompt_target_similarity",)
+    in_workers = False
+
     def __init__(
         self, path: str, device: str | None = None, *, max_tokens: int = MAX_TOKENS
     ) -> None:
         from transformers import AutoModel
 
-        self._path = path
         loaded = load_pretrained(AutoModel, path, device)
         model = loaded.model
         if getattr(model.config, "is_encoder_decoder", False):
             model = model.get_encoder()
-        self._model, self._tokenizer, self._version = model, loaded.tokenizer, loaded.version
+        self._model, self._tokenizer = model, loaded.tokenizer
         own = getattr(model.config, "max_position_embeddings", None) or max_tokens
         self._max_tokens = min(max_tokens, int(own), int(self._tokenizer.model_max_length))
-
-    @property
-    def name(self) -> str:
-        """`hf:PATH`."""
-        return f"hf:{self._path}"
-
-    @property
-    def version(self) -> str:
-        """Digest of configuration and weights, precision and window."""
-        return f"{self._version}-{self._max_tokens}"
-
-    @property
-    def dim(self) -> int:
-        """Length of a vector."""
-        return int(self._model.config.hidden_size)
-
-    @property
-    def feature_names(self) -> tuple[str, ...]:
-        """Cosine of the vectors of prompt and target."""
-        return ("prompt_target_similarity",)
-
-    @property
-    def in_workers(self) -> bool:
-        """False."""
-        return False
+        self.name, self.dim = f"hf:{path}", int(model.config.hidden_size)
+        # Digest of configuration and weights, precision and window.
+        self.version = f"{loaded.version}-{self._max_tokens}"
 
     def encode(
         self, samples: Sequence[TextSample], pairs: HashedPairs

@@ -29,9 +29,16 @@ class ReferenceLoss:
         tokenizer: Directory of the tokenizer that made the corpus's `input_ids`, if it is
             tokenised; its vocabulary must be the model's.
 
+    Attributes:
+        name: Path of the model.
+        version: Digest of configuration and weights, precision and window.
+        feature_names: `reference_loss`.
+
     Raises:
         ConfigError: If the path holds no model, or its vocabulary is not the corpus's.
     """
+
+    feature_names = (REFERENCE_COLUMN,)
 
     def __init__(
         self,
@@ -45,9 +52,9 @@ class ReferenceLoss:
 
         loaded = load_pretrained(AutoModelForCausalLM, path, device)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
-        self._path, self._version = path, loaded.version
         own = getattr(self._model.config, "max_position_embeddings", None) or max_tokens
         self._max_tokens = min(max_tokens, int(own))
+        self.name, self.version = path, f"{loaded.version}-{self._max_tokens}"
         if tokenizer is not None:
             theirs = AutoTokenizer.from_pretrained(tokenizer).get_vocab()
             if theirs != self._tokenizer.get_vocab():
@@ -56,21 +63,6 @@ class ReferenceLoss:
                     f"{len(self._tokenizer)} tokens against {len(theirs)}; convert without "
                     "tokenizer, or take a model of the same family."
                 )
-
-    @property
-    def name(self) -> str:
-        """Path of the model."""
-        return self._path
-
-    @property
-    def version(self) -> str:
-        """Digest of configuration and weights, precision and window."""
-        return f"{self._version}-{self._max_tokens}"
-
-    @property
-    def feature_names(self) -> tuple[str, ...]:
-        """`reference_loss`."""
-        return (REFERENCE_COLUMN,)
 
     def columns(self, samples: Sequence[TextSample]) -> Float32Array:
         """Losses of n samples.

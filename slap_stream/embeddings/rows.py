@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,17 +74,16 @@ def plan_spans(sorted_ids: IntArray) -> list[tuple[int, int]]:
 
 
 class ReadsIds:
-    """Adds reading by id, in any order, to a store that reads ranges."""
+    """Adds reading by id, in any order, to a store that reads ranges.
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(num_samples, dim)."""
-        raise NotImplementedError
+    Attributes:
+        shape: (num_samples, dim).
+        thread_safe: Whether several threads may read at the same time; nobody knows of a caller's
+            arrays.
+    """
 
-    @property
-    def thread_safe(self) -> bool:
-        """Whether several threads may read at the same time; nobody knows of a caller's arrays."""
-        return False
+    shape: tuple[int, int]
+    thread_safe = False
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop` (half-open), one contiguous read."""
@@ -142,24 +142,15 @@ class ReadsIds:
 
 def take(rows: Rows, at: IntArray | BoolArray) -> Rows:
     """Rows at these positions (or under this mask)."""
-    return Rows(
-        embedding=rows.embedding[at],
-        length=rows.length[at],
-        feature=rows.feature[at],
-        source=rows.source[at],
-    )
+    return Rows(**{name: getattr(rows, name)[at] for name in _COLUMNS})
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
     """Rows of all parts in order; at least one part, all of the same width."""
     if len(parts) == 1:
         return parts[0]
-    return Rows(
-        embedding=np.concatenate([p.embedding for p in parts]),
-        length=np.concatenate([p.length for p in parts]),
-        feature=np.concatenate([p.feature for p in parts]),
-        source=np.concatenate([p.source for p in parts]),
-    )
+    columns = {name: np.concatenate([getattr(p, name) for p in parts]) for name in _COLUMNS}
+    return Rows(**columns)
 
 
 class ArrayStore(ReadsIds):
@@ -172,6 +163,12 @@ class ArrayStore(ReadsIds):
         sources: (num_samples,) integer index into `source_names`; None means one source.
         feature_names: Names of the columns; None means `feature_0`, `feature_1`, ...
         source_names: Names of the sources; None means `source_0`, ... as many as `sources` has.
+
+    Attributes:
+        shape: (num_samples, dim).
+        dtype: Of the embeddings as they are handed out: float16 or float32.
+        feature_names: Names of the feature columns, in order.
+        source_names: Names of the sources; at least one.
 
     Raises:
         ValueError: If the arrays disagree on the number of samples, or names on that of columns.
@@ -198,9 +195,9 @@ class ArrayStore(ReadsIds):
                 f"embeddings must be floating point, got dtype {embeddings.dtype}; "
                 "store them as float16 or float32."
             )
-        self._num_samples, self._dim = shape
+        self.shape = shape
         half = np.dtype(embeddings.dtype) == np.float16
-        self._dtype = np.dtype(np.float16 if half else np.float32)
+        self.dtype: np.dtype[Any] = np.dtype(np.float16 if half else np.float32)
         self._embeddings = embeddings
         self._lengths = self._aligned("lengths", lengths, 1)
         self._features = self._aligned("features", features, 2)
@@ -213,14 +210,14 @@ class ArrayStore(ReadsIds):
                 f"feature_names must name {num_features} columns, got {list(feature_names)!r}; "
                 "one name per column of features."
             )
-        self._feature_names = tuple(feature_names)
-        self._source_names = self._checked_sources(source_names)
+        self.feature_names = tuple(feature_names)
+        self.source_names = self._checked_sources(source_names)
 
     def _aligned(self, name: str, array: RowSlices | None, ndim: int) -> RowSlices | None:
         if array is None:
             return None
-        if len(array.shape) != ndim or int(array.shape[0]) != self._num_samples:
-            expected = f"({self._num_samples}{',' if ndim == 1 else ', num_features'})"
+        if len(array.shape) != ndim or int(array.shape[0]) != self.shape[0]:
+            expected = f"({self.shape[0]}{',' if ndim == 1 else ', num_features'})"
             raise ValueError(
                 f"{name} must have shape {expected}, got {tuple(array.shape)!r}; row i belongs to "
                 "row i of the embeddings."
@@ -241,7 +238,7 @@ class ArrayStore(ReadsIds):
                 "indexes into source_names."
             )
         low, high = 0, -1
-        for start in range(0, self._num_samples, SPAN_ROWS):
+        for start in range(0, self.shape[0], SPAN_ROWS):
             part = np.asarray(self._sources[start : start + SPAN_ROWS])
             low, high = min(low, int(part.min())), max(high, int(part.max()))
         limit = np.iinfo(np.int16).max + 1 if names is None else len(names)
@@ -256,26 +253,6 @@ class ArrayStore(ReadsIds):
             raise ValueError("source_names must not be empty, got []; name at least one source.")
         return tuple(names)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(num_samples, dim)."""
-        return self._num_samples, self._dim
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of the embeddings as they are handed out: float16 or float32."""
-        return self._dtype
-
-    @property
-    def feature_names(self) -> tuple[str, ...]:
-        """Names of the feature columns, in order."""
-        return self._feature_names
-
-    @property
-    def source_names(self) -> tuple[str, ...]:
-        """Names of the sources; at least one."""
-        return self._source_names
-
     def read(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop` (half-open), one contiguous read per array.
 
@@ -283,12 +260,12 @@ class ArrayStore(ReadsIds):
             IndexError: If the range leaves the store.
             AlignmentError: If an array hands out another shape than it promised.
         """
-        check_range(start, stop, self._num_samples)
-        count = stop - start
-        embedding = np.asarray(self._embeddings[start:stop], dtype=self._dtype)
-        if embedding.shape != (count, self._dim):
+        check_range(start, stop, self.shape[0])
+        count, dim = stop - start, self.shape[1]
+        embedding = np.asarray(self._embeddings[start:stop], dtype=self.dtype)
+        if embedding.shape != (count, dim):
             raise AlignmentError(
-                f"embeddings[{start}:{stop}] must have shape {(count, self._dim)!r}, got "
+                f"embeddings[{start}:{stop}] must have shape {(count, dim)!r}, got "
                 f"{embedding.shape!r}; the array does not hold what its shape says."
             )
         feature: NDArray[Any] = np.zeros((count, 0), dtype=np.float32)
@@ -306,7 +283,7 @@ class ArrayStore(ReadsIds):
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
         """(rows, dim) embeddings of a contiguous slice."""
-        start, stop, step = rows.indices(self._num_samples)
+        start, stop, step = rows.indices(self.shape[0])
         if step != 1:
             raise IndexError(f"slice step must be 1, got {step!r}; rows are read contiguously.")
         return self.read(start, max(start, stop)).embedding
@@ -319,6 +296,13 @@ class StackedStore(ReadsIds):
         stores: At least one; sample ids of a store follow those of the stores before it. Sources
             of the same name are one source.
 
+    Attributes:
+        stores: The stores, in stream order.
+        shape: (num_samples, dim).
+        feature_names: Names of the feature columns, in order.
+        source_names: Names of the sources of all stores, each once, in order of first appearance.
+        thread_safe: Whether several threads may read at the same time.
+
     Raises:
         AlignmentError: If the stores differ in dimension or feature columns.
     """
@@ -326,9 +310,9 @@ class StackedStore(ReadsIds):
     def __init__(self, stores: Sequence[RowStore]) -> None:
         if not stores:
             raise ValueError("stores must not be empty, got []; pass one store per stream.")
-        self._stores = tuple(stores)
-        first = self._stores[0]
-        for position, store in enumerate(self._stores):
+        self.stores = tuple(stores)
+        first = self.stores[0]
+        for position, store in enumerate(self.stores):
             if store.shape[1] != first.shape[1] or store.feature_names != first.feature_names:
                 raise AlignmentError(
                     f"stores must share dimension and feature columns, got {first.shape[1]} and "
@@ -336,39 +320,17 @@ class StackedStore(ReadsIds):
                     f"{list(store.feature_names)} for stream {position}; embed all streams with "
                     "the same encoder and options."
                 )
-        self._starts = np.cumsum([0, *(store.shape[0] for store in self._stores)])
-        names = dict.fromkeys(name for store in self._stores for name in store.source_names)
-        self._source_names = tuple(names)
+        self._starts = np.cumsum([0, *(store.shape[0] for store in self.stores)])
+        self.shape = int(self._starts[-1]), first.shape[1]
+        self.thread_safe = all(store.thread_safe for store in self.stores)
+        self.feature_names = first.feature_names
+        names = dict.fromkeys(name for store in self.stores for name in store.source_names)
+        self.source_names = tuple(names)
         index = {name: number for number, name in enumerate(names)}
         self._source_maps = [
             np.array([index[name] for name in store.source_names], dtype=np.int16)
-            for store in self._stores
+            for store in self.stores
         ]
-
-    @property
-    def stores(self) -> tuple[RowStore, ...]:
-        """The stores, in stream order."""
-        return self._stores
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(num_samples, dim)."""
-        return int(self._starts[-1]), self._stores[0].shape[1]
-
-    @property
-    def feature_names(self) -> tuple[str, ...]:
-        """Names of the feature columns, in order."""
-        return self._stores[0].feature_names
-
-    @property
-    def source_names(self) -> tuple[str, ...]:
-        """Names of the sources of all stores, each once, in order of first appearance."""
-        return self._source_names
-
-    @property
-    def thread_safe(self) -> bool:
-        """Whether several threads may read at the same time."""
-        return all(store.thread_safe for store in self._stores)
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop` (half-open); one contiguous read per store touched.
@@ -379,22 +341,15 @@ class StackedStore(ReadsIds):
         check_range(start, stop, self.shape[0])
         parts: list[Rows] = []
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        for position in range(min(first, len(self._stores) - 1), len(self._stores)):
+        for position in range(min(first, len(self.stores) - 1), len(self.stores)):
             offset, end = int(self._starts[position]), int(self._starts[position + 1])
             if parts and offset >= stop:
                 break
             low, high = max(start, offset), max(min(stop, end), max(start, offset))
             if low > end:
                 continue
-            rows = self._stores[position].read(low - offset, high - offset)
-            parts.append(
-                Rows(
-                    embedding=rows.embedding,
-                    length=rows.length,
-                    feature=rows.feature,
-                    source=self._source_maps[position][rows.source],
-                )
-            )
+            rows = self.stores[position].read(low - offset, high - offset)
+            parts.append(replace(rows, source=self._source_maps[position][rows.source]))
         return concatenate(parts)
 
 

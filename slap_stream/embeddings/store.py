@@ -18,7 +18,7 @@ from slap_stream.core.files import write_json
 from slap_stream.core.work_dir import LOCK_NAME, PLAN_NAME, claimed, remove
 from slap_stream.embeddings.layout import FORMAT, FORMAT_VERSION, StoreLayout
 from slap_stream.embeddings.plain_rows import PlainRows
-from slap_stream.embeddings.rows import ArrayStore, ReadsIds, StackedStore
+from slap_stream.embeddings.rows import ArrayStore, StackedStore
 from slap_stream.errors import AlignmentError, CorpusError
 from slap_stream.types import Rows, RowStore
 
@@ -39,18 +39,16 @@ class EmbeddingWriter:
     Args:
         path: Where the finished store will be.
         layout: What is written; a half-written store of another layout is refused.
+
+    Attributes:
+        layout: The same.
     """
 
     def __init__(self, path: str | os.PathLike[str], layout: StoreLayout) -> None:
         self._path = Path(path)
-        self._layout = layout
+        self.layout = layout
         self._partial = self._path.with_name(self._path.name + ".partial")
         self._growing = self._partial / _STORE
-
-    @property
-    def layout(self) -> StoreLayout:
-        """What is written."""
-        return self._layout
 
     def is_finished(self) -> bool:
         """Whether the store is there already, whole.
@@ -62,7 +60,7 @@ class EmbeddingWriter:
             return False
         self._refuse_what_is_not_ours()
         found = _attributes_at(self._path)
-        different = [key for key, value in self._layout.plan().items() if found.get(key) != value]
+        different = [key for key, value in self.layout.plan().items() if found.get(key) != value]
         if different:
             raise CorpusError(
                 f"embeddings must not exist yet or have the same settings, got {str(self._path)!r} "
@@ -92,7 +90,7 @@ class EmbeddingWriter:
         self._refuse_what_is_not_ours()
         with claimed(
             self._partial,
-            self._layout.plan(),
+            self.layout.plan(),
             result=self._path,
             name="embeddings",
             overwrite=overwrite,
@@ -103,7 +101,7 @@ class EmbeddingWriter:
             missing = self._missing()
             if missing:
                 raise CorpusError(
-                    f"all {self._layout.num_blocks} blocks must be written, got {len(missing)} "
+                    f"all {self.layout.num_blocks} blocks must be written, got {len(missing)} "
                     "missing; run again to go on."
                 )
             if self._path.exists():
@@ -112,7 +110,7 @@ class EmbeddingWriter:
             remove(self._partial)
 
     def _missing(self) -> list[int]:
-        return [n for n in range(self._layout.num_blocks) if not self._mark(n).exists()]
+        return [n for n in range(self.layout.num_blocks) if not self._mark(n).exists()]
 
     def _mark(self, block: int) -> Path:
         return self._partial / f"{_MARK}-{block:06d}.json"
@@ -144,7 +142,7 @@ class EmbeddingWriter:
             )
 
     def _create(self) -> None:
-        layout = self._layout
+        layout = self.layout
         for mark in self._partial.glob(f"{_MARK}-*"):
             mark.unlink()
         # Renamed when all arrays are there: a kill before leaves none.
@@ -177,11 +175,11 @@ class EmbeddingWriter:
         Raises:
             CorpusError: If the rows are not as many as the block has, or hold what is not finite.
         """
-        start, stop = self._layout.block(block)
+        start, stop = self.layout.block(block)
         expected = {
-            "embedding": (stop - start, self._layout.dim),
+            "embedding": (stop - start, self.layout.dim),
             "length": (stop - start,),
-            "feature": (stop - start, len(self._layout.feature_names)),
+            "feature": (stop - start, len(self.layout.feature_names)),
             "source": (stop - start,),
         }
         # An array takes its setting when it is opened.
@@ -225,36 +223,44 @@ def _attributes_at(path: Path) -> dict[str, Any]:
         return {}
 
 
-class EmbeddingStore(ReadsIds):
+class EmbeddingStore(ArrayStore):
     """A finished `embeddings.zarr`, read by contiguous ranges; pickles as its path.
 
     Args:
         path: Directory of the Zarr group.
 
+    Attributes:
+        path: The same.
+        attributes: All that the group says about itself; see `StoreLayout.attributes`.
+        length_unit: `tokens`, or `characters / 4`.
+        index_digest: `file_digest` of the index.json of the dataset that was embedded.
+        encoder: Name, version and dimension of the encoder.
+
     Raises:
         AlignmentError: If there is no finished store.
     """
 
+    # Files, opened for each read.
+    thread_safe = True
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path)
-        partial = self._path.with_name(self._path.name + ".partial")
-        if not self._path.exists():
+        self.path = Path(path)
+        partial = self.path.with_name(self.path.name + ".partial")
+        if not self.path.exists():
             half = f" ({partial.name} is half-written)" if partial.exists() else ""
             raise AlignmentError(
-                f"embeddings must be an existing embeddings.zarr, got {str(self._path)!r}, which "
+                f"embeddings must be an existing embeddings.zarr, got {str(self.path)!r}, which "
                 f"does not exist{half}; run slap-embed on the corpus."
             )
         try:
-            group = zarr.open_group(self._path, mode="r", zarr_format=3)
+            group = zarr.open_group(self.path, mode="r", zarr_format=3)
         except (FileNotFoundError, ValueError) as error:
             raise AlignmentError(self._not_a_store(str(error))) from error
-        self._attributes: dict[str, Any] = dict(group.attrs)
-        if self._attributes.get("format_version") != FORMAT_VERSION:
+        self.attributes: dict[str, Any] = dict(group.attrs)
+        found = self.attributes.get("format_version")
+        if found != FORMAT_VERSION:
             raise AlignmentError(
-                self._not_a_store(
-                    f"format_version {self._attributes.get('format_version')!r}, not "
-                    f"{FORMAT_VERSION}"
-                )
+                self._not_a_store(f"format_version {found!r}, not {FORMAT_VERSION}")
             )
         try:
             self._open(dict(group.arrays()))
@@ -264,28 +270,34 @@ class EmbeddingStore(ReadsIds):
             raise AlignmentError(self._not_a_store(f"{type(error).__name__}: {error}")) from error
 
     def _open(self, arrays: dict[str, Any]) -> None:
-        names, features = self._attributes["source_names"], self._attributes["feature_names"]
+        said = self.attributes
+        names, features = said["source_names"], said["feature_names"]
+        self.length_unit, self.index_digest = str(said["length_unit"]), str(said["index_digest"])
+        self.encoder: dict[str, Any] = dict(said["encoder"])
         needed = {"embedding": True, "length": True, "source": names, "feature": features}
         for name, wanted in needed.items():
             if wanted and name not in arrays:
                 raise AlignmentError(self._not_a_store(f"no array {name}"))
         columns = {name: self._plain_rows(name, array) for name, array in arrays.items()}
-        self._store = ArrayStore(
+        super().__init__(
             columns["embedding"],
             lengths=columns["length"],
             features=columns.get("feature"),
+            sources=columns.get("source"),
             feature_names=features,
-            source_names=None,
+            source_names=tuple(names) or ("all",),
         )
-        self._sources = columns.get("source")
-        self._source_names = tuple(names) or ("all",)
+
+    def _checked_sources(self, names: Sequence[str] | None) -> tuple[str, ...]:
+        # They were checked when they were written, and to read them all takes long.
+        return tuple(names or ())
 
     def _plain_rows(self, name: str, array: Any) -> PlainRows:
         whole_rows = array.chunks[1:] == array.shape[1:]
         if array.shards or array.compressors or array.filters or not whole_rows:
             raise AlignmentError(self._not_a_store(f"{name} not in files of plain rows"))
         return PlainRows(
-            self._path / name,
+            self.path / name,
             shape=array.shape,
             dtype=array.dtype.newbyteorder("<"),
             chunk_rows=array.chunks[0],
@@ -293,63 +305,13 @@ class EmbeddingStore(ReadsIds):
 
     def _not_a_store(self, reason: str) -> str:
         return (
-            f"embeddings must be a Zarr group that slap-embed made, got {str(self._path)!r} "
+            f"embeddings must be a Zarr group that slap-embed made, got {str(self.path)!r} "
             f"({reason}); run slap-embed on the corpus."
         )
 
     def __reduce__(self) -> tuple[type[EmbeddingStore], tuple[Path]]:
         # Handles of Zarr belong to the process that opened them.
-        return EmbeddingStore, (self._path,)
-
-    @property
-    def path(self) -> Path:
-        """Directory of the Zarr group."""
-        return self._path
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(num_samples, dim)."""
-        return self._store.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of the embeddings: float16."""
-        return self._store.dtype
-
-    @property
-    def feature_names(self) -> tuple[str, ...]:
-        """Names of the feature columns, in order."""
-        return self._store.feature_names
-
-    @property
-    def source_names(self) -> tuple[str, ...]:
-        """Names of the sources; `all` if the dataset has none."""
-        return self._source_names
-
-    @property
-    def thread_safe(self) -> bool:
-        """Several threads may read at the same time."""
-        return True
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """All that the group says about itself; see `StoreLayout.attributes`."""
-        return dict(self._attributes)
-
-    @property
-    def length_unit(self) -> str:
-        """`tokens`, or `characters / 4`."""
-        return str(self._attributes["length_unit"])
-
-    @property
-    def index_digest(self) -> str:
-        """`file_digest` of the index.json of the dataset that was embedded."""
-        return str(self._attributes["index_digest"])
-
-    @property
-    def encoder(self) -> dict[str, Any]:
-        """Name, version and dimension of the encoder."""
-        return dict(self._attributes["encoder"])
+        return EmbeddingStore, (self.path,)
 
     def verify(self, index_digest: str, num_samples: int) -> None:
         """Refuse a dataset that these are not the embeddings of.
@@ -364,33 +326,14 @@ class EmbeddingStore(ReadsIds):
         if self.shape[0] != num_samples:
             raise AlignmentError(
                 f"embeddings must have one row per sample, {num_samples}, got {self.shape[0]} in "
-                f"{str(self._path)!r}; run slap-embed on this dataset again."
+                f"{str(self.path)!r}; run slap-embed on this dataset again."
             )
         if self.index_digest != index_digest:
             raise AlignmentError(
                 f"embeddings must be made from the dataset whose index.json has SHA-256 "
-                f"{index_digest[:12]}..., got {str(self._path)!r} made from "
+                f"{index_digest[:12]}..., got {str(self.path)!r} made from "
                 f"{self.index_digest[:12]}...; run slap-embed on this dataset again."
             )
-
-    def read(self, start: int, stop: int) -> Rows:
-        """Rows `start` to `stop` (half-open), one contiguous read per array.
-
-        Raises:
-            IndexError: If the range leaves the store.
-            AlignmentError: If a file of the store is gone or damaged.
-        """
-        rows = self._store.read(start, stop)
-        if self._sources is None:
-            return rows
-        source = self._sources[start:stop]
-        return Rows(
-            embedding=rows.embedding, length=rows.length, feature=rows.feature, source=source
-        )
-
-    def __getitem__(self, rows: slice) -> NDArray[Any]:
-        """(rows, dim) embeddings of a contiguous slice."""
-        return self._store[rows]
 
 
 def open_embeddings(embeddings: Any) -> RowStore:

@@ -37,7 +37,7 @@ class VirtualCorpus(ReadsIds):
         seed: int = 0,
     ) -> None:
         rng = np.random.default_rng(seed)
-        self._num_samples, self._dim = num_samples, dim
+        self.shape = num_samples, dim
         rows = self._table_rows = min(table_rows, num_samples)
         embedding = np.empty((rows, dim), np.float32)
         centres = rng.normal(size=(CLUSTERS, dim)).astype(np.float32)
@@ -59,11 +59,6 @@ class VirtualCorpus(ReadsIds):
         direction = rng.normal(size=dim).astype(np.float32)
         self._loss = np.exp(0.3 * (embedding @ direction)) + 0.2 * rng.gamma(2.0, 1.0, rows)
         self._gradient = rng.normal(size=(dim, 512)).astype(np.float32)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(num_samples, dim)."""
-        return self._num_samples, self._dim
 
     def read(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop` (half-open)."""
