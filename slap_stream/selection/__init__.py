@@ -16,8 +16,7 @@ lane.py           one lane: candidates in, batches out, step by step
   batch_kernels.py  its compiled inner loops
   repeats.py      samples that an epoch offers more than once
   policies/       the rules themselves, and registry.py: which there are, by name
-questions.py      losses that were asked for, over the lanes of a rank
-  awaiting.py     whom a lane waits for
+awaiting.py       losses that were asked for, over the lanes of a rank
   feedback.py     what has come back to a lane
 shared.py         what all lanes share: strata, loss model, keep
   loss_model.py   losses and gradients as the embeddings predict them

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,6 +26,7 @@ class Asked:
         x: (n, columns) design rows.
         open: (n,) whether the loss is still awaited.
         weight: (n,) weight of each loss in the batch's.
+        answered: Whether nothing is open any more.
     """
 
     step: int
@@ -32,6 +34,32 @@ class Asked:
     x: Float32Array
     open: BoolArray
     weight: FloatArray
+    answered: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.answered = not self.open.any()
+
+
+class Match(NamedTuple):
+    """Answers to one question.
+
+    Attributes:
+        lane: Place of the lane that has asked.
+        asked: The question.
+        of: Which of the answers they are.
+        at: Which of the question's samples.
+    """
+
+    lane: int
+    asked: Asked
+    of: IntArray | slice
+    at: IntArray | slice
+
+    def close(self) -> tuple[IntArray, Float32Array]:
+        """Have them answered; their (m,) sample ids and (m, columns) design rows."""
+        self.asked.open[self.at] = False
+        self.asked.answered = not self.asked.open.any()
+        return self.asked.sample_id[self.at], self.asked.x[self.at]
 
 
 class Awaiting:
@@ -44,8 +72,6 @@ class Awaiting:
     def __init__(self, depth: int) -> None:
         self.depth = depth
         self._asked: deque[Asked] = deque(maxlen=depth)
-        # Questions at the left of which nothing is open any more; as a rule all but a few.
-        self._closed = 0
 
     def ask(
         self,
@@ -63,8 +89,6 @@ class Awaiting:
             weight: (n,) weights of the losses; None: ones.
         """
         count = len(sample_id)
-        if len(self._asked) == self.depth:
-            self._closed = max(0, self._closed - 1)
         self._asked.append(
             Asked(
                 step=step,
@@ -74,68 +98,14 @@ class Awaiting:
                 weight=np.ones(count) if weight is None else weight,
             )
         )
-        self._skip_closed()
 
     def last(self) -> tuple[IntArray, Float32Array] | None:
         """(n,) ids and (n, columns) rows asked for last; None before the first question."""
         return (self._asked[-1].sample_id, self._asked[-1].x) if self._asked else None
 
-    def oldest(self) -> Asked | None:
-        """The first question of which something is open."""
-        return self._asked[self._closed] if self._closed < len(self._asked) else None
-
-    def close_oldest(self) -> Asked:
-        """The first question of which something is open; all of it is answered now."""
-        asked = self._asked[self._closed]
-        asked.open[:] = False
-        self._skip_closed()
-        return asked
-
-    def _skip_closed(self) -> None:
-        while self._closed < len(self._asked) and not self._asked[self._closed].open.any():
-            self._closed += 1
-
-    def entries(self) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-        """Every open question: ids, steps, index of the question, position in it; each (n,)."""
-        ids, steps, questions, positions = [], [], [], []
-        for index in range(self._closed, len(self._asked)):
-            asked = self._asked[index]
-            at = np.flatnonzero(asked.open)
-            ids.append(asked.sample_id[at])
-            steps.append(np.full(len(at), asked.step, np.int64))
-            questions.append(np.full(len(at), index, np.int64))
-            positions.append(at)
-        if not ids:
-            none = np.zeros(0, np.int64)
-            return none, none, none, none
-        return (
-            np.concatenate(ids),
-            np.concatenate(steps),
-            np.concatenate(questions),
-            np.concatenate(positions),
-        )
-
-    def answer(self, question: IntArray, position: IntArray) -> Float32Array:
-        """Close (n,) questions.
-
-        Returns:
-            (n, columns) design rows of the samples, in the order given.
-        """
-        rows = np.zeros((len(question), self._asked[0].x.shape[1]), np.float32)
-        for q in np.unique(question):
-            mine = question == q
-            rows[mine] = self._asked[q].x[position[mine]]
-            self._asked[q].open[position[mine]] = False
-        self._skip_closed()
-        return rows
-
-    def weights(self, question: IntArray, position: IntArray) -> FloatArray:
-        """(n,) weights of the losses that (n,) open questions ask for."""
-        weights = np.zeros(len(question))
-        for q in np.unique(question):
-            mine = question == q
-            weights[mine] = self._asked[q].weight[position[mine]]
-        return weights
+    def still_open(self) -> list[Asked]:
+        """Questions of which something is open, oldest first; as a rule a few."""
+        return [asked for asked in self._asked if not asked.answered]
 
     def state_dict(self) -> State:
         """Ids, steps, what is open, and weights, flattened."""
@@ -169,8 +139,6 @@ class Awaiting:
                 self._asked.append(
                     Asked(step=step, sample_id=sample_id, x=rows, open=is_open, weight=weights)
                 )
-        self._closed = 0
-        self._skip_closed()
 
 
 def match_oldest(wanted: IntArray, ids: IntArray, steps: IntArray) -> tuple[IntArray, BoolArray]:
@@ -201,10 +169,8 @@ def match_oldest(wanted: IntArray, ids: IntArray, steps: IntArray) -> tuple[IntA
     return matches, known
 
 
-def find_questions(
-    ids: IntArray, awaiting: Sequence[Awaiting], what: str
-) -> tuple[IntArray, IntArray, IntArray]:
-    """Find whose question each id answers: the oldest open one over all lanes.
+def find_questions(ids: IntArray, awaiting: Sequence[Awaiting], what: str) -> list[Match]:
+    """Find whose questions (n,) ids answer: the oldest open ones over all lanes.
 
     Args:
         ids: (n,) sample ids of the answers.
@@ -212,25 +178,60 @@ def find_questions(
         what: Verb and what its ids must be, for the message.
 
     Returns:
-        (n,) index of the lane, of its question, and position in that.
+        Matches by lane and question; nothing is closed yet.
 
     Raises:
         FeedbackError: If an id was not asked for lately, or was answered already.
     """
-    entries = [lane.entries() for lane in awaiting]
-    owner = np.repeat(np.arange(len(entries)), [len(entry[0]) for entry in entries])
-    names, steps, questions, positions = (
-        np.concatenate([entry[part] for entry in entries]) for part in range(4)
+    in_turn = _asked_exactly(ids, awaiting)
+    if in_turn is not None:
+        return in_turn
+    asked = [(lane, each) for lane, one in enumerate(awaiting) for each in one.still_open()]
+    at = [np.flatnonzero(each.open) for _, each in asked]
+    question = np.repeat(np.arange(len(at)), np.array([len(part) for part in at], np.int64))
+    steps = np.array([each.step for _, each in asked], np.int64)[question]
+    none = np.zeros(0, np.int64)
+    position = np.concatenate([none, *at])
+    names = np.concatenate(
+        [none, *(each.sample_id[part] for (_, each), part in zip(asked, at, strict=True))]
     )
     index, known = match_oldest(ids, names, steps)
     if not known.all():
         wrong = ids[~known]
         raise FeedbackError(
-            f"{what} must not be answered yet, got {len(wrong)} that were, or that were never "
-            f"given out or too long ago, first {wrong[:5].tolist()}; the last "
-            f"{awaiting[0].depth} batches are remembered."
+            f"{what} must be of late and not answered yet, got {len(wrong)} others, first "
+            f"{wrong[:5].tolist()}; the last {awaiting[0].depth} are remembered."
         )
-    return owner[index], questions[index], positions[index]
+    matches = []
+    for q in np.unique(question[index]).tolist():
+        lane, each = asked[q]
+        mine = np.flatnonzero(question[index] == q)
+        matches.append(Match(lane, each, mine, position[index[mine]]))
+    return matches
+
+
+def _asked_exactly(ids: IntArray, awaiting: Sequence[Awaiting]) -> list[Match] | None:
+    """Matches with the oldest question of each lane, if (n,) ids are just those that they ask for,
+    in order.
+
+    As a rule they are, a batch being fed back as it was given out, and need no search.
+    """
+    matches: list[Match] = []
+    start = 0
+    for lane, one in enumerate(awaiting):
+        asked = next(iter(one.still_open()), None)
+        # Of questions of different steps the older one would have to be answered first.
+        if (
+            asked is None
+            or not asked.open.all()
+            or (matches and asked.step != matches[0].asked.step)
+        ):
+            return None
+        stop = start + len(asked.sample_id)
+        matches.append(Match(lane, asked, slice(start, stop), slice(None)))
+        start = stop
+    wanted = np.concatenate([match.asked.sample_id for match in matches])
+    return matches if np.array_equal(ids, wanted) else None
 
 
 def check_feedback(ids: ArrayLike, losses: ArrayLike) -> tuple[IntArray, FloatArray]:
@@ -285,20 +286,3 @@ def check_measurements(
                 f"{columns[name].shape}."
             )
     return columns
-
-
-def weights_of(ids: ArrayLike, awaiting: Sequence[Awaiting]) -> FloatArray:
-    """(n,) weights of the losses that are awaited of (n,) ids, over all lanes.
-
-    Raises:
-        FeedbackError: If an id was not asked for lately, or was answered already.
-    """
-    names = np.asarray(ids)
-    names, weights = check_feedback(names, np.ones(names.shape))
-    owner, question, position = find_questions(
-        names, awaiting, "loss_weights: ids of yielded batches"
-    )
-    for index in np.unique(owner):
-        mine = owner == index
-        weights[mine] = awaiting[index].weights(question[mine], position[mine])
-    return weights

@@ -14,8 +14,12 @@ from slap_stream.core.linear import single_threaded
 from slap_stream.core.saved import Saved
 from slap_stream.embeddings.rows import as_row_store
 from slap_stream.errors import ConfigError, FeedbackError, StateError
-from slap_stream.selection import questions
-from slap_stream.selection.awaiting import check_sketches
+from slap_stream.selection.awaiting import (
+    check_feedback,
+    check_measurements,
+    check_sketches,
+    find_questions,
+)
 from slap_stream.selection.lane import Lane
 from slap_stream.selection.metrics import count_lanes, shards_needed
 from slap_stream.selection.order import ShardTable
@@ -230,7 +234,10 @@ class SlapSampler:
         Raises:
             FeedbackError: If shapes differ, or an id was not yielded lately or already observed.
         """
-        questions.take_trained(self.lanes, ids, losses)
+        names, values = check_feedback(ids, losses)
+        awaiting = [lane.feedback.awaiting_trained for lane in self.lanes]
+        for match in find_questions(names, awaiting, "observe: ids of yielded batches"):
+            self.lanes[match.lane].feedback.take_trained(*match.close(), values[match.of])
 
     def loss_weights(self, ids: ArrayLike) -> FloatArray:
         """Weights of the losses of samples that are trained on now; call it before `observe`.
@@ -244,7 +251,11 @@ class SlapSampler:
         Raises:
             FeedbackError: If an id was not yielded lately or was already observed.
         """
-        return questions.loss_weights(self.lanes, ids)
+        names, weights = check_feedback(ids, np.ones(np.shape(ids)))
+        awaiting = [lane.feedback.awaiting_trained for lane in self.lanes]
+        for match in find_questions(names, awaiting, "loss_weights: ids of yielded batches"):
+            weights[match.of] = match.asked.weight[match.at]
+        return weights
 
     def update(
         self,
@@ -265,15 +276,18 @@ class SlapSampler:
             FeedbackError: If shapes differ, a wanted measurement is missing, or an id was not given
                 by `probe_candidates`.
         """
-        questions.take_probed(
-            self.lanes,
-            ids,
-            losses,
-            sketches,
-            measurements or {},
-            sketch_dim=self.config.advanced.sketch_dim,
-            wanted=self.measurements,
-        )
+        names, values = check_feedback(ids, losses)
+        shape = len(names), self.config.advanced.sketch_dim
+        rows = None if sketches is None else check_sketches(sketches, shape)
+        measured = check_measurements(measurements or {}, len(names), self.measurements)
+        awaiting = [lane.feedback.awaiting_probed for lane in self.lanes]
+        for match in find_questions(names, awaiting, "update: ids to be probed"):
+            self.lanes[match.lane].feedback.take_probed(
+                *match.close(),
+                values[match.of],
+                None if rows is None else rows[match.of],
+                {name: column[match.of] for name, column in measured.items()},
+            )
 
     def set_target(self, sketch: ArrayLike | None) -> None:
         """Say what the model is to become good at, for policies that aim at a target (`greats`).
@@ -314,8 +328,14 @@ class SlapSampler:
         Raises:
             FeedbackError: If `count` is not a multiple of this rank's lanes.
         """
+        if count < 0 or count % len(self.lanes):
+            raise FeedbackError(
+                f"count must be a multiple of this rank's {len(self.lanes)} lanes, got {count!r}."
+            )
+        each = count // len(self.lanes)
         with single_threaded():
-            return questions.choose_probes(self.lanes, count)
+            ids = [lane.probe_candidates(each) for lane in self.lanes if each]
+        return np.concatenate([np.zeros(0, np.int64), *ids])
 
     def statistics(self) -> list[State]:
         """Sums of this rank's lanes since the last refresh, and the batches that each can still

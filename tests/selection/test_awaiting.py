@@ -12,7 +12,6 @@ from slap_stream.errors import FeedbackError
 from slap_stream.selection.awaiting import Awaiting, check_feedback, find_questions, match_oldest
 from slap_stream.selection.feedback import Answers
 from slap_stream.selection.moments import Moments
-from slap_stream.selection.questions import close_questions
 from slap_stream.selection.state import Lookup
 from tests import reference
 from tests.laws import as_json
@@ -50,31 +49,39 @@ def test_matching_equals_its_twin(wanted: list[int], asked: list[tuple[int, int]
     assert len(set(index[known].tolist())) == np.count_nonzero(known)
 
 
+def open_ids(awaiting: Awaiting) -> list[int]:
+    """Ids whose losses are still awaited, in the order asked."""
+    return [n for asked in awaiting.still_open() for n in asked.sample_id[asked.open].tolist()]
+
+
+def close(ids: list[int], *lanes: Awaiting) -> None:
+    """Answer these ids."""
+    for match in find_questions(np.array(ids), lanes, "ids"):
+        match.close()
+
+
 def test_questions_are_open_until_answered_and_forgotten_when_old() -> None:
     awaiting = Awaiting(depth=2)
-    assert [len(part) for part in awaiting.entries()] == [0, 0, 0, 0]
+    assert open_ids(awaiting) == []
     ask(awaiting, 0, 1, 2)
     ask(awaiting, 1, 3)
     ask(awaiting, 2, 4, 5, 4)
-    ids, steps, question, position = awaiting.entries()
-    assert ids.tolist() == [3, 4, 5, 4]
-    assert steps.tolist() == [1, 2, 2, 2]
-    rows = awaiting.answer(question[[2, 0]], position[[2, 0]])
-    np.testing.assert_array_equal(rows, rows_of(np.array([5, 3])))
-    assert awaiting.entries()[0].tolist() == [4, 4]
+    assert open_ids(awaiting) == [3, 4, 5, 4]
+    close([5, 3], awaiting)
+    assert open_ids(awaiting) == [4, 4]
+    close([4], awaiting)
+    assert open_ids(awaiting) == [4]
+    assert awaiting.last() is not None, "answered or not"
 
 
-def test_answers_go_to_the_oldest_question_over_all_lanes() -> None:
+def test_what_was_not_asked_for_lately_or_is_answered_is_refused_and_closes_nothing() -> None:
     lanes = [Awaiting(depth=4), Awaiting(depth=4)]
     ask(lanes[0], 3, 7, 8)
     ask(lanes[1], 1, 9, 7)
-    owner, question, position = find_questions(np.array([7, 8, 7]), lanes, "ids")
-    assert owner.tolist() == [1, 0, 0]
-    assert position.tolist() == [1, 1, 0]
-    assert question.tolist() == [0, 0, 0]
-    lanes[1].answer(question[:1], position[:1])
-    with pytest.raises(FeedbackError, match=r"got 2 .* first \[7, 5\]; the last 4 batches"):
-        find_questions(np.array([7, 7, 9, 5]), lanes, "ids")
+    close([7], *lanes)
+    with pytest.raises(FeedbackError, match=r"got 2 others, first \[7, 5\]; the last 4 are"):
+        close([7, 7, 9, 5], *lanes)
+    assert [open_ids(lane) for lane in lanes] == [[7, 8], [9]]
 
 
 def two_lanes(questions: list[tuple[int, list[int]]]) -> list[Awaiting]:
@@ -91,26 +98,42 @@ def two_lanes(questions: list[tuple[int, list[int]]]) -> list[Awaiting]:
         st.tuples(st.integers(0, 1), st.lists(st.integers(0, 5), max_size=3)), max_size=6
     ),
     answered=st.integers(0, 5),
+    backwards=st.booleans(),
 )
-def test_a_whole_batch_in_order_needs_no_search_and_ends_like_one(
-    questions: list[tuple[int, list[int]]], answered: int
+def test_answers_go_to_the_oldest_question_over_all_lanes_searched_for_or_not(
+    questions: list[tuple[int, list[int]]], answered: int, backwards: bool
 ) -> None:
-    quick, searched = two_lanes(questions), two_lanes(questions)
+    lanes = two_lanes(questions)
     for _ in range(answered):
-        oldest = [lane.oldest() for lane in quick]
+        # Whole batches in the order asked need no search, unless their steps differ.
+        oldest = [asked for lane in lanes for asked in lane.still_open()[:1]]
         ids = np.concatenate(
-            [np.zeros(0, np.int64), *(asked.sample_id[asked.open] for asked in oldest if asked)]
+            [np.zeros(0, np.int64), *(asked.sample_id[asked.open] for asked in oldest)]
+        )[:: -1 if backwards else 1]
+        places = [
+            (place, id(asked), position)
+            for place, lane in enumerate(lanes)
+            for asked in lane.still_open()
+            for position in np.flatnonzero(asked.open).tolist()
+        ]
+        of_id = {id(asked): asked for lane in lanes for asked in lane.still_open()}
+        expected = reference.match_oldest(
+            ids.tolist(),
+            [int(of_id[asked].sample_id[position]) for _, asked, position in places],
+            [of_id[asked].step for _, asked, _ in places],
         )
-        found = close_questions(ids, quick, "ids")
-        owner, question, position = find_questions(ids, searched, "ids")
-        for place, mine, x in found:
-            theirs = owner == place
-            np.testing.assert_array_equal(ids[mine], ids[theirs])
-            rows = searched[place].answer(question[theirs], position[theirs])
-            np.testing.assert_array_equal(x, rows)
-        for left, right in zip(quick, searched, strict=True):
-            assert as_json(left.state_dict()) == as_json(right.state_dict())
-        assert all((lane.oldest() is None) == (not len(lane.entries()[0])) for lane in quick)
+        found: dict[int, tuple[int, int, int]] = {}
+        for match in find_questions(ids, lanes, "ids"):
+            answers = np.arange(len(ids))[match.of].tolist()
+            positions = np.arange(len(match.asked.sample_id))[match.at].tolist()
+            for answer, position in zip(answers, positions, strict=True):
+                found[answer] = match.lane, id(match.asked), position
+            names, x = match.close()
+            np.testing.assert_array_equal(names, ids[match.of])
+            np.testing.assert_array_equal(x, rows_of(names))
+        assert found == {n: places[match or 0] for n, match in enumerate(expected)}
+        left = [place for n, place in enumerate(places) if n not in expected]
+        assert sum(len(open_ids(lane)) for lane in lanes) == len(left)
 
 
 @pytest.mark.parametrize(
@@ -126,17 +149,17 @@ def test_questions_survive_a_checkpoint() -> None:
     ask(awaiting, 4, 7, 8, 9)
     ask(awaiting, 5)
     ask(awaiting, 6, 7, 1)
-    _, _, question, position = awaiting.entries()
-    awaiting.answer(question[1:3], position[1:3])
+    close([8, 9], awaiting)
     state = as_json(awaiting.state_dict())
     again = Awaiting(depth=3)
     ask(again, 0, 99)
     again.load_state_dict(Saved(state), LOOKUP)
     assert as_json(again.state_dict()) == state
-    for left, right in zip(again.entries(), awaiting.entries(), strict=True):
-        np.testing.assert_array_equal(left, right)
-    _, _, question, position = again.entries()
-    np.testing.assert_array_equal(again.answer(question, position), rows_of(np.array([7, 7, 1])))
+    assert open_ids(again) == open_ids(awaiting) == [7, 7, 1]
+    for match in find_questions(np.array([1, 7, 7]), [again], "ids"):
+        names, x = match.close()
+        np.testing.assert_array_equal(x, rows_of(names))
+    assert open_ids(again) == []
     # Answering the copy leaves the state that it came from alone.
     assert as_json(awaiting.state_dict()) == state
 
@@ -146,10 +169,10 @@ def test_questions_of_a_longer_memory_are_taken_over_all() -> None:
     for step in range(4):
         ask(longer, step, 10 + step)
     shorter.load_state_dict(Saved(as_json(longer.state_dict())), LOOKUP)
-    assert shorter.entries()[0].tolist() == [10, 11, 12, 13]
+    assert open_ids(shorter) == [10, 11, 12, 13]
     # Each new one takes the place of the oldest.
     ask(shorter, 4, 14)
-    assert shorter.entries()[0].tolist() == [11, 12, 13, 14]
+    assert open_ids(shorter) == [11, 12, 13, 14]
 
 
 def test_weights_belong_to_questions_and_survive_a_checkpoint() -> None:
@@ -160,15 +183,14 @@ def test_weights_belong_to_questions_and_survive_a_checkpoint() -> None:
     again = Awaiting(depth=2)
     again.load_state_dict(Saved(as_json(awaiting.state_dict())), LOOKUP)
     for one in (awaiting, again):
-        _, _, question, position = one.entries()
-        assert one.weights(question, position).tolist() == [1.0, 2.5, 4.0, 1.0]
-        assert one.weights(question[[3, 1]], position[[3, 1]]).tolist() == [1.0, 2.5]
+        found = find_questions(np.array([5, 6, 5]), [one], "ids")
+        assert [match.asked.weight[match.at].tolist() for match in found] == [[2.5, 4.0], [1.0]]
 
 
 def test_no_questions_survive_a_checkpoint_too() -> None:
     again = Awaiting(depth=3)
     again.load_state_dict(Saved(as_json(Awaiting(depth=3).state_dict())), LOOKUP)
-    assert len(again.entries()[0]) == 0
+    assert open_ids(again) == []
 
 
 def answers_of(*, sketched: bool) -> Answers:

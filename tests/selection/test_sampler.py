@@ -487,14 +487,14 @@ def test_feedback_for_ids_that_were_never_yielded_is_refused() -> None:
     sampler = make([40] * 5, batch_size=8)
     batch = next(iter(sampler))
     other = [i for i in range(200) if i not in batch][:3]
-    with pytest.raises(FeedbackError, match=r"observe: ids of yielded batches must.*got 3 that"):
+    with pytest.raises(FeedbackError, match=r"observe: ids of yielded batches must.*got 3 others"):
         sampler.observe(other, np.ones(3))
     sampler.observe(batch, np.ones(8))
-    with pytest.raises(FeedbackError, match="not be answered yet, got 8 that were"):
+    with pytest.raises(FeedbackError, match="not answered yet, got 8 others"):
         sampler.observe(batch, np.ones(8))
     with pytest.raises(FeedbackError, match=r"\(n,\) losses, got int64 \(8,\) and \(7,\)"):
         sampler.observe(batch, np.ones(7))
-    with pytest.raises(FeedbackError, match="update: ids to be probed must not be answered yet"):
+    with pytest.raises(FeedbackError, match="update: ids to be probed must be of late and not"):
         sampler.update(batch, np.ones(8))
     with pytest.raises(FeedbackError, match=r"sketches must be \(n, sketch_dim\) = \(2, 16\)"):
         sampler.update(sampler.probe_candidates(2), np.ones(2), np.ones((2, 5)))
