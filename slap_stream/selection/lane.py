@@ -17,14 +17,14 @@ from slap_stream.errors import ShardError
 from slap_stream.selection.composer import Composer
 from slap_stream.selection.feedback import LaneFeedback
 from slap_stream.selection.intake import Intake
-from slap_stream.selection.loss_model import NUM_OWN_COLUMNS, LossModel
+from slap_stream.selection.loss_model import NUM_OWN_COLUMNS
 from slap_stream.selection.policies.base import Policy
 from slap_stream.selection.pool import Pool, RecentlyTrained, SketchQueue
-from slap_stream.selection.schedule import Keep, LanePlan, LaneProgress
+from slap_stream.selection.schedule import LanePlan, LaneProgress
 from slap_stream.selection.scoring import Scorer, Yardsticks
-from slap_stream.selection.shared import SinceRefresh
+from slap_stream.selection.shared import Shared, SinceRefresh
 from slap_stream.selection.state import Lookup
-from slap_stream.selection.strata import Strata, cluster_sums
+from slap_stream.selection.strata import cluster_sums
 from slap_stream.types import Float32Array, FloatArray, IntArray, ShardGate, State
 
 # Samples trained on lately, over all strata; bounds the lane's memory where strata are many.
@@ -53,9 +53,7 @@ class Lane:
         index: Which lane, in [0, num_lanes).
         plan: What all lanes have in common.
         policy: Rule that picks a batch.
-        strata: Shared strata; whoever owns them moves them.
-        model: Shared model; whoever owns it refreshes it.
-        keep: Shared fraction that is kept; likewise.
+        shared: Strata, model and keep, which whoever owns them moves at refreshes.
         gate: Who makes sure that shards are on disk before their candidates are offered.
     """
 
@@ -64,12 +62,11 @@ class Lane:
         index: int,
         plan: LanePlan,
         policy: Policy,
-        strata: Strata,
-        model: LossModel,
-        keep: Keep,
+        shared: Shared,
         gate: ShardGate | None = None,
     ) -> None:
         config = plan.config
+        strata, model, keep = shared.strata, shared.model, shared.keep
         # Where nobody will look at them, candidates leave their vectors behind.
         vectors = policy.sees_vectors
         self._columns = plan.columns if vectors else NUM_OWN_COLUMNS
@@ -342,7 +339,7 @@ class Lane:
         """Sums since the last refresh, float64; those of all lanes can be added in lane order."""
         return {
             "lane": self.index,
-            "moments": self.feedback.answers.moments().to_dict(),
+            **self.feedback.answers.moments().to_dict(),
             **self._since_refresh.state_dict(),
         }
 

@@ -170,21 +170,25 @@ class LossModel:
         """(2, columns): weights of the predicted loss and of its excess."""
         return np.stack([self.coefficient, self.excess])
 
-    def refresh(self, lanes: Sequence[Moments], decay: float) -> None:
-        """Take in the lanes' new samples, in lane order, and solve again.
+    def refresh(self, new: Moments, decay: float) -> None:
+        """Take in new samples, of all lanes, and solve again.
 
         Losses are solved for each time, penalty and metric when they are due. Without any new loss
         everything stays as it is.
         """
-        if not sum(float(lane.count) for lane in lanes):
+        if not float(new.count):
             # Forgetting for nothing would end at sums of zero, which nothing can be solved from.
             return
-        total = lanes[0]
-        if len(lanes) > 1:
-            total = Moments.from_dict(lanes[0].to_dict())
-            for lane in lanes[1:]:
-                total.add(lane)
-        self.moments.add(total, decay=decay)
+        before = self.moments
+        self._moments = before.plus(new, decay=decay)
+        try:
+            self._solve()
+        except np.linalg.LinAlgError:
+            # Whoever tries it again brings the same samples.
+            self._moments = before
+            raise
+
+    def _solve(self) -> None:
         m = self.moments
         if not self.fitted and float(m.count) < self._warmup_losses:
             return

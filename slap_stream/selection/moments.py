@@ -94,12 +94,11 @@ class Moments:
         self.count += float(len(losses))
         return gram
 
-    def add(self, other: Moments, *, decay: float = 1.0) -> None:
-        """Add another's samples after scaling the own ones by `decay`."""
-        for field in fields(self):
-            mine = getattr(self, field.name)
-            mine *= decay
-            mine += getattr(other, field.name)
+    def plus(self, other: Moments, *, decay: float = 1.0) -> Moments:
+        """Another's samples added to the own ones, which are scaled by `decay`; changes nothing."""
+        return Moments(
+            **{f.name: getattr(self, f.name) * decay + getattr(other, f.name) for f in fields(self)}
+        )
 
     def to_dict(self) -> State:
         """Plain arrays by name; of the symmetric ones the upper triangle, row by row."""
@@ -125,7 +124,7 @@ class Moments:
 
     @classmethod
     def from_dict(cls, state: State) -> Moments:
-        """Inverse of `to_dict`; nested lists are accepted."""
+        """Inverse of `to_dict`; nested lists are accepted, and entries of other names."""
         parts = {f.name: np.array(state[f.name], np.float64) for f in fields(cls)}
         place = _place_in_triangle(len(parts["cross"]))
         return cls(**parts | {name: parts[name][place] for name in SYMMETRIC})

@@ -90,12 +90,10 @@ class Block:
     Attributes:
         sample_id: (n,) sample ids in the order offered.
         occurrence: (n,) which copy of the sample each is.
-        shard_ids: (num_shards_of_block,) shards they come from, ascending.
     """
 
     sample_id: IntArray
     occurrence: IntArray
-    shard_ids: IntArray
 
 
 class LaneOrder:
@@ -186,11 +184,7 @@ class LaneOrder:
         order = generator(self._seed, Purpose.BLOCK, self.epoch, self._lane, index).permutation(
             len(ids)
         )
-        return Block(
-            sample_id=ids[order],
-            occurrence=copies[order],
-            shard_ids=self.shards_of_block(index),
-        )
+        return Block(sample_id=ids[order], occurrence=copies[order])
 
     def _permutation(self, shard: int) -> IntArray:
         rng = generator(self._seed, Purpose.SAMPLES_OF_SHARD, self.epoch, shard)

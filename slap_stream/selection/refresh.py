@@ -77,35 +77,29 @@ class Refreshes:
         """Refresh from the statistics of all lanes of all ranks.
 
         Raises:
-            FeedbackError: If the lanes are not all there, once each and in order.
+            FeedbackError: If the lanes are not all there, once each, in order, and whole.
         """
-        lanes = [int(state["lane"]) for state in statistics_in_lane_order]
+        states = statistics_in_lane_order
+        try:
+            lanes = [int(state["lane"]) for state in states]
+            rows = [np.asarray_chkfinite(self._layout.pack(state)) for state in states]
+            steps = [int(state["last_step"]) for state in states]
+        except (KeyError, TypeError, ValueError) as error:
+            raise FeedbackError(
+                "statistics_in_lane_order must hold what statistics() gives, got something else: "
+                f"{type(error).__name__}: {error}; gather them whole."
+            ) from error
         if lanes != list(range(self._plan.num_lanes)):
             raise FeedbackError(
                 f"statistics_in_lane_order must hold lanes 0 to {self._plan.num_lanes - 1} once "
                 f"each, in order, got {lanes[:8]}; gather them over all ranks."
             )
-        rows = np.stack([self._layout.pack(state) for state in statistics_in_lane_order])
-        last_step = min(int(state["last_step"]) for state in statistics_in_lane_order)
-        self._learn(sum_in_order(rows))
-        self._go_on(last_step)
+        self._learn(sum_in_order(np.stack(rows)))
+        self._go_on(min(steps))
 
     def refresh(self, also: FloatArray | None = None) -> FloatArray:
-        """Refresh from the lanes of all ranks, over the exchange; every rank at the same step.
-
-        One rank learns from the sums, and tells the others what has come out.
-
-        Args:
-            also: (local lanes, n) more numbers that are to be added up over all lanes.
-
-        Returns:
-            (n,) their sums, in lane order.
-
-        Raises:
-            ConfigError: If there are other ranks and no exchange.
-            ExchangeError: If the ranks cannot be reached or are not at the same step, or if the one
-                that was to learn from the sums could not.
-        """
+        """As `SlapSampler.refresh`: one rank learns from the sums, and tells the others what has
+        come out."""
         rows = np.stack([self._layout.pack(lane.statistics()) for lane in self._lanes])
         if also is not None:
             rows = np.concatenate([rows, also], axis=1)

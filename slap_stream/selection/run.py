@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from slap_stream.core.saved import Saved
 from slap_stream.selection.lane import Lane
@@ -14,27 +13,24 @@ from slap_stream.selection.shared import Shared
 from slap_stream.types import LaneExchange, ShardGate, State
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """The lanes of a rank, and what they share.
+    """The lanes of a rank, and what they share, at the start of the first epoch.
 
-    Attributes:
+    The arguments that are not named here are those of `SlapSampler`.
+
+    Args:
         plan: How the run is cut.
         policy: Rule that picks a batch.
+
+    Attributes:
+        plan: The same.
         shared: What the lanes of all ranks share.
         lanes: This rank's lanes.
         refreshes: Adds up over all lanes.
     """
 
-    plan: LanePlan
-    policy: Policy
-    shared: Shared
-    lanes: list[Lane]
-    refreshes: Refreshes
-
-    @classmethod
-    def make(
-        cls,
+    def __init__(
+        self,
         plan: LanePlan,
         policy: Policy,
         *,
@@ -42,21 +38,20 @@ class Run:
         world_size: int,
         gate: ShardGate | None,
         exchange: LaneExchange | None,
-    ) -> Run:
-        """At the start of its first epoch; arguments as for `SlapSampler`."""
-        shared, each = Shared(plan), plan.num_lanes // world_size
-        lanes = [
-            _lane(index, plan, policy, shared, gate)
-            for index in range(rank * each, (rank + 1) * each)
-        ]
-        refreshes = Refreshes(plan, shared, lanes, world_size=world_size, exchange=exchange)
-        return cls(plan=plan, policy=policy, shared=shared, lanes=lanes, refreshes=refreshes)
+    ) -> None:
+        self.plan, self._policy, self.shared = plan, policy, Shared(plan)
+        each = plan.num_lanes // world_size
+        mine = range(rank * each, (rank + 1) * each)
+        self.lanes = [Lane(index, plan, policy, self.shared, gate) for index in mine]
+        self.refreshes = Refreshes(
+            plan, self.shared, self.lanes, world_size=world_size, exchange=exchange
+        )
 
     def seed_strata(self) -> None:
         """Place the centroids, from lane 0's first block on every rank: all share them."""
         first = self.lanes[0]
         if first.index:
-            first = _lane(0, self.plan, self.policy, self.shared, None)
+            first = Lane(0, self.plan, self._policy, self.shared)
         self.shared.seed(first.intake.first_embeddings())
 
     def state_dict(self) -> State:
@@ -79,9 +74,3 @@ class Run:
         self.refreshes.load_state_dict(state.part("refreshes"))
         for lane, part in zip(self.lanes, lanes, strict=True):
             lane.load_state_dict(part)
-
-
-def _lane(
-    index: int, plan: LanePlan, policy: Policy, shared: Shared, gate: ShardGate | None
-) -> Lane:
-    return Lane(index, plan, policy, shared.strata, shared.model, shared.keep, gate)

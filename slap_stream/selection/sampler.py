@@ -127,7 +127,7 @@ class SlapSampler:
             batch_size=self.batch_size,
             world_size=self.world_size,
         )
-        return Run.make(
+        return Run(
             plan,
             self._policy,
             rank=self.rank,
@@ -348,7 +348,7 @@ class SlapSampler:
         From the first call on the sampler no longer refreshes itself.
 
         Raises:
-            FeedbackError: If the lanes are not all there, once each and in order.
+            FeedbackError: If the lanes are not all there, once each, in order, and whole.
         """
         self._refreshes.merge(statistics_in_lane_order)
         self.refreshes_itself = False
@@ -364,7 +364,8 @@ class SlapSampler:
 
         Raises:
             ConfigError: If there are other ranks and no exchange.
-            ExchangeError: If the ranks cannot be reached or are not at the same step.
+            ExchangeError: If the ranks cannot be reached or are not at the same step, or if the one
+                that was to learn from the sums could not.
         """
         return self._refreshes.refresh(also)
 

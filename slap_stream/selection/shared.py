@@ -7,7 +7,6 @@ for regression and metric, and has the sums behind them; the others follow.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import numpy as np
 
@@ -24,8 +23,6 @@ from slap_stream.selection.schedule import Keep, LanePlan
 from slap_stream.selection.state import Lookup
 from slap_stream.selection.strata import Strata
 from slap_stream.types import REFERENCE_COLUMN, Float32Array, FloatArray, State
-
-MOMENTS = "moments"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,6 +72,8 @@ class SinceRefresh:
 
 
 COUNTS = tuple(f.name for f in fields(SinceRefresh) if not f.init)
+# What a lane's statistics hold, besides its number and its last step.
+SUMS = (*(f.name for f in fields(Moments)), *COUNTS)
 
 
 class StatisticsLayout:
@@ -89,31 +88,30 @@ class StatisticsLayout:
     """
 
     def __init__(self, example: State) -> None:
-        self._shapes = {name: np.shape(part) for name, part in _parts(example).items()}
+        self._shapes = {name: np.shape(example[name]) for name in SUMS}
         sizes = [int(np.prod(shape)) for shape in self._shapes.values()]
         self._bounds = np.concatenate([[0], np.cumsum(sizes)])
         self.size = int(self._bounds[-1])
 
     def pack(self, statistics: State) -> FloatArray:
-        """(size,) numbers of a lane's statistics; nested lists serve as arrays."""
-        parts = _parts(statistics)
-        vector: FloatArray = np.concatenate(
-            [np.ravel(np.asarray(parts[name], np.float64)) for name in self._shapes]
+        """(size,) numbers of a lane's statistics; nested lists serve as arrays.
+
+        Raises:
+            KeyError: If a part is missing.
+            ValueError: If one has another size.
+        """
+        parts = (
+            np.reshape(np.asarray(statistics[name], np.float64), shape).ravel()
+            for name, shape in self._shapes.items()
         )
-        return vector
+        return np.concatenate([*parts])
 
     def unpack(self, vector: FloatArray) -> State:
         """Inverse of `pack`; without the lane's number, because the vector may be a sum."""
-        parts = {
+        return {
             name: vector[self._bounds[place] : self._bounds[place + 1]].reshape(shape).copy()
             for place, (name, shape) in enumerate(self._shapes.items())
         }
-        counts = {name: parts.pop(name) for name in COUNTS}
-        return {MOMENTS: parts, **counts}
-
-
-def _parts(statistics: State) -> dict[str, Any]:
-    return {**statistics[MOMENTS], **{name: statistics[name] for name in COUNTS}}
 
 
 def sum_in_order(rows: FloatArray) -> FloatArray:
@@ -177,7 +175,7 @@ class Shared:
 
     def learn(self, sums: State) -> None:
         """Take in statistics summed over all lanes, as `Lane.statistics` names them."""
-        self.model.refresh([Moments.from_dict(sums[MOMENTS])], self._config.advanced.decay)
+        self.model.refresh(Moments.from_dict(sums), self._config.advanced.decay)
         self._take_counts(sums)
 
     def lesson(self, sums: State) -> State:

@@ -31,7 +31,7 @@ def learnt_from(batch_size: int, cut: Callable[[Array], list[Array]], *, lanes: 
         assert batch is not None
         for piece in cut(batch):
             sampler.observe(piece, losses[piece])
-    return np.array([float(lane["moments"]["count"]) for lane in sampler.statistics()])
+    return np.array([float(lane["count"]) for lane in sampler.statistics()])
 
 
 def whole(batch: Array) -> list[Array]:

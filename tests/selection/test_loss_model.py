@@ -62,7 +62,7 @@ def model_of(columns: int, *, metric_dim: int = 8, **options: int) -> LossModel:
 def fitted(x: Array, losses: Array, sketches: Array | None = None) -> LossModel:
     """A model after one refresh."""
     model = model_of(x.shape[1])
-    model.refresh([moments_of(x, losses, sketches)], decay=0.9)
+    model.refresh(moments_of(x, losses, sketches), decay=0.9)
     assert model.fitted
     return model
 
@@ -155,12 +155,12 @@ def test_nothing_is_predicted_before_the_warm_up() -> None:
         assert not model.fitted
         assert model.variance(x).tolist() == [1.0] * 15
         assert not model.coefficient.any()
-        model.refresh([moments_of(x[:count], linear_losses(x[:count]))], decay=1.0)
+        model.refresh(moments_of(x[:count], linear_losses(x[:count])), decay=1.0)
     assert not model.fitted
-    model.refresh([moments_of(x[:1], linear_losses(x[:1]))], decay=1.0)
+    model.refresh(moments_of(x[:1], linear_losses(x[:1])), decay=1.0)
     assert model.fitted
     # Once it predicts it goes on, even when decay leaves fewer losses than that.
-    model.refresh([moments_of(x[:1], linear_losses(x[:1]))], decay=0.1)
+    model.refresh(moments_of(x[:1], linear_losses(x[:1])), decay=0.1)
     assert float(model.moments.count) < 16
     assert model.fitted
 
@@ -169,7 +169,7 @@ def test_old_losses_are_forgotten() -> None:
     x = design(0, 200)
     model = fitted(x, linear_losses(x))
     for _ in range(8):
-        model.refresh([moments_of(x, linear_losses(x) + 5.0)], decay=0.5)
+        model.refresh(moments_of(x, linear_losses(x) + 5.0), decay=0.5)
     assert np.mean(x @ model.coefficient - linear_losses(x)) == pytest.approx(5.0, abs=0.05)
 
 
@@ -179,9 +179,28 @@ def test_many_refreshes_without_feedback_change_no_prediction() -> None:
     before = x @ model.coefficient
     nothing = Moments.zeros(columns=x.shape[1], sketch_dim=SKETCH_DIM)
     for _ in range(1200):
-        model.refresh([nothing], decay=0.5)
+        model.refresh(nothing, decay=0.5)
     np.testing.assert_allclose(x @ model.coefficient, before, rtol=1e-6)
     assert np.isfinite(model.variance(x)).all()
+
+
+def test_samples_that_could_not_be_solved_from_are_not_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = design(0, 200)
+    model, tried_once = fitted(x, linear_losses(x)), fitted(x, linear_losses(x))
+    more = moments_of(x[:50], linear_losses(x[:50]) + 1.0)
+
+    def fails(matrix: Array) -> Array:
+        raise np.linalg.LinAlgError("no factor")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.linalg, "cholesky", fails)
+        with pytest.raises(np.linalg.LinAlgError):
+            model.refresh(more, decay=0.5)
+    for one in (model, tried_once):
+        one.refresh(more, decay=0.5)
+    np.testing.assert_array_equal(model.moments.gram, tried_once.moments.gram)
 
 
 def test_columns_that_never_vary_get_no_weight_and_do_no_harm() -> None:
@@ -213,19 +232,8 @@ def test_with_a_reference_model_excess_is_the_loss_beyond_the_reference() -> Non
     x[:, 2] = np.abs(x[:, 2]) + 1.0
     losses = x[:, 2] + 0.5 * x[:, 5] + 2.0
     model = model_of(x.shape[1], reference_column=2)
-    model.refresh([moments_of(x, losses)], decay=0.9)
+    model.refresh(moments_of(x, losses), decay=0.9)
     np.testing.assert_allclose(x @ model.excess, losses - x[:, 2], atol=0.05)
-
-
-def test_refreshing_with_lanes_is_refreshing_with_their_sum_and_leaves_them_alone() -> None:
-    x = design(0, 90)
-    losses = linear_losses(x, noise=0.2)
-    lanes = [moments_of(x[part], losses[part]) for part in np.split(np.arange(90), 3)]
-    before = as_json(lanes[0].to_dict())
-    several, one = model_of(x.shape[1]), fitted(x, losses)
-    several.refresh(lanes, decay=0.9)
-    np.testing.assert_allclose(several.coefficient, one.coefficient, rtol=1e-4, atol=1e-5)
-    assert as_json(lanes[0].to_dict()) == before
 
 
 def gradients(x: Array, seed: int = 0, noise: float = 0.0) -> Array:
@@ -287,7 +295,7 @@ def test_a_model_that_follows_predicts_what_the_one_that_solves_does() -> None:
         samples = design(refresh, 300)
         sums = moments_of(samples, linear_losses(samples, noise=0.3), gradients(samples))
         before, solved_before = following.metric, solving.metric
-        solving.refresh([sums], decay=0.9)
+        solving.refresh(sums, decay=0.9)
         following.follow(from_bytes(to_bytes(solving.solution())))
         np.testing.assert_array_equal(following.prediction, solving.prediction)
         np.testing.assert_array_equal(following.metric, solving.metric)
@@ -296,7 +304,7 @@ def test_a_model_that_follows_predicts_what_the_one_that_solves_does() -> None:
         # Lanes project their candidates anew when it is another array.
         assert (following.metric is before) == (solving.metric is solved_before)
     with pytest.raises(RuntimeError, match="got one that follows another rank's; ask that of the"):
-        following.refresh([sums], decay=0.9)
+        following.refresh(sums, decay=0.9)
     resumed = model_of(x.shape[1])
     resumed.load_state_dict(Saved(solving.state_dict()))
     following.follow(resumed.solution())
@@ -315,7 +323,7 @@ def test_a_model_survives_a_checkpoint_bit_by_bit() -> None:
         np.testing.assert_array_equal(again.variance(x), model.variance(x))
         assert again.noise == model.noise
         for one in (model, again):
-            one.refresh([moments_of(x[:50], linear_losses(x[:50]))], decay=0.9)
+            one.refresh(moments_of(x[:50], linear_losses(x[:50])), decay=0.9)
 
 
 @settings(max_examples=100)
@@ -364,7 +372,7 @@ def drifting(refreshes: int, *, held: bool) -> tuple[LossModel, list[int]]:
         before = model.metric
         if not held:
             model._penalty_renewal, model._metric_renewal = Renewal(), Renewal()
-        model.refresh([moments_of(x, losses, gradients(x, noise=1.0))], decay=0.9)
+        model.refresh(moments_of(x, losses, gradients(x, noise=1.0)), decay=0.9)
         changed.append(int(model.metric is not before))
     return model, changed
 

@@ -504,6 +504,13 @@ def test_statistics_must_be_complete() -> None:
     sampler = make([40] * 5, batch_size=8, num_lanes=2)
     with pytest.raises(FeedbackError, match=r"lanes 0 to 1 once each, in order, got \[1, 0\]"):
         sampler.merge(sampler.statistics()[::-1])
+    for damage in ({"gram": np.ones(3)}, {"count": None}, {"lane": "first"}, {"last_step": []}):
+        first, second = sampler.statistics()
+        with pytest.raises(FeedbackError, match=r"must hold what statistics\(\) gives"):
+            sampler.merge([first | damage, second])
+        del first[next(iter(damage))]
+        with pytest.raises(FeedbackError, match=f"KeyError: '{next(iter(damage))}'"):
+            sampler.merge([first, second])
 
 
 def test_ranks_that_nobody_connects_do_not_refresh_on_their_own() -> None:

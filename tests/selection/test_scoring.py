@@ -131,7 +131,7 @@ class Lane:
         x[:, 0] = 1.0
         sketches = self.rng.normal(size=(40, 16)).astype(np.float32)
         moments.add_sketched(x, self.rng.normal(size=40), sketches)
-        self.model.refresh([moments], decay=0.9)
+        self.model.refresh(moments, decay=0.9)
         assert self.scorer.refresh()
 
     def distances(self) -> tuple[Array, Array]:
@@ -231,7 +231,7 @@ def model_of(*, fitted: bool = True) -> LossModel:
         x = rows_of(np.arange(200))
         moments = Moments.zeros(columns=COLUMNS, sketch_dim=SKETCH_DIM)
         moments.add_losses(x, losses_of(x))
-        model.refresh([moments], decay=0.9)
+        model.refresh(moments, decay=0.9)
     return model
 
 
