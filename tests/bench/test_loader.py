@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from streaming import StreamingDataset
 
 from tools.bench.loader import __main__ as bench_loader
 from tools.bench.loader import arms, corpora, report
@@ -69,33 +68,6 @@ def test_what_a_batch_is_trained_on_elsewhere_does_not_count(data: Path) -> None
     # Two batches of it; a second each would be 256 samples a second.
     assert found["samples_per_second"] > 512
     assert found["milliseconds_per_batch"] == pytest.approx(256e3 / found["samples_per_second"])
-
-
-def test_a_dataset_that_collides_with_anothers_name_is_made_again(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, tries = StreamingDataset.__init__, []
-
-    def collides(self: Any, *arguments: Any, **options: Any) -> None:
-        original(self, *arguments, **options)
-        tries.append(options)
-        if len(tries) == 1:
-            raise FileExistsError("/000000_locals")
-
-    monkeypatch.setattr(StreamingDataset, "__init__", collides)
-    monkeypatch.setattr(arms.time, "sleep", lambda seconds: None)
-    corpus = str(corpora.write_corpus(data, "short", SAMPLES))
-    run = arms.Run(
-        arm="stock",
-        corpus=corpus,
-        kind="short",
-        remote=True,
-        num_workers=0,
-        seconds=1.0,
-        cache=str(tmp_path),
-    )
-    assert arms._dataset(run).num_samples == SAMPLES
-    assert len(tries) == 2
 
 
 def test_a_corpus_is_as_described_and_written_once(data: Path) -> None:

@@ -21,7 +21,7 @@ from slap_stream import SlapConfig
 from slap_stream.errors import CorpusError
 from slap_stream.selection.policies.registry import make_policy
 from tools.bench.selection import __main__ as bench_selection
-from tools.bench.selection import generation, schedule, tasks
+from tools.bench.selection import generation, tasks
 from tools.bench.selection.corpora import Workshop, encoded, groups_of_copies
 from tools.bench.selection.report import Difference, holm, reached_after, tables
 from tools.bench.selection.results import append_row, read_rows
@@ -177,7 +177,9 @@ def test_every_arm_is_a_config(name: str) -> None:
 def test_every_preset_names_arms_and_conditions_that_exist() -> None:
     for preset in PRESETS.values():
         assert set(preset.arms) <= set(arms())
-        assert [c.name for c in schedule.conditions_of(preset)] == list(preset.conditions)
+        assert [tasks.Condition.of(name).name for name in preset.conditions] == list(
+            preset.conditions
+        )
         assert preset.rate_for(0.66) == preset.learning_rate[0.7]
 
 

@@ -15,7 +15,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from slap_stream import LearnabilityProbe, SlapConfig, SlapDataLoader, per_sampl
 from slap_stream.cli import convert, embed
 from slap_stream.cli.command_line import CommandLine, device, ended, whole
 from slap_stream.probe.sketch import TensorSketch
+from tools.bench.clock import Clock
 
 PROGRAM = "tools.bench.probe"
 # The first steps start threads, fill caches and wait for the first fit.
@@ -119,21 +120,6 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-class Stopwatch:
-    """Adds up the time of calls to a function."""
-
-    def __init__(self, function: Callable[..., Any], device: str) -> None:
-        self._function, self._device = function, device
-        self.seconds = 0.0
-
-    def __call__(self, *arguments: Any) -> Any:
-        """Call the function."""
-        began = now(self._device)
-        result = self._function(*arguments)
-        self.seconds += now(self._device) - began
-        return result
-
-
 def selection_cost(arguments: argparse.Namespace, corpus: Path) -> dict[str, float]:
     """Train with slap, and take the time of the steps apart.
 
@@ -180,31 +166,34 @@ def selection_cost(arguments: argparse.Namespace, corpus: Path) -> dict[str, flo
         with autocast(device):
             probe.step()
 
-    training, probing = Stopwatch(train, device), Stopwatch(select, device)
-    composing = loader.sampler.compose = Stopwatch(loader.sampler.compose, device)  # type: ignore[method-assign]
-    watches = {"training": training, "composing": composing, "probing": probing}
+    clock = Clock(lambda: now(device))
+    training, probing = clock.time("training", train), clock.time("probing", select)
+    clock.watch(loader.sampler, "compose", "composing")
     began, last = WARMUP_REFRESHES, WARMUP_REFRESHES + arguments.refreshes
     for step, batch in enumerate(loader, 1):
         probing(batch["sample_id"], training(batch))
         if step == began * config.probe_every:
-            for watch in watches.values():
-                watch.seconds = 0.0
+            clock.seconds.clear()
             before = loader.metrics()["probe_samples"]
         if step == last * config.probe_every:
             break
     probed = loader.metrics()["probe_samples"] - before
     loader.close()
     trained = arguments.refreshes * config.probe_every * arguments.batch_size
-    selection = composing.seconds + probing.seconds
+    seconds = clock.seconds
+    selection = seconds["composing"] + seconds["probing"]
     return {
         "parameters": float(sum(weight.numel() for weight in model.parameters())),
-        **{f"{name}_seconds": round(watch.seconds, 3) for name, watch in watches.items()},
+        **{
+            f"{name}_seconds": round(seconds[name], 3)
+            for name in ("training", "composing", "probing")
+        },
         "probed_per_trained": round(probed / trained, 4),
         "probed_sample_in_training_steps": round(
-            probing.seconds / probed / (training.seconds / trained), 4
+            seconds["probing"] / probed / (seconds["training"] / trained), 4
         ),
-        "selection_share": round(selection / training.seconds, 4),
-        "composing_share": round(composing.seconds / training.seconds, 4),
+        "selection_share": round(selection / seconds["training"], 4),
+        "composing_share": round(seconds["composing"] / seconds["training"], 4),
         "modelled_share": round(probed / trained / 3, 4),
     }
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from slap_stream import SlapConfig, SlapSampler
 from slap_stream.core.kernels import unit_rows
-from tools.bench.composer.clock import Clock, watch_sampler
+from tools.bench.clock import Clock
 from tools.bench.composer.corpus import VirtualCorpus, shards_of
 
 Result = dict[str, Any]
@@ -106,6 +106,34 @@ def speed(
         part: 1e3 * seconds / steps for part, seconds in sorted(clock_of_parts.seconds.items())
     }
     return result
+
+
+def watch_sampler(clock: Clock, sampler: SlapSampler) -> None:
+    """Time the parts of a sampler's lanes, and of its refreshes."""
+    clock.watch(sampler._refreshes, "refresh", "refresh: other")
+    clock.watch(sampler, "observe", "feedback: observe")
+    clock.watch(sampler, "update", "feedback: update")
+    clock.watch(sampler._shared.model, "refresh", "refresh: regression and metric solved")
+    clock.watch(sampler._policy, "select", "choose: shortlist and greedy composition")
+    for lane in sampler.lanes:
+        clock.watch(lane, "statistics", "refresh: sums over the answers")
+        clock.watch(lane.feedback, "take_trained", "feedback: observe")
+        clock.watch(lane.feedback, "take_probed", "feedback: update")
+        clock.watch(lane._composer, "choose_probes", "feedback: who is probed")
+        clock.watch(
+            lane._composer, "_compare_with_uniform", "refresh: a batch beside a uniform one"
+        )
+        clock.watch(lane, "refresh", "refresh: pool scored anew")
+        clock.watch(lane, "prepare", "other")
+        clock.watch(lane, "_offer", "offer: strata, sums for centroids, place in the pool")
+        clock.watch(lane.intake, "take", "offer: design rows")
+        clock.watch(lane.intake, "_open", "offer: a block opened and read")
+        clock.watch(lane.pool, "offer", "offer: strata, sums for centroids, place in the pool")
+        clock.watch(lane, "_train", "train: book the batch")
+        clock.watch(lane._scorer, "bring_near", "train: copies of the batch in the pool")
+        clock.watch(lane._composer, "choose", "choose: quotas")
+        clock.watch(lane._composer, "leaving", "drop: who leaves untrained")
+        clock.watch(lane._scorer, "score", "offer: score")
 
 
 def first_batch(*, dim: int, batch_size: int, config: SlapConfig) -> Result:

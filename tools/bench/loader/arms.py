@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import resource
 import tempfile
 import time
@@ -15,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from slap_stream.shards.opening import one_at_a_time
+from tools.bench.clock import Clock
 from tools.bench.loader.corpora import samples
 
 BATCH_SIZE = 256
 # Candidates that an arm without shards to permute shuffles among.
 SHUFFLE_BUFFER = 10_000
-OPEN_ATTEMPTS = 5
 # Of which every arm delivers a batch after the first, which is not counted.
 LEAST_SAMPLES = 3 * BATCH_SIZE
 
@@ -53,45 +53,6 @@ class Run:
     cache: str = ""
 
 
-@dataclass(slots=True)
-class Clock:
-    """Seconds spent in functions that are called over and over.
-
-    Attributes:
-        seconds: In those that count.
-        waited_seconds: In those inside of them that do not.
-    """
-
-    seconds: float = 0.0
-    waited_seconds: float = 0.0
-
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds += time.perf_counter() - started
-
-        return timed
-
-    def without(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function called inside of those, which is not to count."""
-
-        def untimed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                waited = time.perf_counter() - started
-                self.seconds -= waited
-                self.waited_seconds += waited
-
-        return untimed
-
-
 def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
     """A cheap collate function, the same for every arm: texts as a list, tokens as one tensor."""
     import torch
@@ -109,20 +70,11 @@ def _dataset(run: Run, **options: Any) -> Any:
             time.sleep(run.latency_seconds)
             return str(super()._download_file(from_basename, to_basename))
 
-    for attempt in range(OPEN_ATTEMPTS):
-        # Anew each time: a dataset writes into its streams.
-        where: dict[str, Any] = {"local": run.corpus}
-        if run.remote:
-            where = {"streams": [SlowStream(remote=run.corpus, local=run.cache)]}
-        try:
-            return StreamingDataset(**where, batch_size=BATCH_SIZE, **options)
-        except FileExistsError:
-            # Two that are made at the same moment, in whatever processes of a machine, may take
-            # the same names for their shared memory.
-            if attempt + 1 == OPEN_ATTEMPTS:
-                raise
-            time.sleep(random.uniform(0.5, 2.0))
-    raise AssertionError("the last attempt returns or raises")
+    where: dict[str, Any] = {"local": run.corpus}
+    if run.remote:
+        where = {"streams": [SlowStream(remote=run.corpus, local=run.cache)]}
+    with one_at_a_time():
+        return StreamingDataset(**where, batch_size=BATCH_SIZE, **options)
 
 
 def _stock(run: Run, selecting: Clock) -> Iterator[Any]:
@@ -150,10 +102,9 @@ def _slap_stream(run: Run, selecting: Clock, *, config: Any) -> Iterator[Any]:
     sampler = loader.sampler
     # Both are the selection's, and none of the loading's; waiting for shards, while a batch is
     # composed, is not.
-    sampler.compose = selecting.around(sampler.compose)  # type: ignore[method-assign]
-    sampler.observe = selecting.around(sampler.observe)  # type: ignore[method-assign]
-    gate = loader._fetcher
-    gate.require = selecting.without(gate.require)  # type: ignore[method-assign]
+    selecting.watch(sampler, "compose", "select")
+    selecting.watch(sampler, "observe", "select")
+    selecting.watch(loader._fetcher, "require", "wait")
     losses = np.random.default_rng(5).gamma(4.0, 0.5, sampler.table.num_samples)
     with closing(loader):
         for batch in loader:
@@ -293,31 +244,31 @@ def measure(run: Run) -> dict[str, float]:
 
     import slap_stream.loader  # noqa: F401
 
-    selecting, training = Clock(), Clock()
+    selecting = Clock(time.perf_counter)
     count = steps = 0
+    trained = 0.0
     made = time.perf_counter()
     batches = ARMS[run.arm](run, selecting)
     next(batches)
     started, cpu = time.perf_counter(), time.process_time()
-    selected, waited = selecting.seconds, selecting.waited_seconds
+    selecting.seconds.clear()
     for batch in batches:
         count += len(next(iter(batch.values())))
         steps += 1
         if time.perf_counter() - started > run.seconds:
             break
-        training.around(time.sleep)(run.step_seconds)
-    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    seconds -= training.seconds
-    selected = selecting.seconds - selected
-    waited = selecting.waited_seconds - waited
+        slept = time.perf_counter()
+        time.sleep(run.step_seconds)
+        trained += time.perf_counter() - slept
+    seconds, cpu = time.perf_counter() - started - trained, time.process_time() - cpu
     batches.close()  # type: ignore[attr-defined]
     return {
         "samples": count,
         "samples_per_second": count / seconds,
         "milliseconds_per_batch": 1e3 * seconds / steps,
         "first_batch_seconds": started - made,
-        "select_seconds_per_sample": selected / count,
-        "wait_seconds_per_sample": waited / count,
+        "select_seconds_per_sample": selecting.seconds["select"] / count,
+        "wait_seconds_per_sample": selecting.seconds["wait"] / count,
         "main_cpu_seconds_per_sample": cpu / count,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -13,37 +12,14 @@ CASE = ("kind", "remote", "num_workers")
 BASE = "stock"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ratio:
-    """How much faster than stock an arm was.
-
-    Attributes:
-        middle: Median over the rounds; None without a round in which both ran.
-        low: Least.
-        high: Most.
-        rounds: How many.
-    """
-
-    middle: float
-    low: float
-    high: float
-    rounds: int
-
-    def __str__(self) -> str:
-        return f"{self.middle:.1f} [{self.low:.1f}, {self.high:.1f}]"
-
-
-def ratio(results: Sequence[Result], base: Sequence[Result]) -> Ratio | None:
-    """Ratio of samples per second, round by round; None if no round has both."""
+def ratios(results: Sequence[Result], base: Sequence[Result]) -> list[float]:
+    """Ratios of samples per second, of the rounds that both have."""
     stock = {result["round"]: result["samples_per_second"] for result in base}
-    found = [
+    return [
         result["samples_per_second"] / stock[result["round"]]
         for result in results
         if result["round"] in stock
     ]
-    if not found:
-        return None
-    return Ratio(middle=median(found), low=min(found), high=max(found), rounds=len(found))
 
 
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -54,16 +30,16 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
         stock = [r for r in here if r["arm"] == BASE]
         for (arm,) in _distinct(here, ("arm",)):
             mine = [r for r in here if r["arm"] == arm]
-            found = ratio(mine, stock)
+            found = ratios(mine, stock)
             table.append(
                 {
                     **dict(zip(CASE, case, strict=True)),
                     "arm": arm,
                     "samples_per_second": _median(mine, "samples_per_second"),
                     "milliseconds_per_batch": _median(mine, "milliseconds_per_batch"),
-                    "ratio": None if found is None else found.middle,
-                    "ratio_low": None if found is None else found.low,
-                    "ratio_high": None if found is None else found.high,
+                    "ratio": median(found) if found else None,
+                    "ratio_low": min(found, default=None),
+                    "ratio_high": max(found, default=None),
                     "rounds": len(mine),
                     "selecting_share": _share(mine, "select_seconds_per_sample"),
                     "waiting_share": _share(mine, "wait_seconds_per_sample"),

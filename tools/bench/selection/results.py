@@ -11,6 +11,7 @@ from typing import Any
 from slap_stream.errors import CorpusError
 from tools.bench.selection.schedule import RunKey
 
+RESULTS = "results.jsonl"
 Row = dict[str, Any]
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from slap_stream import SlapConfig
-from tools.bench.selection.tasks import Condition
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,8 +232,3 @@ PRESETS = {
         ),
     )
 }  # fmt: skip
-
-
-def conditions_of(preset: Preset) -> list[Condition]:
-    """The preset's conditions."""
-    return [Condition.of(name) for name in preset.conditions]
