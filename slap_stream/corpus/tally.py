@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from slap_stream.corpus.records import DropReason
@@ -22,14 +22,14 @@ class Tally:
         rows: Rows seen, blank lines included.
         counts: Records kept, per source.
         dropped: Records left out, per reason.
-        examples: A few places per reason, as (number of the piece, row in the piece).
+        examples: A few places per reason, as [number of the piece, row in the piece].
         truncated: Records cut to max_length.
     """
 
     rows: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    examples: dict[str, list[list[int]]] = field(default_factory=dict)
     truncated: int = 0
 
     def drop(self, reason: DropReason, piece: int, row: int) -> None:
@@ -37,7 +37,7 @@ class Tally:
         self.dropped[reason.value] += 1
         places = self.examples.setdefault(reason.value, [])
         if len(places) < _MAX_EXAMPLES:
-            places.append((piece, row))
+            places.append([piece, row])
 
     def keep(self, source: str) -> None:
         """Count a record that is kept.
@@ -82,27 +82,13 @@ class Tally:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict, ready for JSON."""
-        return {
-            "rows": self.rows,
-            "counts": dict(self.counts),
-            "dropped": dict(self.dropped),
-            "examples": self.examples,
-            "truncated": self.truncated,
-        }
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Tally:
         """The tally that `to_dict` was called on."""
-        return cls(
-            rows=saved["rows"],
-            counts=Counter(saved["counts"]),
-            dropped=Counter(saved["dropped"]),
-            examples={
-                reason: [(piece, row) for piece, row in places]
-                for reason, places in saved["examples"].items()
-            },
-            truncated=saved["truncated"],
-        )
+        counters = {name: Counter(saved[name]) for name in ("counts", "dropped")}
+        return cls(**{**saved, **counters})
 
     def name_places(self, name: Callable[[int, int], str]) -> dict[str, list[str]]:
         """The examples, with places put into words by `name(piece, row)`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ class CorpusTexts:
         text_column: Column with plain text, for corpora that `convert` did not make.
         prompt_column: Column with the prompt; goes with `completion_column`.
         completion_column: Column with the target.
-        source_column: Column that names a sample's source.
-        tokenizer: Directory of the tokenizer that decodes `input_ids`.
+        source_column: Column that names a sample's source, which must be there unless it is
+            `source`; None: the sources are not told apart.
+        tokenizer: Directory or name of the tokenizer that decodes `input_ids`; None until `found`
+            means the one that corpus.json names.
     """
 
     corpus_dir: Path
@@ -36,7 +38,7 @@ class CorpusTexts:
     prompt_column: str | None = None
     completion_column: str | None = None
     source_column: str | None = "source"
-    tokenizer: str | None = None
+    tokenizer: str | Path | None = None
 
     def __post_init__(self) -> None:
         if (self.prompt_column is None) != (self.completion_column is None):
@@ -49,6 +51,36 @@ class CorpusTexts:
                 f"text_column must be None beside prompt_column, got {self.text_column!r}; a "
                 "sample is either plain text or prompt and completion."
             )
+
+    def found(self) -> CorpusTexts:
+        """What is asked for, as far as the corpus has it.
+
+        Raises:
+            ConfigError: If the tokenizer cannot be loaded.
+            CorpusError: If the corpus has no usable index, or not what is asked for.
+        """
+        columns, tokenizer = corpus_columns(self.corpus_dir), self.tokenizer
+        tokenised = (
+            "input_ids" in columns and self.text_column is None and self.prompt_column is None
+        )
+        if tokenizer is not None and not tokenised:
+            raise CorpusError(
+                f"tokenizer must be None for a corpus of text, got {str(tokenizer)!r}; it decodes "
+                "the column input_ids."
+            )
+        source = self.source_column
+        if source not in (None, "source", *columns):
+            raise CorpusError(
+                f"source_column must be one of {', '.join(columns)}, got {source!r}; None tells no "
+                "sources apart."
+            )
+        if tokenised:
+            tokenizer = tokenizer or describe_corpus(self.corpus_dir).get("tokenizer")
+        return replace(
+            self,
+            source_column=source if source in columns else None,
+            tokenizer=None if tokenizer is None else find_tokenizer(tokenizer),
+        )
 
     def read(self, start: int, stop: int) -> Iterator[TextSample]:
         """Samples `start` to `stop` (half-open), in sample-id order.
@@ -109,53 +141,6 @@ class CorpusTexts:
                 f"with columns {sorted(sample)}; name a column of encoding str."
             )
         return value
-
-
-def find_texts(
-    corpus_dir: Path,
-    *,
-    tokenizer: str | Path | None,
-    text_column: str | None,
-    prompt_column: str | None,
-    completion_column: str | None,
-    source_column: str | None,
-) -> CorpusTexts:
-    """How to read a corpus, from what is asked for and what it says about itself.
-
-    Args:
-        corpus_dir: Directory with an index.json.
-        tokenizer: Decodes `input_ids`; None means the one that corpus.json names.
-        text_column: Column with plain text, or None.
-        prompt_column: Column with the prompt, or None.
-        completion_column: Column with the target, or None.
-        source_column: Column with the sources, which must be there unless it is `source`; or None.
-
-    Raises:
-        ConfigError: If the tokenizer cannot be loaded.
-        CorpusError: If the corpus has no usable index, or not what is asked for.
-    """
-    columns = corpus_columns(corpus_dir)
-    tokenised = "input_ids" in columns and text_column is None and prompt_column is None
-    if tokenizer is not None and not tokenised:
-        raise CorpusError(
-            f"tokenizer must be None for a corpus of text, got {str(tokenizer)!r}; it decodes the "
-            "column input_ids."
-        )
-    if source_column not in (None, "source", *columns):
-        raise CorpusError(
-            f"source_column must be one of {', '.join(columns)}, got {source_column!r}; None "
-            "tells no sources apart."
-        )
-    if tokenised:
-        tokenizer = tokenizer or describe_corpus(corpus_dir).get("tokenizer")
-    return CorpusTexts(
-        corpus_dir=corpus_dir,
-        text_column=text_column,
-        prompt_column=prompt_column,
-        completion_column=completion_column,
-        source_column=source_column if source_column in columns else None,
-        tokenizer=None if tokenizer is None else find_tokenizer(tokenizer),
-    )
 
 
 def source_names(texts: CorpusTexts, num_samples: int) -> tuple[str, ...]:

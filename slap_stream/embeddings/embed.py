@@ -15,7 +15,7 @@ from tqdm import tqdm
 from slap_stream.core.checks import require_whole
 from slap_stream.core.files import file_digest
 from slap_stream.core.processes import run_jobs, usable_cores
-from slap_stream.embeddings.corpus_texts import CorpusTexts, find_texts, source_names
+from slap_stream.embeddings.corpus_texts import CorpusTexts, source_names
 from slap_stream.embeddings.encoders import Encoder, open_encoder
 from slap_stream.embeddings.features import FEATURE_NAMES, FIT_SAMPLES, HashedTfidf, feature_columns
 from slap_stream.embeddings.layout import ROWS_PER_CHUNK, StoreLayout
@@ -125,14 +125,14 @@ def embed(
     num_samples = corpus_size(corpus)
     if num_samples < 1:
         raise CorpusError("the corpus must have at least one sample, got 0; nothing to embed.")
-    texts = find_texts(
-        corpus,
+    texts = CorpusTexts(
+        corpus_dir=corpus,
         tokenizer=tokenizer,
         text_column=text_column,
         prompt_column=prompt_column,
         completion_column=completion_column,
         source_column=source_column,
-    )
+    ).found()
     names = source_names(texts, num_samples)
     first = next(iter(texts.read(0, 1)))
     opened = open_encoder(encoder, dim=dim, device=device)

@@ -70,8 +70,8 @@ class HashedTfidf:
         )
         self.idf: Float32Array = np.ones(NUM_BUCKETS, dtype=np.float32)
 
-    def fit(self, samples: Iterable[TextSample], *, limit: int = FIT_SAMPLES) -> int:
-        """Count document frequencies on at most `limit` samples.
+    def fit(self, samples: Iterable[TextSample]) -> int:
+        """Count document frequencies.
 
         Returns:
             Samples counted.
@@ -80,7 +80,7 @@ class HashedTfidf:
             CorpusError: If there is no sample.
         """
         frequency = np.zeros(NUM_BUCKETS, dtype=np.int64)
-        taken, total = islice(samples, limit), 0
+        taken, total = iter(samples), 0
         while batch := list(islice(taken, 1024)):
             counts = self._counter.transform([sample.text for sample in batch])
             frequency += np.bincount(counts.indices, minlength=NUM_BUCKETS)

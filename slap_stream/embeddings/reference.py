@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class ReferenceLoss:
         device: str | None = None,
         *,
         max_tokens: int = 1_024,
-        tokenizer: str | None = None,
+        tokenizer: str | Path | None = None,
     ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 

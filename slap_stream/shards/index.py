@@ -118,22 +118,13 @@ def merge_indexes(out: PathLike, part_dirs: Sequence[PathLike]) -> int:
     return num_samples
 
 
-def shard_sizes(corpus_dir: PathLike) -> IntArray:
-    """(num_shards,) samples in each shard of a corpus.
-
-    Raises:
-        CorpusError: If the directory has no usable index.json.
-    """
-    return np.array([shard["samples"] for shard in read_index(corpus_dir)], np.int64)
-
-
 def corpus_size(corpus_dir: PathLike) -> int:
     """Samples in a corpus.
 
     Raises:
         CorpusError: If the directory has no usable index.json.
     """
-    return int(shard_sizes(corpus_dir).sum())
+    return sum(int(shard["samples"]) for shard in read_index(corpus_dir))
 
 
 def corpus_columns(corpus_dir: PathLike) -> dict[str, str]:

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +22,11 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from slap_stream import SlapConfig, SlapSampler
 from slap_stream.cli.command_line import CommandLine, ended, whole
+from slap_stream.core.processes import run_jobs
 from slap_stream.core.state_bytes import to_bytes
 from slap_stream.loader.ranks import Ranks, join_ranks
 from slap_stream.selection.shared import StatisticsLayout, sum_in_order
@@ -211,14 +211,13 @@ def median_with_interval(values: NDArray[np.float64]) -> list[float]:
     return [float(np.median(ordered)), float(ordered[low]), float(ordered[count - 1 - low])]
 
 
-def run_rank(
-    rank: int, folder: Path, arguments: argparse.Namespace, make: Callable[..., SlapSampler]
-) -> None:
+def run_rank(job: tuple[int, Path, argparse.Namespace], advance: Callable[[int], None]) -> None:
     """One process of several; its result goes to a file."""
+    rank, folder, arguments = job
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=arguments.ranks)
     ranks: Ranks = join_ranks()
-    sampler = make(rank, arguments.ranks, ranks)
+    sampler = sampler_maker(arguments)(rank, arguments.ranks, ranks)
     losses = np.random.default_rng(1).gamma(4.0, 0.5, SAMPLES)
     composing, refreshing = [], []
     for step in range(-WARMUP, arguments.steps):
@@ -236,29 +235,12 @@ def run_rank(
     (folder / str(rank)).write_text(json.dumps(found | ranks.metrics()))
 
 
-def in_processes(
-    arguments: argparse.Namespace, make: Callable[..., SlapSampler]
-) -> dict[str, float] | None:
-    """Means over the processes of what each has measured; None if one has failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        children = []
-        for rank in range(arguments.ranks):
-            child = os.fork()
-            if not child:
-                code = 1
-                try:
-                    run_rank(rank, Path(folder), arguments, make)
-                    code = 0
-                except Exception:
-                    # Nothing may run past here in a fork; the parent sees the code.
-                    traceback.print_exc()
-                finally:
-                    os._exit(code)
-            children.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        if any(codes):
-            return None
-        found = [json.loads(Path(folder, str(rank)).read_text()) for rank in range(len(codes))]
+def in_processes(arguments: argparse.Namespace) -> dict[str, float]:
+    """Means over the processes of what each has measured."""
+    with tempfile.TemporaryDirectory() as folder, tqdm(disable=True) as bar:
+        jobs = [(rank, Path(folder), arguments) for rank in range(arguments.ranks)]
+        run_jobs(run_rank, jobs, [1] * len(jobs), num_workers=len(jobs), bar=bar)
+        found = [json.loads(Path(folder, str(rank)).read_text()) for rank, _, _ in jobs]
     return {name: float(np.mean([f[name] for f in found])) for name in found[0]}
 
 
@@ -272,9 +254,7 @@ def measure(arguments: argparse.Namespace) -> int:
     """Measure and print; the exit status."""
     make = sampler_maker(arguments)
     result: dict[str, Any] = in_turns(arguments, make)
-    each = in_processes(arguments, make)
-    if each is None:
-        return 1
+    each = in_processes(arguments)
     alone = make()
     for _ in range(WARMUP):
         timed_step(alone, np.ones(SAMPLES))
