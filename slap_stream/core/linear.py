@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,21 +34,29 @@ class single_threaded:
 
     __slots__ = ()
 
+    # The number of threads is the process's, and several loaders may compose at the same time: of
+    # the contexts that want one thread, the first and the last set it.
+    _lock = threading.Lock()
+    _users = 0
+    _before: ClassVar[list[tuple[Any, int]]] = []
+
     def __enter__(self) -> None:
-        with _threads.lock:
-            _threads.users += 1
-            if _threads.users > 1:
+        shared = single_threaded
+        with shared._lock:
+            shared._users += 1
+            if shared._users > 1:
                 return
             before = [(library, library.get_num_threads()) for library in _blas]
-            _threads.before = [(library, count) for library, count in before if count != 1]
-            for library, _ in _threads.before:
+            shared._before = [(library, count) for library, count in before if count != 1]
+            for library, _ in shared._before:
                 _set_threads(library, 1)
 
     def __exit__(self, *error: object) -> None:
-        with _threads.lock:
-            _threads.users -= 1
-            if not _threads.users:
-                for library, count in _threads.before:
+        shared = single_threaded
+        with shared._lock:
+            shared._users -= 1
+            if not shared._users:
+                for library, count in shared._before:
                     _set_threads(library, count)
 
 
@@ -64,23 +72,6 @@ def _set_threads(library: Any, count: int) -> None:
     library.set_num_threads(count)
     if of_one_thread:
         library.clear_controlling_thread(force=True)
-
-
-class _Threads:
-    """The number of threads is the process's, and several loaders may compose at the same time.
-
-    Attributes:
-        users: Contexts that want one thread.
-        before: Libraries, and how many they had before the first of them.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.users = 0
-        self.before: list[tuple[Any, int]] = []
-
-
-_threads = _Threads()
 
 
 def normalised(rows: NDArray[Float]) -> NDArray[Float]:

@@ -103,6 +103,10 @@ class Renewal:
         return True
 
 
+# What refreshes solve for.
+_SOLVED = ("coefficient", "excess", "metric", "noise", "fitted", "metric_from_sketches")
+
+
 class LossModel:
     """Loss and metric predicted from a design row.
 
@@ -218,21 +222,13 @@ class LossModel:
         self._whitening = solution["whitening"]
 
     def _solved(self) -> State:
-        return {
-            "coefficient": self.coefficient,
-            "excess": self.excess,
-            "metric": self.metric,
-            "noise": self.noise,
-            "fitted": self.fitted,
-            "metric_from_sketches": self.metric_from_sketches,
-        }
+        return {name: getattr(self, name) for name in _SOLVED}
 
     def _take_solution(self, state: State) -> None:
-        self.coefficient, self.excess = state["coefficient"], state["excess"]
-        if not np.array_equal(state["metric"], self.metric):
-            self.metric = state["metric"]
-        self.noise, self.fitted = state["noise"], state["fitted"]
-        self.metric_from_sketches = state["metric_from_sketches"]
+        for name in _SOLVED:
+            # A metric that is as it was stays the same array.
+            if not np.array_equal(state[name], getattr(self, name)):
+                setattr(self, name, state[name])
 
     def variance(self, x: Float32Array) -> FloatArray:
         """(n,) predictive variance of the loss, up to the noise; ones until fitted."""

@@ -109,16 +109,12 @@ class Moments:
     @classmethod
     def from_saved(cls, state: Saved, *, columns: int, sketch_dim: int) -> Moments:
         """What `to_dict` gave, of a checkpoint."""
-        triangle = columns * (columns + 1) // 2
-        counts = {name: state.numbers(name, least=0.0) for name in ("count", "sketch_count")}
+        like = cls.zeros(columns=columns, sketch_dim=sketch_dim).to_dict()
+        # Counts and sums of squares have no axes, and are never negative.
         return cls.from_dict(
             {
-                "gram": state.numbers("gram", triangle),
-                "cross": state.numbers("cross", columns),
-                "square": state.numbers("square", least=0.0),
-                "sketch_gram": state.numbers("sketch_gram", triangle),
-                "sketch_cross": state.numbers("sketch_cross", columns, sketch_dim),
-                **counts,
+                name: state.numbers(name, *part.shape, least=-np.inf if part.ndim else 0.0)
+                for name, part in like.items()
             }
         )
 

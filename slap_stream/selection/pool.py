@@ -337,7 +337,11 @@ class RecentlyTrained:
         """(n,) distance of (n, dim) unit embeddings to the nearest other one, whatever its stratum;
         inf where no other sample was trained on."""
         used = self.sample_id != EMPTY
-        return nearest_other(unit, sample_id, self.x[used][:, self._first :], self.sample_id[used])
+        cosine = unit @ self.x[used][:, self._first :].T
+        cosine = np.where(sample_id[:, None] == self.sample_id[used], -np.inf, cosine)
+        best = cosine.max(axis=1, initial=-np.inf).astype(np.float64)
+        distance: FloatArray = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * best))
+        return distance
 
     def _nearest(
         self,
@@ -407,20 +411,3 @@ class SketchQueue:
         """Take over saved sketches."""
         held = state.whole("held", most=self._length)
         self.sketch = state.numbers32("sketch", held, self._dim)
-
-
-def nearest_other(
-    unit: Float32Array, sample_id: IntArray, others: Float32Array, other_id: IntArray
-) -> FloatArray:
-    """(n,) distance of unit vectors to the nearest of another sample; inf where there is none.
-
-    Args:
-        unit: (n, dim) unit vectors.
-        sample_id: (n,) their samples.
-        others: (m, dim) unit vectors.
-        other_id: (m,) their samples.
-    """
-    cosine = np.where(sample_id[:, None] == other_id, -np.inf, unit @ others.T)
-    best = cosine.max(axis=1, initial=-np.inf).astype(np.float64)
-    distance: FloatArray = np.sqrt(np.maximum(0.0, 2.0 - 2.0 * best))
-    return distance
