@@ -67,18 +67,13 @@ class Refreshes:
         return step > 0 and step % self._every == 0 and step != self._before
 
     def statistics(self) -> list[State]:
-        """Sums of this rank's lanes since the last refresh, and the batches that each can still
-        fill; plain arrays, only reads."""
+        """As `SlapSampler.statistics`."""
         return [
             {**lane.statistics(), "last_step": self._last_step_of(lane)} for lane in self._lanes
         ]
 
     def merge(self, statistics_in_lane_order: Sequence[State]) -> None:
-        """Refresh from the statistics of all lanes of all ranks.
-
-        Raises:
-            FeedbackError: If the lanes are not all there, once each, in order, and whole.
-        """
+        """As `SlapSampler.merge`."""
         states = statistics_in_lane_order
         try:
             lanes = [int(state["lane"]) for state in states]

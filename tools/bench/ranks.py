@@ -15,8 +15,8 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -69,34 +69,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-@dataclass
-class Table:
-    """What ranks of one process find out from each other.
-
-    Attributes:
-        rows: (lanes, size) numbers of all lanes.
-        total: (size,) their sums.
-        least: Smallest of the whole numbers.
-        told: What the first rank has learnt from them.
-    """
-
-    rows: FloatArray
-    total: FloatArray
-    least: int
-    told: bytes = b""
-
-
 class Handed:
     """An exchange between ranks of one process, the first of which comes first: adds up a rank's
     slice, and is handed the rest.
 
     Attributes:
-        table: Where it lies.
+        table: What the ranks have handed in, for all of them: (lanes, size) `rows` of all lanes,
+            their (size,) `total`, the `least` whole number, and what the first was `told` by them.
     """
+
+    table: SimpleNamespace
 
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank, self._world_size = rank, world_size
-        self.table = Table(np.zeros((1, 0)), np.zeros(0), 0)
 
     def sum_lanes(
         self, rows: FloatArray, least: int, position: Position
@@ -111,7 +96,8 @@ class Handed:
         """As `Ranks.tell`."""
         if data is not None:
             self.table.told = data
-        return self.table.told
+        told: bytes = self.table.told
+        return told
 
 
 def sampler_maker(arguments: argparse.Namespace) -> Callable[..., SlapSampler]:
@@ -177,7 +163,8 @@ def in_turns(arguments: argparse.Namespace, make: Callable[..., SlapSampler]) ->
                 spent[:, team] += [timed_step(sampler, losses) for _ in range(every)]
         states = [state for sampler in teams[1] for state in sampler.statistics()]
         rows = np.stack([layout.pack(state) for state in states])
-        table = Table(rows, sum_in_order(rows), min(state["last_step"] for state in states))
+        least = min(state["last_step"] for state in states)
+        table = SimpleNamespace(rows=rows, total=sum_in_order(rows), least=least, told=b"")
         for exchange in exchanges:
             exchange.table = table
         composed.append(spent)

@@ -20,23 +20,14 @@ class VirtualCorpus(ReadsIds):
     Args:
         num_samples: Samples of the corpus.
         dim: Dimensions of an embedding.
-        num_sources: Sources, mixed row by row.
         table_rows: Rows that differ; they take 2 bytes for each dimension.
-        seed: Seed of the draws.
     """
 
     feature_names = ("compression", "cosine", "target_share", "mismatch")
+    source_names = ("source_0", "source_1", "source_2", "source_3")
 
-    def __init__(
-        self,
-        num_samples: int,
-        *,
-        dim: int = 384,
-        num_sources: int = 4,
-        table_rows: int = 65_536,
-        seed: int = 0,
-    ) -> None:
-        rng = np.random.default_rng(seed)
+    def __init__(self, num_samples: int, *, dim: int = 384, table_rows: int = 65_536) -> None:
+        rng = np.random.default_rng(0)
         self.shape = num_samples, dim
         rows = self._table_rows = min(table_rows, num_samples)
         embedding = np.empty((rows, dim), np.float32)
@@ -54,8 +45,7 @@ class VirtualCorpus(ReadsIds):
         feature = rng.random((rows, len(self.feature_names)))
         feature[:, -1] **= 8
         self._feature = feature.astype(np.float16)
-        self._source = rng.integers(0, num_sources, rows).astype(np.int16)
-        self.source_names = tuple(f"source_{index}" for index in range(num_sources))
+        self._source = rng.integers(0, len(self.source_names), rows).astype(np.int16)
         direction = rng.normal(size=dim).astype(np.float32)
         self._loss = np.exp(0.3 * (embedding @ direction)) + 0.2 * rng.gamma(2.0, 1.0, rows)
         self._gradient = rng.normal(size=(dim, 512)).astype(np.float32)
@@ -82,9 +72,9 @@ class VirtualCorpus(ReadsIds):
         return sketches
 
 
-def shards_of(num_samples: int, *, most_shards: int = 100_000, least: int = 1000) -> IntArray:
-    """(num_shards,) sizes of at most `most_shards` equal shards of at least so many samples."""
-    size = max(least, -(-num_samples // most_shards))
+def shards_of(num_samples: int) -> IntArray:
+    """(num_shards,) sizes of at most 100,000 equal shards of at least 1,000 samples."""
+    size = max(1000, -(-num_samples // 100_000))
     sizes = np.full(num_samples // size, size, np.int64)
     rest = num_samples - int(sizes.sum())
     return np.append(sizes, rest) if rest else sizes

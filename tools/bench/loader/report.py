@@ -24,30 +24,29 @@ def ratios(results: Sequence[Result], base: Sequence[Result]) -> list[float]:
 
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     """One row per case and arm, in the order in which they first ran."""
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for result in results:
+        groups.setdefault(tuple(result[name] for name in (*CASE, "arm")), []).append(result)
     table = []
-    for case in _distinct(results, CASE):
-        here = [r for r in results if _key(r, CASE) == case]
-        stock = [r for r in here if r["arm"] == BASE]
-        for (arm,) in _distinct(here, ("arm",)):
-            mine = [r for r in here if r["arm"] == arm]
-            found = ratios(mine, stock)
-            table.append(
-                {
-                    **dict(zip(CASE, case, strict=True)),
-                    "arm": arm,
-                    "samples_per_second": _median(mine, "samples_per_second"),
-                    "milliseconds_per_batch": _median(mine, "milliseconds_per_batch"),
-                    "ratio": median(found) if found else None,
-                    "ratio_low": min(found, default=None),
-                    "ratio_high": max(found, default=None),
-                    "rounds": len(mine),
-                    "selecting_share": _share(mine, "select_seconds_per_sample"),
-                    "waiting_share": _share(mine, "wait_seconds_per_sample"),
-                    "main_cpu_us_per_sample": _median(mine, "main_cpu_seconds_per_sample") * 1e6,
-                    "first_batch_seconds": _median(mine, "first_batch_seconds"),
-                    "peak_mb": _median(mine, "peak_bytes") / 1e6,
-                }
-            )
+    for (*case, arm), mine in groups.items():
+        found = ratios(mine, groups.get((*case, BASE), []))
+        table.append(
+            {
+                **dict(zip(CASE, case, strict=True)),
+                "arm": arm,
+                "samples_per_second": _median(mine, "samples_per_second"),
+                "milliseconds_per_batch": _median(mine, "milliseconds_per_batch"),
+                "ratio": median(found) if found else None,
+                "ratio_low": min(found, default=None),
+                "ratio_high": max(found, default=None),
+                "rounds": len(mine),
+                "selecting_share": _share(mine, "select_seconds_per_sample"),
+                "waiting_share": _share(mine, "wait_seconds_per_sample"),
+                "main_cpu_us_per_sample": _median(mine, "main_cpu_seconds_per_sample") * 1e6,
+                "first_batch_seconds": _median(mine, "first_batch_seconds"),
+                "peak_mb": _median(mine, "peak_bytes") / 1e6,
+            }
+        )
     return table
 
 
@@ -79,11 +78,3 @@ def _median(results: Sequence[Result], name: str) -> float:
 def _share(results: Sequence[Result], name: str) -> float:
     """Of the time, where it is given per sample."""
     return float(median(result[name] * result["samples_per_second"] for result in results))
-
-
-def _key(result: Result, names: Sequence[str]) -> tuple[Any, ...]:
-    return tuple(result[name] for name in names)
-
-
-def _distinct(results: Sequence[Result], names: Sequence[str]) -> list[tuple[Any, ...]]:
-    return list(dict.fromkeys(_key(result, names) for result in results))
