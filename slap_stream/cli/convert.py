@@ -52,11 +52,6 @@ def parser() -> argparse.ArgumentParser:
     return line
 
 
-def run(arguments: argparse.Namespace, command: str) -> ConvertReport:
-    """Convert as the command line says."""
-    return convert(**vars(arguments), command=command)
-
-
 def describe(report: ConvertReport) -> str:
     """What was kept and what was dropped, for people."""
     lines = [f"{report.num_samples:>9,}  samples in {report.out}"]
@@ -78,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(given)
 
     def run_and_tell() -> int:
-        report = run(arguments, shlex.join(["slap-convert", *given]))
+        report = convert(**vars(arguments), command=shlex.join(["slap-convert", *given]))
         if arguments.progress is not False:
             print(describe(report))
         # There may be thousands of sources; corpus.json names them.

@@ -7,12 +7,8 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from slap_stream.cli.command_line import CommandLine, device, ended, to_write
-
-if TYPE_CHECKING:
-    from slap_stream.embeddings.embed import EmbedReport
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,21 +47,16 @@ def parser() -> argparse.ArgumentParser:
     return line
 
 
-def run(arguments: argparse.Namespace, command: str) -> EmbedReport:
-    """Embed as the command line says."""
-    # Not on top: it takes seconds to load, which nobody need wait for to read the help.
-    from slap_stream.embeddings.embed import embed
-
-    return embed(**vars(arguments), command=command)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `slap-embed`."""
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(given)
 
     def run_and_tell() -> int:
-        report = run(arguments, shlex.join(["slap-embed", *given]))
+        # Not on top: it takes seconds to load, which nobody need wait for to read the help.
+        from slap_stream.embeddings.embed import embed
+
+        report = embed(**vars(arguments), command=shlex.join(["slap-embed", *given]))
         print(json.dumps(report.to_dict()))
         return 0
 

@@ -18,5 +18,5 @@ from __future__ import annotations
 EXPORTS = {
     "convert": ("ConvertReport", "convert"),
     "records": ("KNOWN_SHAPES",),
-    "tokenising": ("find_tokenizer",),
+    "tokenising": ("find_tokenizer", "load_tokenizer"),
 }

@@ -21,6 +21,6 @@ from __future__ import annotations
 EXPORTS = {
     "store": ("EmbeddingStore", "open_embeddings"),
     "rows": ("StackedStore", "as_row_store", "take"),
-    "embed": ("EmbedReport", "embed"),
+    "embed": ("embed",),
     "pretrained": ("torch_device",),
 }

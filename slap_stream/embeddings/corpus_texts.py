@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from slap_stream.corpus.tokenising import find_tokenizer
+from slap_stream.corpus.tokenising import find_tokenizer, load_tokenizer
 from slap_stream.errors import CorpusError
 from slap_stream.shards.index import corpus_columns
 from slap_stream.shards.reader import iter_corpus
@@ -95,14 +95,8 @@ class CorpusTexts:
     def _decoder(self) -> Callable[[Any], str] | None:
         if self.tokenizer is None:
             return None
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-
-        def decode(ids: Any) -> str:
-            return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-        return decode
+        tokenizer = load_tokenizer(str(self.tokenizer))
+        return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
 
     def _text(
         self, sample_id: int, sample: Sample, decode: Callable[[Any], str] | None

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from slap_stream.errors import CorpusError
 from slap_stream.text.sample import TextSample
 from slap_stream.types import Float32Array
 
@@ -70,25 +69,15 @@ class HashedTfidf:
         )
         self.idf: Float32Array = np.ones(NUM_BUCKETS, dtype=np.float32)
 
-    def fit(self, samples: Iterable[TextSample]) -> int:
-        """Count document frequencies.
-
-        Returns:
-            Samples counted.
-
-        Raises:
-            CorpusError: If there is no sample.
-        """
+    def fit(self, samples: Iterable[TextSample]) -> None:
+        """Count document frequencies."""
         frequency = np.zeros(NUM_BUCKETS, dtype=np.int64)
         taken, total = iter(samples), 0
         while batch := list(islice(taken, 1024)):
             counts = self._counter.transform([sample.text for sample in batch])
             frequency += np.bincount(counts.indices, minlength=NUM_BUCKETS)
             total += len(batch)
-        if not total:
-            raise CorpusError("the corpus must have at least one sample, got 0; nothing to embed.")
         self.idf = (np.log((1 + total) / (1 + frequency)) + 1).astype(np.float32)
-        return total
 
     def transform(self, samples: Sequence[TextSample]) -> HashedPairs:
         """Weigh and normalise the counts of prompts and targets."""

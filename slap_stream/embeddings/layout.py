@@ -53,6 +53,15 @@ class StoreLayout:
                 "without the source column, or merge sources."
             )
 
+    def columns(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """dtype of each column, and shape of what a row has in it."""
+        return {
+            "embedding": ("float16", (self.dim,)),
+            "length": ("int32", ()),
+            "feature": ("float16", (len(self.feature_names),)),
+            "source": ("int16", ()),
+        }
+
     def attributes(self) -> dict[str, Any]:
         """The group's attributes."""
         return {

@@ -150,15 +150,10 @@ class EmbeddingWriter:
         group = zarr.create_group(
             unfinished, zarr_format=3, attributes=layout.attributes(), overwrite=True
         )
-        columns: dict[str, tuple[str, tuple[int, ...]]] = {
-            "embedding": ("float16", (layout.dim,)),
-            "length": ("int32", ()),
-        }
-        if layout.feature_names:
-            columns["feature"] = ("float16", (len(layout.feature_names),))
-        if layout.source_names:
-            columns["source"] = ("int16", ())
-        for name, (dtype, tail) in columns.items():
+        absent = {"feature": not layout.feature_names, "source": not layout.source_names}
+        for name, (dtype, tail) in layout.columns().items():
+            if absent.get(name):
+                continue
             group.create_array(
                 name,
                 shape=(layout.num_samples, *tail),
@@ -176,18 +171,13 @@ class EmbeddingWriter:
             CorpusError: If the rows are not as many as the block has, or hold what is not finite.
         """
         start, stop = self.layout.block(block)
-        expected = {
-            "embedding": (stop - start, self.layout.dim),
-            "length": (stop - start,),
-            "feature": (stop - start, len(self.layout.feature_names)),
-            "source": (stop - start,),
-        }
+        columns = self.layout.columns()
         # An array takes its setting when it is opened.
         with zarr.config.set({"array.write_empty_chunks": True}):
             group = zarr.open_group(self._growing, mode="r+", zarr_format=3)
-            arrays = {name: array for name, array in group.arrays() if name in expected}
-        for name, shape in expected.items():
-            values = np.asarray(getattr(rows, name))
+            arrays = {name: array for name, array in group.arrays() if name in columns}
+        for name, (_, tail) in columns.items():
+            values, shape = np.asarray(getattr(rows, name)), (stop - start, *tail)
             if values.shape != shape:
                 raise CorpusError(
                     f"{name} of block {block} must have shape {shape!r}, got {values.shape!r}; "

@@ -158,14 +158,12 @@ def match_oldest(wanted: IntArray, ids: IntArray, steps: IntArray) -> tuple[IntA
     asked = wanted[by_id]
     repeat = np.arange(len(asked)) - np.searchsorted(asked, asked, side="left")
     place = np.searchsorted(ordered, asked, side="left") + repeat
-    inside = np.minimum(place, max(0, len(ordered) - 1))
-    found = np.zeros(len(asked), bool)
-    index = np.zeros(len(asked), np.int64)
-    if len(ordered):
-        found = (place < len(ordered)) & (ordered[inside] == asked)
-        index = np.where(found, order[inside], 0)
-    matches, known = np.empty_like(index), np.empty_like(found)
-    matches[by_id], known[by_id] = index, found
+    known = np.zeros(len(wanted), bool)
+    matches = np.zeros(len(wanted), np.int64)
+    inside = np.flatnonzero(place < len(ordered))
+    found = inside[ordered[place[inside]] == asked[inside]]
+    known[by_id[found]] = True
+    matches[by_id[found]] = order[place[found]]
     return matches, known
 
 

@@ -24,10 +24,8 @@ SHARD_HASH = "xxh64"
 class SampleWriter:
     """Writes samples into the shards of one directory; made by `open_writer`."""
 
-    def __init__(self, writer: MDSWriter, out_dir: Path) -> None:
+    def __init__(self, writer: MDSWriter) -> None:
         self._writer = writer
-        self._out_dir = out_dir
-        self.num_samples = 0
 
     def write(self, sample: Mapping[str, Any]) -> None:
         """Append one sample.
@@ -42,22 +40,6 @@ class SampleWriter:
                 f"{sorted(sample)!r}; {missing!r} cannot be left out."
             )
         self._writer.write(sample)
-        self.num_samples += 1
-
-    def finish(self) -> None:
-        """Write the last shard, then the index."""
-        if self._writer.new_samples:
-            self._writer.flush_shard()
-        # The stock writer flushes an empty shard ahead of a sample larger than `shard_bytes`.
-        empty = [shard for shard in self._writer.shards if not shard["samples"]]
-        for shard in empty:
-            file = shard["zip_data"] or shard["raw_data"]
-            (self._out_dir / file["basename"]).unlink()
-        write_index(self._out_dir, [s for s in self._writer.shards if s["samples"]])
-
-    def close(self) -> None:
-        """Let go of the writer's threads; without `finish` the directory has no index."""
-        self._writer.cancel_future_jobs()
 
 
 @contextmanager
@@ -111,18 +93,21 @@ def open_writer(
             "remove what an interrupted run left there, or choose another."
         )
     path.mkdir(parents=True, exist_ok=True)
-    writer = SampleWriter(
-        MDSWriter(
-            columns=dict(columns),
-            out=str(path),
-            compression=compression,
-            hashes=[SHARD_HASH],
-            size_limit=shard_bytes,
-        ),
-        path,
+    writer = MDSWriter(
+        columns=dict(columns),
+        out=str(path),
+        compression=compression,
+        hashes=[SHARD_HASH],
+        size_limit=shard_bytes,
     )
     try:
-        yield writer
-        writer.finish()
+        yield SampleWriter(writer)
+        if writer.new_samples:
+            writer.flush_shard()
+        # The stock writer flushes an empty shard ahead of a sample larger than `shard_bytes`.
+        for shard in [shard for shard in writer.shards if not shard["samples"]]:
+            file = shard["zip_data"] or shard["raw_data"]
+            (path / file["basename"]).unlink()
+        write_index(path, [shard for shard in writer.shards if shard["samples"]])
     finally:
-        writer.close()
+        writer.cancel_future_jobs()
