@@ -147,6 +147,8 @@ class LossModel:
         self._length_columns = tuple(length_columns)
         self._reference_column = reference_column
         self._moments: Moments | None = Moments.zeros(columns=columns, sketch_dim=sketch_dim)
+        # Those before the last refresh, for their memory.
+        self._spare: Moments | None = None
         self.coefficient: Float32Array = np.zeros(columns, np.float32)
         self.excess: Float32Array = np.zeros(columns, np.float32)
         self.metric: Float32Array = np.zeros((columns, self._metric_dim), np.float32)
@@ -184,12 +186,13 @@ class LossModel:
             # Forgetting for nothing would end at sums of zero, which nothing can be solved from.
             return
         before = self.moments
-        self._moments = before.plus(new, decay=decay)
+        after = before.plus(new, decay=decay, into=self._spare)
+        self._moments, self._spare = after, before
         try:
             self._solve()
         except np.linalg.LinAlgError:
             # Whoever tries it again brings the same samples.
-            self._moments = before
+            self._moments, self._spare = before, after
             raise
 
     def _solve(self) -> None:
@@ -217,7 +220,7 @@ class LossModel:
 
     def follow(self, solution: State) -> None:
         """Take over what another rank has solved, who has the sums from now on."""
-        self._moments = None
+        self._moments = self._spare = None
         self._take_solution(solution)
         self._whitening = solution["whitening"]
 

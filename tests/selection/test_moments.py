@@ -87,6 +87,9 @@ def test_moments_survive_a_checkpoint_bit_by_bit_and_the_state_is_a_copy() -> No
     again = Moments.from_dict(saved)
     for name in ("gram", "cross", "square", "count", "sketch_gram", "sketch_cross"):
         np.testing.assert_array_equal(getattr(again, name), getattr(moments, name))
-    np.testing.assert_allclose(moments.plus(again, decay=0.5).gram, 1.5 * again.gram)
+    for into in (None, moments_of(*samples(2, 9))):
+        total = moments.plus(again, decay=0.5, into=into)
+        for name in state:
+            np.testing.assert_allclose(getattr(total, name), 1.5 * getattr(again, name))
     moments.add_losses(*samples(1, 5)[:2])
     assert as_json(state) == saved
