@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.errors import ConfigError
 from slap_stream.text.template import DEFAULT_CHAT_TEMPLATE, Message, TurnsError
 from slap_stream.text.turns import Span, find_turns, is_learnt
 
@@ -192,9 +192,10 @@ def _tokenize_by_prefix(
     for start, stop in spans:
         before, upto = ids_of(text[:start]), ids_of(text[:stop])
         if input_ids[: len(before)] != before or input_ids[: len(upto)] != upto:
-            raise CorpusError(
+            raise TurnsError(
                 "tokenizer must split the text at the borders of turns, and this slow one does "
-                "not; use its fast version (use_fast=True), which reports where tokens lie."
+                "not; use its fast version (use_fast=True), which reports where tokens lie.",
+                "a slow tokenizer that does not split the text at the borders of turns",
             )
         supervised[len(before) : len(upto)] = [True] * (len(upto) - len(before))
     return input_ids, supervised
