@@ -13,7 +13,7 @@ from slap_stream.corpus.convert import ConvertReport, convert
 from slap_stream.corpus.records import KNOWN_SHAPES
 from slap_stream.shards.index import SHARD_BYTES
 
-_SHOWN_SOURCES = 10
+_SHOWN = 10
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,12 +56,20 @@ def describe(report: ConvertReport) -> str:
     """What was kept and what was dropped, for people."""
     lines = [f"{report.num_samples:>9,}  samples in {report.out}"]
     largest = sorted(report.counts.items(), key=lambda item: (-item[1], item[0]))
-    lines += [f"{count:>9,}    {source}" for source, count in largest[:_SHOWN_SOURCES]]
-    if len(largest) > _SHOWN_SOURCES:
-        rest = sum(count for _, count in largest[_SHOWN_SOURCES:])
-        lines.append(f"{rest:>9,}    in {len(largest) - _SHOWN_SOURCES} more sources")
+    lines += [f"{count:>9,}    {source}" for source, count in largest[:_SHOWN]]
+    if len(largest) > _SHOWN:
+        rest = sum(count for _, count in largest[_SHOWN:])
+        lines.append(f"{rest:>9,}    in {len(largest) - _SHOWN} more sources")
     if report.truncated:
         lines.append(f"{report.truncated:>9,}  cut to max_length")
+    if report.shared:
+        lines.append(f"{report.shared:>9,}  answers whose first token also ends the header")
+    fields = sorted(report.unused.items(), key=lambda item: (-item[1], item[0]))
+    lines += [
+        f"{count:>9,}  with a field that is not used: {name}" for name, count in fields[:_SHOWN]
+    ]
+    if len(fields) > _SHOWN:
+        lines.append(f"           and {len(fields) - _SHOWN} more fields that are not used")
     for reason, count in report.dropped.items():
         lines.append(f"{count:>9,}  dropped: {reason}, as in {', '.join(report.examples[reason])}")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ convert.py     `convert`: the stages below, in order; goes on where it was cut o
 inputs.py      which files there are, of what kind, and in which pieces they are read
 readers.py     a piece of a file, row by row
 records.py     a row in any known shape to messages, or the reason why it is dropped
+messages.py    one turn, as data sets write it
 tokenising.py  messages to token ids
 shuffle.py     rows scattered over parts on disk, each part then put in its order
 tally.py       what was kept, by source, and what was dropped, by reason

@@ -22,8 +22,9 @@ from slap_stream.core.files import write_json
 from slap_stream.core.processes import usable_cores
 from slap_stream.core.work_dir import claimed, run_missing
 from slap_stream.corpus.inputs import Input, cut, find_inputs, peek
+from slap_stream.corpus.messages import RecordDropped
 from slap_stream.corpus.readers import Piece
-from slap_stream.corpus.records import RecordDropped, normalise
+from slap_stream.corpus.records import normalise
 from slap_stream.corpus.shuffle import (
     GatherJob,
     ScatterJob,
@@ -41,7 +42,7 @@ from slap_stream.text.chat import encode
 
 CORPUS_NAME, WORK_NAME = "corpus.json", ".convert"
 
-_PLAN_VERSION = 1
+_PLAN_VERSION = 2
 _SHARDS_PER_PART = 4
 _MAX_PARTS = 512
 # A small corpus is still cut into some parts, so that it can be written by several processes.
@@ -60,10 +61,13 @@ class ConvertReport:
         format: Whether samples hold messages or tokens.
         num_samples: In the corpus.
         counts: Samples per source.
-        dropped: Records left out, per reason.
+        dropped: Records left out, per reason; a reason names the value that is to blame.
         examples: A few of the places of dropped records per reason: `file:line` (from 1) or, in
             tables, `file[row]` (from 0).
         truncated: Samples cut to max_length.
+        shared: Answers that begin with blanks and share their first token with the header before
+            them, which the model never says alone; learnt.
+        unused: Records in which a field says something and was not used, per field.
         num_pieces: Pieces that the inputs were read in.
         num_parts: Parts that the corpus was written in.
         resumed: Pieces and parts that an earlier run had done.
@@ -77,6 +81,8 @@ class ConvertReport:
     dropped: dict[str, int]
     examples: dict[str, list[str]]
     truncated: int
+    shared: int
+    unused: dict[str, int]
     num_pieces: int
     num_parts: int
     resumed: int = 0
@@ -227,6 +233,8 @@ def convert(
             dropped=dict(sorted(tally.dropped.items())),
             examples=tally.name_places(name_place),
             truncated=tally.truncated,
+            shared=tally.shared,
+            unused=dict(sorted((dropped.unused).items())),
             num_pieces=len(pieces),
             num_parts=len(parts),
             resumed=resumed + resumed_parts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -14,6 +15,8 @@ from typing import Any
 from slap_stream.corpus.readers import Kind, Piece, batch_bytes, explained, read, row_group_bytes
 from slap_stream.corpus.records import COLUMNS, KNOWN_SHAPES, has_known_shape
 from slap_stream.errors import CorpusError
+
+logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 64 << 20
 _PEEKED_ROWS = 16
@@ -168,7 +171,16 @@ def _expand(path: Path) -> list[Found]:
                 "flatten_indices() and save it again."
             )
         return [(path, "arrow", tuple(path / file["filename"] for file in state["_data_files"]))]
-    files = sorted(file for file in path.iterdir() if _suffix(file) in _SUFFIXES)
+    entries = sorted(path.iterdir())
+    files = [file for file in entries if _suffix(file) in _SUFFIXES]
+    folders = [entry.name for entry in entries if entry.is_dir() and entry.name[0] not in "._"]
+    if folders and files:
+        logger.warning(
+            "%s: its sub-folders %s are not read (%d in all); name them, too, if they are inputs.",
+            path,
+            folders[:5],
+            len(folders),
+        )
     if not files:
         raise CorpusError(
             f"inputs must be files or datasets saved to disk, got the directory {str(path)!r}, "
@@ -185,7 +197,8 @@ def _unique_stems(paths: Sequence[Path]) -> list[str]:
     """File names without suffix; where two are alike, with the folders that tell them apart."""
     parts = []
     for path in paths:
-        *folders, name = path.resolve().parts
+        # Links are not followed: in a hub's cache they lead to files that are named by a hash.
+        *folders, name = path.absolute().parts
         parts.append((*folders, name.removesuffix(_suffix(path))))
     # Same folder, other suffix: only the whole name tells them apart.
     counts = Counter(parts)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from slap_stream.corpus.records import DropReason, RecordDropped, parse_line
+from slap_stream.corpus.messages import DropReason, RecordDropped
+from slap_stream.corpus.records import parse_line
 from slap_stream.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -104,6 +105,21 @@ def row_group_bytes(path: Path) -> list[int]:
     with pq.ParquetFile(path) as table:
         groups = table.metadata
         return [groups.row_group(n).total_byte_size for n in range(groups.num_row_groups)]
+
+
+def other_columns(piece: Piece, columns: Sequence[str]) -> list[str]:
+    """Columns of a table that are not among these; none of lines, whose fields are all read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names: list[str] = []
+    with explained(piece.path):
+        if piece.kind == "parquet":
+            names = pq.read_schema(piece.path).names
+        elif piece.kind == "arrow":
+            with pa.memory_map(piece.path) as source, pa.ipc.open_stream(source) as batches:
+                names = batches.schema.names
+    return sorted(set(names) - set(columns))
 
 
 def batch_bytes(path: Path) -> list[int]:

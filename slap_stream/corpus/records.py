@@ -3,76 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from enum import StrEnum
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-Message = dict[str, str]
+from slap_stream.corpus.messages import (
+    DropReason,
+    Message,
+    RecordDropped,
+    is_given,
+    read_message,
+    read_tools,
+    read_turns,
+    text_of,
+)
 
 KNOWN_SHAPES = (
     "messages: [{role, content}, ...]",
     "conversations: [{from, value}, ...] (ShareGPT)",
-    "instruction, input (optional), output (Alpaca)",
-    "prompt, completion (texts, or lists of messages)",
+    "instruction, input or context (optional), output (Alpaca, Dolly)",
+    "prompt, question or query with completion, response or answer (texts, or lists of messages)",
     "text",
 )
+
+_LISTS = ("messages", "conversations")
+_PROMPTS = ("instruction", "prompt", "question", "query")
+_ANSWERS = ("output", "completion", "response", "answer")
+_CONTEXTS = ("input", "context")
+_SYSTEMS = ("system", "system_prompt")
+# Fields of rows that hold one message of a conversation each, as OpenAssistant's do.
+_OF_A_TREE = ("role", "parent_id")
 
 COLUMNS = (
     "id",
-    "messages",
-    "conversations",
-    "system",
-    "instruction",
-    "input",
-    "output",
-    "prompt",
-    "completion",
+    *_LISTS,
+    *_PROMPTS,
+    *_CONTEXTS,
+    *_ANSWERS,
     "text",
+    *_SYSTEMS,
+    "history",
+    "tools",
+    *_OF_A_TREE,
 )
 """Fields that are looked at, besides the one that names the source."""
-
-_ROLES = {
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "text": "text",
-}
-
-
-class DropReason(StrEnum):
-    """Why a record is left out of the corpus."""
-
-    UNREADABLE = "line that is not JSON"
-    NOT_AN_OBJECT = "not an object of fields"
-    TOO_LARGE = "larger than 64 MiB"
-    UNKNOWN_SHAPE = "unknown shape"
-    MALFORMED = "malformed turn"
-    UNKNOWN_ROLE = "unknown role"
-    NOT_TEXT = "content that is not text"
-    TOOL_CALL = "tool call of the assistant"
-    EMPTY_TURN = "empty turn"
-    NO_ASSISTANT = "no assistant turn"
-    BAD_LABEL = "id or source that is neither text nor a whole number"
-    NOT_UNICODE = "text that is not valid Unicode"
-    TEMPLATE = "does not fit the chat template"
-    NOTHING_SUPERVISED = "no supervised token within max_length"
-
-
-class RecordDropped(Exception):
-    """Not a failure of the run: this record cannot be used, for `reason`."""
-
-    def __init__(self, reason: DropReason) -> None:
-        super().__init__(reason.value)
-        self.reason = reason
 
 
 class Record(NamedTuple):
@@ -81,12 +54,15 @@ class Record(NamedTuple):
     Attributes:
         id: Its own, None if it has none.
         source: Its own, None if it has none.
-        messages: At least one turn of the assistant, or one of role `text`; no empty turn.
+        messages: At least one turn of the assistant that is to be learnt, or one of role `text`;
+            no empty turn.
+        unused: Names of fields that say something and are not used.
     """
 
     id: str | None
     source: str | None
     messages: list[Message]
+    unused: tuple[str, ...] = ()
 
 
 def parse_line(line: bytes) -> Any:
@@ -103,14 +79,15 @@ def parse_line(line: bytes) -> Any:
 
 def has_known_shape(fields: Any) -> bool:
     """Whether a record is of a known shape, whatever its turns hold."""
-    return isinstance(fields, Mapping) and _find_shape(fields) is not None
+    return isinstance(fields, Mapping) and _shape(fields) is not None
 
 
 def normalise(fields: Any, *, source_field: str | None = "source") -> Record:
     """Bring a record to messages.
 
     Roles are brought to system, developer, user, assistant and tool; system turns without content
-    are left out. Of the shapes that fit, the first in `KNOWN_SHAPES` counts.
+    are left out. Of the shapes that fit, the first in `KNOWN_SHAPES` counts. `system`, `history`
+    and `tools` of a record become part of its messages. Other fields are not used, and named.
 
     Args:
         fields: A record as it was read.
@@ -121,128 +98,129 @@ def normalise(fields: Any, *, source_field: str | None = "source") -> Record:
     """
     if not isinstance(fields, Mapping):
         raise RecordDropped(DropReason.NOT_AN_OBJECT)
-    shape = _find_shape(fields)
+    shape = _shape(fields)
     if shape is None:
-        raise RecordDropped(DropReason.UNKNOWN_SHAPE)
-    turns = shape(fields)
-    messages = [_message(*turn) for turn in turns if not _is_blank_system(*turn)]
-    if shape is not _from_messages and fields.get("system"):
-        messages.insert(0, _message("system", fields["system"]))
-    roles = {message["role"] for message in messages}
-    if "text" in roles:
-        if len(messages) > 1:
-            raise RecordDropped(DropReason.MALFORMED)
-    elif "assistant" not in roles:
-        raise RecordDropped(DropReason.NO_ASSISTANT)
-    source = None if source_field is None else _label(fields.get(source_field))
-    return Record(id=_label(fields.get("id")), source=source, messages=messages)
-
-
-Turn = tuple[Any, Any]
-Shape = Callable[[Mapping[str, Any]], list[Turn]]
-
-
-def _find_shape(fields: Mapping[str, Any]) -> Shape | None:
-    # Tables fill the columns that a row does not use with None.
-    present = {name for name in COLUMNS if fields.get(name) is not None}
-    if "messages" in present:
-        return _from_messages
-    if "conversations" in present:
-        return _from_conversations
-    if {"instruction", "output"} <= present:
-        return _from_instruction
-    if {"prompt", "completion"} <= present:
-        return _from_prompt
-    return _from_text if "text" in present else None
-
-
-def _from_messages(fields: Mapping[str, Any]) -> list[Turn]:
-    return _turns(fields["messages"])
-
-
-def _from_conversations(fields: Mapping[str, Any]) -> list[Turn]:
-    return _turns(fields["conversations"])
-
-
-def _from_instruction(fields: Mapping[str, Any]) -> list[Turn]:
-    instruction, context = fields["instruction"], fields.get("input")
-    if context not in (None, ""):
-        instruction = f"{_text(instruction)}\n\n{_text(context)}"
-    return [("user", instruction), ("assistant", fields["output"])]
-
-
-def _from_prompt(fields: Mapping[str, Any]) -> list[Turn]:
-    prompt, completion = fields["prompt"], fields["completion"]
-    before = [("user", prompt)] if isinstance(prompt, str) else _turns(prompt)
-    after = [("assistant", completion)] if isinstance(completion, str) else _turns(completion)
-    return before + after
-
-
-def _from_text(fields: Mapping[str, Any]) -> list[Turn]:
-    return [("text", fields["text"])]
-
-
-def _turns(value: Any) -> list[Turn]:
-    """Role and content of each turn; a list of structs, or the struct of lists of some tables."""
-    if isinstance(value, Mapping):
-        keys = ("role", "content") if "role" in value else ("from", "value")
-        roles, contents = (value.get(key) for key in keys)
-        if not (isinstance(roles, Sequence) and isinstance(contents, Sequence)):
-            raise RecordDropped(DropReason.MALFORMED)
-        if len(roles) != len(contents):
-            raise RecordDropped(DropReason.MALFORMED)
-        return list(zip(roles, contents, strict=True))
-    if not isinstance(value, list):
-        raise RecordDropped(DropReason.MALFORMED)
-    turns: list[Turn] = []
-    for turn in value:
-        if not isinstance(turn, Mapping):
-            raise RecordDropped(DropReason.MALFORMED)
-        # The call is not part of the content: what would be left is another conversation.
-        if turn.get("tool_calls") or turn.get("function_call"):
-            raise RecordDropped(DropReason.TOOL_CALL)
-        if turn.get("role") is not None:
-            turns.append((turn["role"], turn.get("content")))
-        elif turn.get("from") is not None:
-            turns.append((turn["from"], turn.get("value")))
-        else:
-            raise RecordDropped(DropReason.MALFORMED)
-    return turns
-
-
-def _is_blank_system(role: Any, content: Any) -> bool:
-    return role == "system" and (
-        content is None or (isinstance(content, str) and content.isspace()) or content == ""
+        raise RecordDropped(DropReason.UNKNOWN_SHAPE, _some_names(fields))
+    unused: set[str] = set()
+    used = {"id", source_field, *shape}
+    if shape == ("text",):
+        messages = _document(fields)
+    else:
+        messages = [
+            message
+            for turn in _turns(fields, shape)
+            if (message := read_message(turn, unused)) is not None
+        ]
+        used |= _add_to_conversation(fields, shape, messages)
+    _check_roles(messages)
+    unused |= {str(name) for name, value in fields.items() if is_given(value) and name not in used}
+    return Record(
+        id=_label(fields.get("id")),
+        source=None if source_field is None else _label(fields.get(source_field)),
+        messages=messages,
+        unused=tuple(sorted(unused)),
     )
 
 
-def _message(role: Any, content: Any) -> Message:
-    if not isinstance(role, str):
-        raise RecordDropped(DropReason.MALFORMED)
-    known = _ROLES.get(role.lower())
-    if known is None:
-        raise RecordDropped(DropReason.UNKNOWN_ROLE)
-    text = "" if content is None else _text(content)
+def _shape(fields: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The fields that hold the conversation, prompt before answer; None if there are none."""
+    given = {name for name in COLUMNS if name in fields and fields[name] is not None}
+    for name in _LISTS:
+        if name in given:
+            return (name,)
+    prompt = next((name for name in _PROMPTS if name in given), None)
+    answer = next((name for name in _ANSWERS if name in given), None)
+    if prompt is not None and answer is not None:
+        context = next((name for name in _CONTEXTS if is_given(fields.get(name))), None)
+        return (prompt, answer) if context is None else (prompt, context, answer)
+    return ("text",) if "text" in given else None
+
+
+def _document(fields: Mapping[str, Any]) -> list[Message]:
+    tree = [name for name in _OF_A_TREE if is_given(fields.get(name))]
+    if tree:
+        raise RecordDropped(DropReason.ONE_OF_A_TREE, f"text with {' and '.join(tree)}")
+    text = text_of(fields["text"])
     if not text.strip():
-        raise RecordDropped(DropReason.EMPTY_TURN)
-    return {"role": known, "content": text}
+        raise RecordDropped(DropReason.EMPTY_TURN, "text")
+    return [{"role": "text", "content": text}]
 
 
-def _text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(
-        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
-    ):
-        return "".join(part["text"] for part in content)
-    raise RecordDropped(DropReason.NOT_TEXT)
+def _turns(fields: Mapping[str, Any], shape: Sequence[str]) -> list[Mapping[str, Any]]:
+    if len(shape) == 1:
+        return read_turns(fields[shape[0]])
+    prompt, *context, answer = (fields[name] for name in shape)
+    if context:
+        prompt = f"{text_of(prompt)}\n\n{text_of(context[0])}"
+    turns: list[Mapping[str, Any]] = []
+    for role, said in (("user", prompt), ("assistant", answer)):
+        is_list = isinstance(said, list | Mapping)
+        turns += read_turns(said) if is_list else [{"role": role, "content": said}]
+    return turns
+
+
+def _add_to_conversation(
+    fields: Mapping[str, Any], shape: Sequence[str], messages: list[Message]
+) -> set[str]:
+    """Put in what stands beside a conversation and belongs to it; the names of these fields."""
+    history = fields.get("history")
+    if is_given(history):
+        messages[:0] = _history(history, shape)
+    own = [message["content"] for message in messages if message["role"] == "system"]
+    beside = {text_of(fields[name]) for name in _SYSTEMS if is_given(fields.get(name))}
+    beside = {text for text in beside if text.strip()}
+    if len(beside | set(own)) > 1 and beside - set(own):
+        raise RecordDropped(DropReason.TWO_SYSTEMS)
+    if beside and not own:
+        messages.insert(0, {"role": "system", "content": beside.pop()})
+    tools = read_tools(fields.get("tools"))
+    if tools and messages:
+        if messages[0].get("tools", tools) != tools:
+            raise RecordDropped(DropReason.BAD_TOOLS, "two lists that differ")
+        messages[0]["tools"] = tools
+    return {*_SYSTEMS, "history", "tools"}
+
+
+def _history(history: Any, shape: Sequence[str]) -> list[Message]:
+    """Earlier questions and answers, as pairs of texts."""
+    if isinstance(history, str):
+        raise RecordDropped(DropReason.BAD_HISTORY, "a text")
+    if shape[0] in _LISTS:
+        raise RecordDropped(DropReason.BAD_HISTORY, f"beside {shape[0]}")
+    messages: list[Message] = []
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RecordDropped(DropReason.BAD_HISTORY, f"a {type(pair).__name__}")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            message = read_message({"role": role, "content": text}, set())
+            assert message is not None  # only system turns may be empty
+            messages.append(message)
+    return messages
+
+
+def _check_roles(messages: Sequence[Message]) -> None:
+    roles = {message["role"] for message in messages}
+    if "text" in roles:
+        if len(messages) > 1:
+            raise RecordDropped(DropReason.MALFORMED, "a document among turns")
+    elif "assistant" not in roles:
+        raise RecordDropped(DropReason.NO_ASSISTANT)
+    elif all("train" in message for message in messages if message["role"] == "assistant"):
+        raise RecordDropped(DropReason.NOTHING_TO_LEARN)
+
+
+def _some_names(fields: Mapping[str, Any]) -> str:
+    names = sorted(map(str, fields))
+    return "the fields " + ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
 def _label(value: Any) -> str | None:
-    if value is None or value == "":
+    if not is_given(value):
         return None
     if isinstance(value, str):
         return value
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise RecordDropped(DropReason.BAD_LABEL)
+    raise RecordDropped(DropReason.BAD_LABEL, type(value).__name__)

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from slap_stream.core.files import read_json, write_json
 from slap_stream.core.rng import Purpose, generator
-from slap_stream.corpus.readers import Piece, read
-from slap_stream.corpus.records import COLUMNS, DropReason, RecordDropped, normalise
+from slap_stream.corpus.messages import DropReason, RecordDropped
+from slap_stream.corpus.readers import Piece, other_columns, read
+from slap_stream.corpus.records import COLUMNS, normalise
 from slap_stream.corpus.tally import Tally
 from slap_stream.corpus.tokenising import tokenise
 from slap_stream.types import IntArray
@@ -119,10 +120,13 @@ def scatter(job: ScatterJob, advance: Callable[[int], None]) -> None:
                 source = job.piece.stem if record.source is None else record.source
                 text = _pack([job.number, row, record.id, source, record.messages])
             except RecordDropped as dropped:
-                tally.drop(dropped.reason, job.number, row)
+                tally.drop(dropped.reason, job.number, row, dropped.detail)
                 continue
+            tally.pass_over(record.unused)
             runs.add(int(parts[row % _DRAWS_AT_ONCE]), text)
             tally.keep(source)
+        # Whole columns of tables are not even read.
+        tally.pass_over(other_columns(job.piece, columns), tally.counts.total())
         counts = runs.finish()
         for file in (data, ends):
             file.flush()
@@ -162,11 +166,12 @@ def gather(job: GatherJob, advance: Callable[[int], None]) -> None:
                 if job.tokenizer is None:
                     sample["messages"] = messages
                 else:
-                    tokens, truncated = tokenise(job.tokenizer, messages, job.max_length)
+                    tokens, encoded = tokenise(job.tokenizer, messages, job.max_length)
                     sample |= tokens
-                    tally.truncated += truncated
+                    tally.truncated += encoded.truncated
+                    tally.shared += encoded.shared
             except RecordDropped as dropped:
-                tally.drop(dropped.reason, piece, row)
+                tally.drop(dropped.reason, piece, row, dropped.detail)
                 continue
             writer.write(sample)
             tally.keep(source)
@@ -298,6 +303,9 @@ def _pack(value: Any) -> bytes:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
         raise RecordDropped(DropReason.NOT_UNICODE) from error
+    except TypeError as error:
+        # Texts are texts by now; tools of a table may hold dates.
+        raise RecordDropped(DropReason.BAD_TOOLS, str(error)) from error
 
 
 def _piece_file(work_dir: Path, number: int, end: str) -> Path:

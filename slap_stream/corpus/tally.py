@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from slap_stream.corpus.records import DropReason
+from slap_stream.corpus.messages import DropReason
 from slap_stream.errors import CorpusError
 from slap_stream.types import MAX_SOURCES
 
 _MAX_EXAMPLES = 5
+# Of a reason; a corpus may hold any number of unknown roles.
+_MAX_DETAILS, _MAX_DETAIL_LETTERS = 20, 80
+_MAX_UNUSED = 200
+OTHERS = "others"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,6 +28,8 @@ class Tally:
         dropped: Records left out, per reason.
         examples: A few places per reason, as [number of the piece, row in the piece].
         truncated: Records cut to max_length.
+        shared: Answers whose first token also holds the end of the header before them.
+        unused: Records with a field that was not used, per field.
     """
 
     rows: int = 0
@@ -31,13 +37,33 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[list[int]]] = field(default_factory=dict)
     truncated: int = 0
+    shared: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
 
-    def drop(self, reason: DropReason, piece: int, row: int) -> None:
-        """Count a record that is left out."""
-        self.dropped[reason.value] += 1
-        places = self.examples.setdefault(reason.value, [])
+    def drop(self, reason: DropReason, piece: int, row: int, detail: str = "") -> None:
+        """Count a record that is left out; `detail` names the value that is to blame."""
+        name = reason.value
+        if detail:
+            letters = " ".join(detail.split())[:_MAX_DETAIL_LETTERS]
+            shown = "".join(letter if letter.isprintable() else "?" for letter in letters)
+            name = self._bounded(name, shown)
+        self.dropped[name] += 1
+        places = self.examples.setdefault(name, [])
         if len(places) < _MAX_EXAMPLES:
             places.append([piece, row])
+
+    def _bounded(self, reason: str, detail: str) -> str:
+        name = f"{reason}: {detail}"
+        if name in self.dropped:
+            return name
+        known = sum(other.startswith(f"{reason}: ") for other in self.dropped)
+        return name if known < _MAX_DETAILS else f"{reason}: {OTHERS}"
+
+    def pass_over(self, fields: Iterable[str], records: int = 1) -> None:
+        """Count fields of so many records that are not used."""
+        for name in fields:
+            known = name in self.unused or len(self.unused) < _MAX_UNUSED
+            self.unused[name if known else OTHERS] += records
 
     def keep(self, source: str) -> None:
         """Count a record that is kept.
@@ -58,10 +84,12 @@ class Tally:
 
     def add_dropped(self, other: Tally) -> None:
         """Take over the records that another tally left out."""
-        self.dropped.update(other.dropped)
-        for reason, places in other.examples.items():
-            mine = self.examples.setdefault(reason, [])
-            mine += places[: _MAX_EXAMPLES - len(mine)]
+        for name, count in other.dropped.items():
+            reason, _, detail = name.partition(": ")
+            mine = self._bounded(reason, detail) if detail else name
+            self.dropped[mine] += count
+            places = self.examples.setdefault(mine, [])
+            places += other.examples[name][: _MAX_EXAMPLES - len(places)]
 
     @classmethod
     def total(cls, manifests: Iterable[Mapping[str, Any]]) -> Tally:
@@ -76,6 +104,9 @@ class Tally:
             total.rows += other.rows
             total.counts.update(other.counts)
             total.truncated += other.truncated
+            total.shared += other.shared
+            for name, records in other.unused.items():
+                total.pass_over([name], records)
             total.add_dropped(other)
         total._check_sources()
         return total
@@ -87,7 +118,7 @@ class Tally:
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Tally:
         """The tally that `to_dict` was called on."""
-        counters = {name: Counter(saved[name]) for name in ("counts", "dropped")}
+        counters = {name: Counter(saved[name]) for name in ("counts", "dropped", "unused")}
         return cls(**{**saved, **counters})
 
     def name_places(self, name: Callable[[int, int], str]) -> dict[str, list[str]]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from slap_stream.corpus.records import DropReason, Message, RecordDropped
-from slap_stream.errors import ConfigError, CorpusError
-from slap_stream.text.chat import encode
+from slap_stream.corpus.messages import DropReason, Message, RecordDropped
+from slap_stream.errors import ConfigError
+from slap_stream.text.chat import Encoded, encode
+from slap_stream.text.template import TurnsError
 
 
 def find_tokenizer(tokenizer: str | Path) -> str:
@@ -66,8 +67,8 @@ def tokenizer_digest(name: str) -> str | None:
 
 def tokenise(
     name: str, messages: list[Message], max_length: int | None
-) -> tuple[dict[str, Any], bool]:
-    """Token columns of a sample, and whether it was cut to max_length.
+) -> tuple[dict[str, Any], Encoded]:
+    """Token columns of a sample, and what is to be told of them.
 
     Raises:
         RecordDropped: If the messages do not fit the tokenizer's chat template, or nothing is left
@@ -75,8 +76,8 @@ def tokenise(
     """
     try:
         encoded = encode(load_tokenizer(name), messages, max_length=max_length)
-    except CorpusError as error:
-        raise RecordDropped(DropReason.TEMPLATE) from error
+    except TurnsError as error:
+        raise RecordDropped(DropReason.TEMPLATE, error.short) from error
     # The first token is never predicted.
     if not any(encoded.supervised[1:]):
         raise RecordDropped(DropReason.NOTHING_SUPERVISED)
@@ -84,4 +85,4 @@ def tokenise(
         "input_ids": np.array(encoded.input_ids, dtype=np.int32),
         "supervised": np.array(encoded.supervised, dtype=np.uint8),
     }
-    return columns, encoded.truncated
+    return columns, encoded

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.errors import ConfigError
+from slap_stream.text.template import DEFAULT_CHAT_TEMPLATE, Message, TurnsError
+from slap_stream.text.turns import Span, find_turns, is_learnt
 
-if TYPE_CHECKING:
-    pass
+__all__ = ["DEFAULT_CHAT_TEMPLATE", "Encoded", "encode"]
 
-
-DEFAULT_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
-    "{% else %}{{ message['content'] }}{% endif %}"
-    "{{ '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-)
-"""Template of a tokenizer that has none; put it on the tokenizer to generate with the same one."""
-
-# Noncharacters of Unicode: no text that is meant for interchange holds them.
-_SPAN_START, _SPAN_STOP = "\ufdd0", "\ufdd1"
-_GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
-
-Message = Mapping[str, Any]
-Span = tuple[int, int]
+# How byte-level tokenizers spell a blank.
+_BLANK = "\u0120"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +26,13 @@ class Encoded:
         supervised: (tokens,) whether the model is to predict that token. At least one is true,
             unless `truncated`.
         truncated: Whether tokens beyond `max_length` were cut off.
+        shared: Turns whose first token also holds the end of what stands before them.
     """
 
     input_ids: list[int]
     supervised: list[bool]
     truncated: bool
+    shared: int = 0
 
 
 def encode(
@@ -55,12 +40,19 @@ def encode(
 ) -> Encoded:
     """Turn a conversation into token ids and mark what the assistant says.
 
-    A turn's end-of-turn token is supervised, what a template writes after it (a line break) is
-    not. Where a template ends the last turn with no such token (GLM's does not), the tokenizer's
-    end-of-sequence token is added, or the model would never learn to stop.
+    Supervised are the assistant's turns, from what follows the generation prompt (so that the
+    thinking that a template writes is learnt, the header is not) to the token that ends the turn,
+    and not what a template writes after that (a line break). Where a template ends the last turn
+    with no token (GLM's does not), the tokenizer's end-of-sequence token is added, or the model
+    would never learn to stop. A template's `{% generation %}` marks are used where they stand.
 
-    Turns are found by the template's `{% generation %}` marks where it has them. Otherwise the
-    conversation is rendered up to each turn, and each rendering must be a prefix of the whole one.
+    A turn may say `train: false` or `weight: 0`: it is read and not learnt. `reasoning_content`,
+    and `tools` on the first message, are given to a template that knows them.
+
+    A token that holds characters of a turn is supervised. An answer that begins with blanks may
+    share its first token with the header ("\\n\\n", where a prompt at inference ends in "\\n"):
+    `shared` counts them.
+
     Messages of role `text` are plain documents: no template, every token supervised.
 
     Args:
@@ -80,150 +72,54 @@ def encode(
             f"max_length must be a positive number of tokens or None, got {max_length!r}."
         )
     roles = [message["role"] for message in messages]
+    shared = 0
     if "text" in roles:
         if any(role != "text" for role in roles):
-            raise CorpusError(
+            raise TurnsError(
                 f"messages must be all of role 'text' or none, got roles {sorted(set(roles))!r}; "
-                "a plain document has no turns."
+                "a plain document has no turns.",
+                "a plain document among turns",
             )
         input_ids = _document_ids(tokenizer, "".join(message["content"] for message in messages))
         supervised = [True] * len(input_ids)
-    elif "assistant" in roles:
-        text, spans = _render(tokenizer, messages)
-        input_ids, supervised = _tokenize(tokenizer, text, spans)
-        _end_last_turn(tokenizer, input_ids, supervised)
-    else:
-        raise CorpusError(
-            f"messages must hold at least one turn of role 'assistant', got roles {roles[:5]!r}; "
-            "there is nothing to learn from the others."
+    elif not any(m["role"] == "assistant" and is_learnt(m) for m in messages):
+        raise TurnsError(
+            f"messages must hold at least one turn of role 'assistant' that is to be learnt, got "
+            f"roles {roles[:5]!r}; there is nothing to learn from the others.",
+            "no turn to learn",
         )
+    else:
+        turns = find_turns(tokenizer, messages)
+        input_ids, supervised, shared = _tokenize(tokenizer, turns.text, turns.spans)
+        if turns.open_ended and any(supervised):
+            if tokenizer.eos_token_id is None:
+                raise ConfigError(
+                    "tokenizer must have an eos_token, or a chat_template that ends turns with a "
+                    "token, got neither; the model would never learn to stop."
+                )
+            input_ids.append(tokenizer.eos_token_id)
+            supervised.append(True)
     if not any(supervised):
-        raise CorpusError(
+        raise TurnsError(
             "messages must hold at least one token of an assistant, got none; "
-            "all its turns are empty."
+            "all its turns are empty.",
+            "empty turns",
         )
     truncated = max_length is not None and len(input_ids) > max_length
     return Encoded(
-        input_ids=input_ids[:max_length], supervised=supervised[:max_length], truncated=truncated
+        input_ids=input_ids[:max_length],
+        supervised=supervised[:max_length],
+        truncated=truncated,
+        shared=shared,
     )
 
 
-def _render(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-    """The conversation as text, and the character ranges that the assistant is to learn."""
-    if tokenizer.chat_template is not None:
-        template = tokenizer.get_chat_template()
-    elif tokenizer.eos_token is not None:
-        template = DEFAULT_CHAT_TEMPLATE
-    else:
-        raise ConfigError(
-            "tokenizer must have a chat_template or an eos_token, got neither; "
-            "without them nothing marks the end of a turn."
-        )
-    marked = _mark_generation(template)
-    if marked is not None:
-        return _split_spans(_apply(tokenizer, messages, marked))
-    text = _apply(tokenizer, messages, template)
-    stops = tuple(sorted(tokenizer.get_added_vocab()))
-    spans: list[Span] = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _apply(tokenizer, messages[:turn], template, prompt=True) if turn else ""
-        upto = _apply(tokenizer, messages[: turn + 1], template)
-        if not text.startswith(prompt):
-            raise CorpusError(
-                f"tokenizer.chat_template must render the first {turn} messages as a prefix of "
-                "all of them; it does not, so that the assistant's tokens cannot be located: add "
-                "{% generation %} marks to the template."
-            )
-        if text.startswith(upto):
-            spans.append((len(prompt), _turn_end(text, len(upto), stops)))
-        else:
-            spans.append(_find_content(text, len(prompt), message["content"], turn, stops))
-    return text, spans
-
-
-def _apply(
-    tokenizer: Any, messages: Sequence[Message], template: str, *, prompt: bool = False
-) -> str:
-    # Templates call raise_exception for conversations that they do not know, a system turn, say.
-    from jinja2.exceptions import TemplateError
-
-    try:
-        rendered: str = tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=prompt
-        )
-    except TemplateError as error:
-        raise CorpusError(
-            f"messages must fit the tokenizer's chat template, got roles "
-            f"{[message['role'] for message in messages][:5]!r}; it says: {error}"
-        ) from error
-    return rendered
-
-
-@lru_cache(maxsize=16)
-def _mark_generation(template: str) -> str | None:
-    """The template with its `generation` blocks turned into marks in the text, None without any.
-
-    Reading the marks gives exact character ranges. Hugging Face's own mask goes by token lookup,
-    which loses turns that start or end with a blank.
-    """
-
-    def mark(tag: re.Match[str]) -> str:
-        left, end, right = tag.groups()
-        # An `if` block, because whitespace control treats blocks unlike expressions.
-        sign = _SPAN_STOP if end else _SPAN_START
-        return f"{{%{left} if true %}}{sign}{{% endif {right}%}}"
-
-    marked, count = _GENERATION_TAG.subn(mark, template)
-    return marked if count else None
-
-
-def _split_spans(marked: str) -> tuple[str, list[Span]]:
-    pieces: list[str] = []
-    spans: list[Span] = []
-    position = 0
-    for index, piece in enumerate(re.split(f"[{_SPAN_START}{_SPAN_STOP}]", marked)):
-        if index % 2:
-            spans.append((position, position + len(piece)))
-        pieces.append(piece)
-        position += len(piece)
-    signs = re.findall(f"[{_SPAN_START}{_SPAN_STOP}]", marked)
-    if signs != [_SPAN_START, _SPAN_STOP] * len(spans):
-        raise CorpusError(
-            "messages must not hold the noncharacters U+FDD0 and U+FDD1, which mark turns here; "
-            "remove them from the corpus."
-        )
-    return "".join(pieces), spans
-
-
-def _turn_end(text: str, stop: int, stops: tuple[str, ...]) -> int:
-    # What follows the end-of-turn token (a line break) is never generated.
-    stripped = text[:stop].rstrip()
-    return len(stripped) if stops and stripped.endswith(stops) else stop
-
-
-def _find_content(text: str, start: int, content: str, turn: int, stops: tuple[str, ...]) -> Span:
-    """Range of a turn that the template writes otherwise when others follow it.
-
-    Qwen3, for one, writes an empty thinking block only into the last turn.
-    """
-    begin = len(text) - len(text[start:].lstrip())
-    if not text.startswith(content.strip(), begin):
-        raise CorpusError(
-            f"tokenizer.chat_template must render the first {turn + 1} messages as a prefix of "
-            "all of them, or a turn's content unchanged; it does neither, so that the assistant's "
-            "tokens cannot be located: add {% generation %} marks to the template."
-        )
-    end = begin + len(content.strip())
-    following = max((s for s in stops if text.startswith(s, end)), key=len, default="")
-    return start, end + len(following)
-
-
-def _tokenize(tokenizer: Any, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
-    """Ids of the text, and whether each holds a character of a span."""
+def _tokenize(
+    tokenizer: Any, text: str, spans: Sequence[Span]
+) -> tuple[list[int], list[bool], int]:
+    """Ids of the text, whether each holds a character of a span, and how many spans share one."""
     if not tokenizer.is_fast:
-        return _tokenize_by_prefix(tokenizer, text, spans)
+        return *_tokenize_by_prefix(tokenizer, text, spans), 0
     encoding = tokenizer(
         text,
         add_special_tokens=False,
@@ -231,16 +127,56 @@ def _tokenize(tokenizer: Any, text: str, spans: Sequence[Span]) -> tuple[list[in
         return_attention_mask=False,
         verbose=False,
     )
-    inside = bytearray(len(text))
+    input_ids: list[int] = list(encoding["input_ids"])
+    offsets: list[Span] = encoding["offset_mapping"]
+    stops = [stop for _, stop in offsets]
+    supervised = [False] * len(input_ids)
+    shared = 0
     for start, stop in spans:
-        inside[start:stop] = b"\x01" * (stop - start)
-    # A byte-level tokenizer trims blanks from its offsets: a token of blanks alone is the empty
-    # range at their end, and belongs to the character before it.
-    supervised = [
-        1 in inside[min(start, max(stop - 1, 0)) : stop]
-        for start, stop in encoding["offset_mapping"]
-    ]
-    return list(encoding["input_ids"]), supervised
+        token = bisect_right(stops, start)
+        # Tokens at the border that seem to lie before it: without characters, or trimmed.
+        while token and stops[token - 1] == start == offsets[token - 1][0]:
+            token -= 1
+        token = max(token - 1, 0)
+        while token < len(offsets):
+            first, last = offsets[token]
+            if first <= start or last >= stop:
+                first, last = _extent(tokenizer, input_ids[token], text, first, last)
+                if first >= stop and offsets[token][0] >= stop:
+                    break
+            # A token without characters (a leading blank that the tokenizer made up) belongs to
+            # what follows it.
+            if first < stop and (last > start or first == last == start):
+                supervised[token] = True
+                if first < start:
+                    supervised[token], more = _straddling(
+                        tokenizer, input_ids[token], text[first:start], text[start]
+                    )
+                    shared += more
+            token += 1
+    return input_ids, supervised, shared
+
+
+def _extent(tokenizer: Any, token_id: int, text: str, start: int, stop: int) -> Span:
+    """Characters of a token, with the blanks that byte-level tokenizers trim from its range."""
+    spelt: str = tokenizer.convert_ids_to_tokens(token_id)
+    missing = len(spelt) - len(text[start:stop].encode())
+    if missing <= 0 or _BLANK not in spelt:
+        return start, stop
+    before = len(spelt) - len(spelt.lstrip(_BLANK))
+    # A token of blanks alone is the empty range at their end.
+    before = min(before, missing)
+    after = min(len(spelt) - len(spelt.rstrip(_BLANK)), missing - before)
+    return start - before, stop + after
+
+
+def _straddling(tokenizer: Any, token_id: int, before: str, first: str) -> tuple[bool, bool]:
+    """Of a token that begins before a turn: whether it is learnt, and whether that is told."""
+    if before.strip() and token_id in tokenizer.added_tokens_decoder:
+        # Phi-3's header swallows the blanks that follow it, an answer's own ones too.
+        return False, True
+    # "▁answer" after a template's blank is how the model begins an answer.
+    return True, bool(before.strip()) or first.isspace()
 
 
 def _tokenize_by_prefix(
@@ -256,22 +192,13 @@ def _tokenize_by_prefix(
     for start, stop in spans:
         before, upto = ids_of(text[:start]), ids_of(text[:stop])
         if input_ids[: len(before)] != before or input_ids[: len(upto)] != upto:
-            raise CorpusError(
+            raise TurnsError(
                 "tokenizer must split the text at the borders of turns, and this slow one does "
-                "not; use its fast version (use_fast=True), which reports where tokens lie."
+                "not; use its fast version (use_fast=True), which reports where tokens lie.",
+                "a slow tokenizer that does not split the text at the borders of turns",
             )
         supervised[len(before) : len(upto)] = [True] * (len(upto) - len(before))
     return input_ids, supervised
-
-
-def _end_last_turn(tokenizer: Any, input_ids: list[int], supervised: list[bool]) -> None:
-    """Add the end-of-sequence token if the last token is the assistant's and ends nothing."""
-    eos = tokenizer.eos_token_id
-    if eos is None or not supervised or not supervised[-1]:
-        return
-    if input_ids[-1] != eos and input_ids[-1] not in tokenizer.get_added_vocab().values():
-        input_ids.append(eos)
-        supervised.append(True)
 
 
 def _document_ids(tokenizer: Any, text: str) -> list[int]:

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from slap_stream.text.turns import is_learnt
+
 CHARACTERS_PER_TOKEN = 4
+_TOLD = ("reasoning_content", "content")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +32,7 @@ class TextSample:
     target: str
     length: int
     source: str | None = None
-    messages: Sequence[Mapping[str, str]] | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
     input_ids: np.ndarray[Any, np.dtype[np.int32]] | None = None
     supervised: np.ndarray[Any, np.dtype[np.bool_]] | None = None
 
@@ -55,13 +58,18 @@ def _characters(count: int) -> int:
     return max(1, -(-count // CHARACTERS_PER_TOKEN))
 
 
-def from_messages(messages: Sequence[Mapping[str, str]], source: str | None) -> TextSample:
-    """A sample from chat turns: assistant turns are the target, the others the prompt."""
+def from_messages(messages: Sequence[Mapping[str, Any]], source: str | None) -> TextSample:
+    """A sample from chat turns: those of the assistant that are learnt are the target, with what
+    it thinks; the others are the prompt.
+    """
     if len(messages) == 1 and messages[0]["role"] == "text":
         return from_text(messages[0]["content"], source)
-    prompt = "\n".join(turn["content"] for turn in messages if turn["role"] != "assistant")
-    target = "\n".join(turn["content"] for turn in messages if turn["role"] == "assistant")
-    length = sum(len(turn["content"]) for turn in messages)
+    told: dict[bool, list[str]] = {False: [], True: []}
+    for turn in messages:
+        learnt = turn["role"] == "assistant" and is_learnt(turn)
+        told[learnt] += [turn[name] for name in _TOLD if turn.get(name)]
+    prompt, target = "\n".join(told[False]), "\n".join(told[True])
+    length = sum(len(text) for text in (*told[False], *told[True]))
     return TextSample(
         prompt=prompt, target=target, length=_characters(length), source=source, messages=messages
     )

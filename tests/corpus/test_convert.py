@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -124,9 +126,9 @@ def test_dropped_records_are_counted_by_reason_with_places(tmp_path: Path) -> No
     bad = {
         "line that is not JSON": '{"text": ',
         "not an object of fields": "[1]",
-        "unknown shape": '{"question": "hi"}',
+        "unknown shape: the fields question": '{"question": "hi"}',
         "no assistant turn": '{"messages": [{"role": "user", "content": "hi"}]}',
-        "empty turn": '{"prompt": "hi", "completion": " "}',
+        "empty turn: assistant": '{"prompt": "hi", "completion": " "}',
         "text that is not valid Unicode": '{"text": "\\ud800"}',
     }
     lines = [good, "", *[line for line in bad.values() for _ in range(7)], good]
@@ -236,6 +238,33 @@ def test_tokenised_corpus_holds_what_encode_gives(
     assert described["tokenizer"] == str(tokenizer_dir)
 
 
+def test_fields_that_are_not_used_are_counted(tmp_path: Path) -> None:
+    lines, table = tmp_path / "lines.jsonl", tmp_path / "table.parquet"
+    tagged = [{**pair(n), "topic": "x", "note": None} for n in range(5)]
+    lines.write_text("\n".join(json.dumps(record) for record in [*tagged, {"topic": "lost"}]))
+    rows = [{"prompt": "hi", "answer": "yo", "topic": "x", "grade": n} for n in range(4)]
+    pq.write_table(pa.Table.from_pylist(rows), table)
+    report = convert([lines, table], tmp_path / "out")
+    # Of records that are kept. Columns of a table are counted, and not read.
+    assert report.unused == {"topic": 9, "grade": 4}
+    assert report.dropped == {"unknown shape: the fields topic": 1}
+    assert convert([lines, table], tmp_path / "out").unused == report.unused
+
+
+def test_answers_that_share_a_token_with_the_header_are_counted(
+    tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
+    tokenizer.add_tokens(["\n\n"])
+    tokenizer.save_pretrained(tmp_path / "doubled")
+    path = tmp_path / "a.jsonl"
+    said = ("yes", "\nyes", "no")
+    path.write_text("\n".join(json.dumps({"prompt": "hi", "answer": text}) for text in said))
+    report = convert([path], tmp_path / "out", tokenizer=tmp_path / "doubled")
+    assert report.shared == 1
+    assert convert([path], tmp_path / "none", tokenizer=tokenizer_dir).shared == 0
+
+
 def test_truncation_and_what_it_leaves_nothing_of_are_counted(
     tmp_path: Path, tokenizer_dir: Path
 ) -> None:
@@ -266,7 +295,7 @@ def test_records_that_do_not_fit_the_template_are_dropped_unless_all_are(
     path.write_text("\n".join(json.dumps(r) for r in (system, pair(1))))
     report = convert([path], tmp_path / "out", tokenizer=tmp_path / "strict")
     assert report.num_samples == 1
-    assert report.dropped == {"does not fit the chat template": 1}
+    assert report.dropped == {"does not fit the chat template: no system": 1}
     path.write_text(json.dumps(system))
     with pytest.raises(CorpusError, match=r"tokenizer must fit the records of .*no system"):
         convert([path], tmp_path / "none", tokenizer=tmp_path / "strict")

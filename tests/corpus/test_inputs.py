@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from slap_stream.corpus import inputs, readers
 from slap_stream.corpus.inputs import cut, find_inputs, peek
+from slap_stream.corpus.messages import DropReason
 from slap_stream.corpus.readers import Piece, read
-from slap_stream.corpus.records import COLUMNS, DropReason
+from slap_stream.corpus.records import COLUMNS
 from slap_stream.errors import CorpusError
 
 RECORDS = [
@@ -204,14 +205,34 @@ def test_inputs_that_cannot_be_used_are_named(
 
 def test_unknown_shape_lists_the_known_ones(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"question": "hi", "answer": "yo"}\n' * 40)
+    path.write_text('{"question": "hi", "solution": "yo"}\n' * 40)
     (entry,) = find_inputs([path])
-    expected = r"fields \['answer', 'question'\] at the start of .*a\.jsonl.*ShareGPT.*Alpaca"
+    expected = r"fields \['question', 'solution'\] at the start of .*a\.jsonl.*ShareGPT.*Alpaca"
     with pytest.raises(CorpusError, match=expected):
         peek(entry, cut(entry))
     path.write_text('[{"text": "hi"},\n{"text": "yo"},\n')
     with pytest.raises(CorpusError, match=r"got a line that is not JSON \(one record per line"):
         peek(entry, cut(entry))
+
+
+def test_a_link_is_a_source_by_its_own_name(tmp_path: Path) -> None:
+    # As a hub's cache lays out what it has fetched.
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots").mkdir()
+    for name, blob in (("train.jsonl", "5f2c"), ("more.jsonl.gz", "a01b")):
+        (tmp_path / "blobs" / blob).write_bytes(b"")
+        (tmp_path / "snapshots" / name).symlink_to(tmp_path / "blobs" / blob)
+    assert [entry.stem for entry in find_inputs([tmp_path / "snapshots"])] == ["more", "train"]
+
+
+def test_sub_folders_are_not_passed_over_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    for name in ("test", "old", ".git", "__pycache__"):
+        (tmp_path / name).mkdir()
+    assert len(find_inputs([tmp_path])) == 1
+    assert "its sub-folders ['old', 'test'] are not read (2 in all)" in caplog.text
 
 
 def test_empty_input_has_no_pieces(tmp_path: Path) -> None:

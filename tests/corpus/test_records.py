@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slap_stream.corpus.messages import DropReason, RecordDropped
 from slap_stream.corpus.records import (
     COLUMNS,
-    DropReason,
-    RecordDropped,
     has_known_shape,
     normalise,
     parse_line,
@@ -20,6 +21,11 @@ from slap_stream.corpus.records import (
 
 HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 SYSTEM = {"role": "system", "content": "be kind"}
+THOUGHT = {**HI[1], "reasoning_content": "hm"}
+WRONG = {**HI[1], "train": False}
+IMAGE = {"type": "image", "text": ""}
+TEXT = {"type": "text", "text": "hi"}
+BAD_TOOLS = DropReason.BAD_TOOLS
 
 
 @pytest.mark.parametrize(
@@ -55,6 +61,39 @@ SYSTEM = {"role": "system", "content": "be kind"}
         ({"text": "a document"}, [{"role": "text", "content": "a document"}]),
         ({"messages": HI, "prompt": "hi", "text": "hi yo"}, HI),
         ({"messages": None, "prompt": "hi", "completion": "yo", "text": None}, HI),
+        # Fields beside a conversation that belong to it.
+        ({"messages": HI, "system": "be kind"}, [SYSTEM, *HI]),
+        ({"messages": [SYSTEM, *HI], "system": "be kind"}, [SYSTEM, *HI]),
+        ({"system_prompt": "be kind", "question": "hi", "response": "yo"}, [SYSTEM, *HI]),
+        ({"instruction": "hi", "output": "yo", "history": [["hi", "yo"]]}, [*HI, *HI]),
+        (
+            {"instruction": "hi", "output": "yo", "history": [["hi", "yo"]], "system": "be kind"},
+            [SYSTEM, *HI, *HI],
+        ),
+        ({"messages": HI, "tools": [{"a": 1}]}, [{**HI[0], "tools": [{"a": 1}]}, HI[1]]),
+        ({"messages": HI, "tools": '[{"a": 1}]'}, [{**HI[0], "tools": [{"a": 1}]}, HI[1]]),
+        ({"messages": HI, "tools": "[]", "history": [], "system": ""}, HI),
+        # Fields of a turn.
+        *(
+            ({"messages": [HI[0], {**HI[1], name: "hm"}]}, [HI[0], THOUGHT])
+            for name in ("reasoning_content", "reasoning", "thinking")
+        ),
+        *(
+            ({"messages": [*HI, HI[0], {**HI[1], name: no}]}, [*HI, HI[0], WRONG])
+            for name, no in (("weight", 0), ("weight", 0.0), ("train", False), ("loss", False))
+        ),
+        ({"messages": [HI[0], {**HI[1], "weight": 1, "train": True, "reasoning": ""}]}, HI),
+        # Spellings.
+        ({"messages": [{"role": "prompter ", "content": "hi"}, HI[1]]}, HI),
+        ({"messages": [{"role": "user", "value": "hi"}, {"from": "GPT", "content": "yo"}]}, HI),
+        ({"messages": json.dumps(HI)}, HI),
+        ({"prompt": b"hi", "response": b"yo"}, HI),
+        ({"instruction": "hi", "input": math.nan, "output": "yo", "id": math.nan}, HI),
+        ({"instruction": "hi", "context": "", "response": "yo", "source": math.nan}, HI),
+        (
+            {"conversations": [HI[0], {"from": "function_call", "value": "{}"}, HI[1]]},
+            [HI[0], {"role": "tool", "content": "{}"}, HI[1]],
+        ),
     ],
 )
 def test_known_shapes_become_messages(
@@ -73,14 +112,14 @@ def test_known_shapes_become_messages(
         ([], DropReason.NOT_AN_OBJECT),
         ("text", DropReason.NOT_AN_OBJECT),
         ({}, DropReason.UNKNOWN_SHAPE),
-        ({"question": "hi", "answer": "yo"}, DropReason.UNKNOWN_SHAPE),
+        ({"question": "hi", "solution": "yo"}, DropReason.UNKNOWN_SHAPE),
         ({"instruction": "hi"}, DropReason.UNKNOWN_SHAPE),
         ({"messages": "hi"}, DropReason.MALFORMED),
         ({"messages": ["hi"]}, DropReason.MALFORMED),
         ({"messages": [{"content": "hi"}]}, DropReason.MALFORMED),
         ({"messages": [{"role": 1, "content": "hi"}]}, DropReason.MALFORMED),
         ({"messages": {"role": ["user"], "content": []}}, DropReason.MALFORMED),
-        ({"messages": {"role": ["user"]}}, DropReason.MALFORMED),
+        ({"messages": {"role": ["user"]}}, DropReason.EMPTY_TURN),
         ({"messages": [{"role": "text", "content": "hi"}, *HI]}, DropReason.MALFORMED),
         ({"messages": [*HI, {"role": "narrator", "content": "so"}]}, DropReason.UNKNOWN_ROLE),
         ({"messages": [HI[0], {"role": "assistant", "content": 3}]}, DropReason.NOT_TEXT),
@@ -101,6 +140,28 @@ def test_known_shapes_become_messages(
         ({"messages": []}, DropReason.NO_ASSISTANT),
         ({"messages": HI, "id": {"a": 1}}, DropReason.BAD_LABEL),
         ({"messages": HI, "source": 0.5}, DropReason.BAD_LABEL),
+        ({"text": "yo", "role": "prompter", "parent_id": None}, DropReason.ONE_OF_A_TREE),
+        ({"text": "yo", "role": None, "parent_id": "7"}, DropReason.ONE_OF_A_TREE),
+        ({"messages": [HI[0], {**HI[1], "weight": 0.5}]}, DropReason.BAD_WEIGHT),
+        ({"messages": [HI[0], {**HI[1], "train": "no"}]}, DropReason.BAD_WEIGHT),
+        ({"messages": [HI[0], {**HI[1], "weight": 0}]}, DropReason.NOTHING_TO_LEARN),
+        ({"messages": HI, "history": [["a", "b"]]}, DropReason.BAD_HISTORY),
+        ({"prompt": "hi", "answer": "yo", "history": [["a"]]}, DropReason.BAD_HISTORY),
+        ({"prompt": "hi", "answer": "yo", "history": "a"}, DropReason.BAD_HISTORY),
+        ({"messages": [SYSTEM, *HI], "system": "be rude"}, DropReason.TWO_SYSTEMS),
+        ({"messages": HI, "system": "a", "system_prompt": "b"}, DropReason.TWO_SYSTEMS),
+        ({"messages": HI, "tools": "not JSON"}, DropReason.BAD_TOOLS),
+        ({"messages": HI, "tools": ["area"]}, DropReason.BAD_TOOLS),
+        (
+            {"messages": [{**HI[0], "tools": [{}]}, HI[1]], "tools": [{"a": 1}]},
+            DropReason.BAD_TOOLS,
+        ),
+        ({"messages": [{"role": "user", "content": [IMAGE, TEXT]}, HI[1]]}, DropReason.NOT_TEXT),
+        (
+            {"messages": [{"role": "user", "content": [{**TEXT, "image": "x"}]}, HI[1]]},
+            DropReason.NOT_TEXT,
+        ),
+        ({"text": b"\xff"}, DropReason.NOT_UNICODE),
     ],
 )
 def test_records_that_cannot_be_used_say_why(fields: Any, reason: DropReason) -> None:
@@ -115,6 +176,50 @@ def test_labels_come_from_the_record() -> None:
     record = normalise({"messages": HI, "id": "", "dataset": "books"}, source_field="dataset")
     assert (record.id, record.source) == (None, "books")
     assert normalise({"messages": HI, "source": "web"}, source_field=None).source is None
+    assert normalise({"messages": HI, "id": 7.0}).id == "7"
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"messages": [*HI, {"role": "narrator", "content": "so"}]}, "unknown role: narrator"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "not text: a part of type image"),
+        ({"text": 3}, "content that is not text: int"),
+        ({"text": "yo", "parent_id": "7"}, "in a row of its own: text with parent_id"),
+        ({"b": 1, "a": 2}, "unknown shape: the fields a, b"),
+        ({"messages": HI, "source": 0.5}, "nor a whole number: float"),
+        ({"messages": [HI[0], {**HI[1], "weight": 0.5}]}, "nor not: turn with the weight 0.5"),
+        ({"messages": [{"role": "user", "content": " "}]}, "empty turn: user"),
+    ],
+)
+def test_a_reason_names_the_value_that_is_to_blame(fields: dict[str, Any], shown: str) -> None:
+    with pytest.raises(RecordDropped, match=re.escape(shown)):
+        normalise(fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "unused"),
+    [
+        ({"messages": HI, "id": 1, "source": "web", "system": "a", "tools": None}, ()),
+        (
+            {"messages": HI, "category": "x", "score": 0.0, "tags": [], "n": math.nan},
+            ("category", "score"),
+        ),
+        ({"messages": HI, "prompt": "hi"}, ("prompt",)),
+        ({"text": "a", "system": "b"}, ("system",)),
+        (
+            {"messages": [{**HI[0], "name": "Ann", "weight": 1}, {**HI[1], "id": 3}]},
+            ("id of a turn", "name of a turn", "weight of a turn"),
+        ),
+        ({"messages": [{**HI[0], "weight": 0, "train": False, "reasoning": None}, HI[1]]}, ()),
+        ({"messages": [{**HI[0], "reasoning": "hm"}, HI[1]]}, ("reasoning of a turn",)),
+        ({"messages": [HI[0], {**THOUGHT, "reasoning": "hu"}]}, ("reasoning of a turn",)),
+    ],
+)
+def test_fields_that_are_not_used_are_named(
+    fields: dict[str, Any], unused: tuple[str, ...]
+) -> None:
+    assert normalise(fields).unused == unused
 
 
 @pytest.mark.parametrize("line", [b"{", b"\xff", b'{"text": "a"} x', b"[" * 100_000])
@@ -124,12 +229,16 @@ def test_lines_that_are_not_json_are_dropped(line: bytes) -> None:
     assert dropped.value.reason is DropReason.UNREADABLE
 
 
+TURN_FIELDS = [
+    *("role", "content", "from", "value", "text", "messages", "tool_calls", "tools", "train"),
+    *("weight", "reasoning_content", "thinking", "name"),
+]
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=3),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "from", "value", "text", "messages", "tool_calls"]),
+            st.sampled_from(TURN_FIELDS),
             inner,
             max_size=4,
         )
@@ -151,6 +260,7 @@ def test_any_record_is_used_or_dropped(fields: dict[str, Any]) -> None:
         return
     roles = [message["role"] for message in record.messages]
     assert roles == ["text"] or "assistant" in roles
+    assert set(record.unused) <= {*COLUMNS, *(f"{name} of a turn" for name in TURN_FIELDS)}
     assert all(message["content"].strip() for message in record.messages)
     # What a corpus holds can be converted again.
     assert normalise({"messages": record.messages}).messages == record.messages

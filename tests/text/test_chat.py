@@ -283,15 +283,24 @@ def test_a_slow_tokenizer_that_merges_across_turns_is_refused() -> None:
         encode(CharacterTokenizer(merge=">\nj"), DIALOGUE)
 
 
-UNSTABLE = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+PADDING = (
+    "{% for m in messages %}{{ m['content'] }}{% if ' ' in m['content'] %} Amen.{% endif %}"
+    "<|im_end|>{% endfor %}"
+)
+TAIL = "{% for m in messages %}{{ (m['content'] ~ '').split(' ')[-1] }}<|im_end|>{% endfor %}"
+HEAD = "{% for m in messages %}{{ (m['content'] ~ '').split(' ')[0] }}{% endfor %}"
 SHOUTING = "{% for m in messages %}{{ m['content'] | upper }}{{ loop.last }}{% endfor %}"
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (CHATML, [turn("user", "fox")], "at least one turn of role 'assistant', got roles"),
-        (CHATML, [], "at least one turn of role 'assistant', got roles"),
+        (
+            CHATML,
+            [turn("user", "fox")],
+            "at least one turn of role 'assistant' that is to be learnt, got roles",
+        ),
+        (CHATML, [], "at least one turn of role 'assistant' that is to be learnt, got roles"),
         (
             "{% for m in messages %}{{ m['content'] }}{% endfor %}",
             [turn("user", "fox"), turn("assistant", "")],
@@ -299,8 +308,10 @@ SHOUTING = "{% for m in messages %}{{ m['content'] | upper }}{{ loop.last }}{% e
         ),
         (CHATML, [turn("text", "fox"), turn("user", "fox")], "all of role 'text' or none"),
         (MISTRAL, DIALOGUE, "it says: Only user and assistant roles are supported!"),
-        (UNSTABLE, DIALOGUE, "must render the first 2 messages as a prefix of all of them; it"),
-        (SHOUTING, DIALOGUE[2:], "or a turn's content unchanged; it does neither"),
+        (SHOUTING, DIALOGUE[2:], "where it can be located; it leaves a turn out"),
+        (PADDING, DIALOGUE, "where it can be located; it adds to what the assistant says"),
+        (TAIL, DIALOGUE, "where it can be located; it begins a turn in another way than others"),
+        (HEAD, DIALOGUE, "where it can be located; it cuts off how a turn ends"),
         (
             CHATML_MARKED,
             [turn("user", "a\ufdd0"), turn("assistant", "b")],
