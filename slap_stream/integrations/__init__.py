@@ -1,6 +1,7 @@
 """Training loops of other libraries that slap_stream plugs into.
 
 transformers.py       `SlapTrainer`: Hugging Face's Trainer
+trl.py                `SlapSFTTrainer`: TRL's SFTTrainer
 mixin.py              `SlapMixin`: what makes any Trainer choose its batches
 trainer_loader.py     the loader that a Trainer draws from
 trainer_forward.py    each sample's loss, from the forward of the training step
@@ -15,4 +16,5 @@ from __future__ import annotations
 EXPORTS = {
     "mixin": ("SlapMixin",),
     "transformers": ("SlapTrainer",),
+    "trl": ("SlapSFTTrainer",),
 }
