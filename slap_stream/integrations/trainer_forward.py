@@ -146,8 +146,9 @@ class TrainingForward:
         if known and not any(abs(mean - own) <= tolerance for mean in means):
             raise ConfigError(
                 "the samples' losses must make up the model's own loss, got a mean of "
-                f"{means[-1]:.6g} against {own:.6g} on the first batch; the model does something "
-                f"else with its logits or labels: {_CURE}."
+                f"{means[-1]:.6g} against {own:.6g} on the first batch; a kernel writes over the "
+                "logits (liger_kernel_config: take fused_linear_cross_entropy, not cross_entropy), "
+                f"or the model does something else with them or the labels: {_CURE}."
             )
 
     def _parameters(self) -> Iterator[nn.Parameter]:

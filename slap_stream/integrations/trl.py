@@ -81,14 +81,14 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
             sample = dataset[0]
             if by_chat:
                 check_record(sample, args)
-                # Of the evaluation sets, then; None would be read off our one sample.
-                args.completion_only_loss = True
-                if given.get("eval_dataset") is not None and not args.assistant_only_loss:
+                of_all = not getattr(args, "assistant_only_loss", False)
+                if of_all and given.get("eval_dataset") is not None:
                     logger.warning(
                         "eval_loss is of all tokens of a conversation, the training loss of the "
-                        "assistant's; assistant_only_loss=True makes both the assistant's"
+                        "assistant's; assistant_only_loss=True, or an eval_dataset of prompts and "
+                        "completions, makes both the assistant's"
                     )
-            given = {**given, "train_dataset": first_row(sample)}
+            given = {**given, "train_dataset": first_row(sample if by_chat else None)}
         # What TRL has prepared it collates itself.
         prepared = not (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset")
         if by_chat and prepared:
@@ -134,17 +134,17 @@ class FirstRow(Dataset):  # type: ignore[misc]  # datasets is not typed
     filter = shuffle = map
 
 
-def first_row(sample: Mapping[str, Any]) -> FirstRow:
-    """A training set for TRL to look at: it asks whether records are chats or have images.
+def first_row(chat: Mapping[str, Any] | None) -> FirstRow:
+    """A training set for TRL to look at: are records chats, and are completions all that counts?
 
     Token ids and labels say that there is nothing left to prepare.
     """
     row: dict[str, Any] = {"input_ids": [0, 0], "labels": [0, 0]}
-    if "messages" in sample:
-        first = sample["messages"][0]
-        row["messages"] = [{"role": first["role"], "content": str(first["content"])}]
-    elif "supervised" in sample:
-        row["messages"] = [{"role": "assistant", "content": ""}]
+    if chat is not None:
+        turns = chat.get("messages") or [{"role": "assistant", "content": ""}]
+        turn = {"role": turns[0]["role"], "content": str(turns[0]["content"])}
+        # With prompt and completion, None means for evaluation sets, too, what it means for ours.
+        row |= {name: [turn] for name in ("messages", "prompt", "completion")}
     made: FirstRow = FirstRow.from_list([row])
     return made
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -82,25 +84,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
+def on_a_cpu(**settings: Any) -> dict[str, Any]:
+    """Settings of two short epochs."""
+    return {
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+        **settings,
+    }
+
+
 def arguments(out: Path, **settings: Any) -> Any:
-    """Settings of two short epochs on a CPU."""
-    return trl.SFTConfig(
-        **{
-            "output_dir": str(out),
-            "per_device_train_batch_size": BATCH,
-            "num_train_epochs": 2,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "dataloader_pin_memory": False,
-            "disable_tqdm": True,
-            **settings,
-        }
-    )
+    return trl.SFTConfig(str(out), per_device_train_batch_size=BATCH, **on_a_cpu(**settings))
 
 
 def make(
@@ -346,8 +348,25 @@ def test_a_name_of_a_model_and_no_arguments_are_enough(
     assert trainer.args.output_dir == "model-SFT"
     assert trainer.training_collator.max_length == 1024
     plain = TrainingArguments(str(tmp_path), per_device_train_batch_size=BATCH, use_cpu=True)
-    trainer = make(folder, tmp_path, options={"args": plain})
+    held_out = Dataset.from_list([streaming(folder)[0]])
+    trainer = make(folder, tmp_path, options={"args": plain, "eval_dataset": held_out})
     assert isinstance(trainer.args, trl.SFTConfig)
+
+
+def test_the_page_runs_as_it_stands(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()
+    section = page.partition("## TRL's SFTTrainer")[2].partition("\n## ")[0]
+    [block] = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    shutil.copytree(folder, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("trl.SFTConfig", partial(trl.SFTConfig, **on_a_cpu(max_steps=1)))
+    scope: dict[str, Any] = {}
+    exec(compile(block, "docs/trainers.md", "exec"), scope)
+    assert scope["trainer"].state.global_step == 1
 
 
 def collate(samples: list[Any]) -> dict[str, torch.Tensor]:
