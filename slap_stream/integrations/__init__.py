@@ -1,8 +1,10 @@
 """Training loops of other libraries that slap_stream plugs into.
 
 transformers.py       `SlapTrainer`: Hugging Face's Trainer
+trl.py                `SlapSFTTrainer`: TRL's SFTTrainer
 mixin.py              `SlapMixin`: what makes any Trainer choose its batches
 trainer_loader.py     the loader that a Trainer draws from
+trainer_forward.py    each sample's loss, from the forward of the training step
 trainer_callbacks.py  what happens at moments that only a Trainer's callbacks are told of
 trainer_checks.py     arguments and data that a Trainer is refused for
 data_schedule.py      learning rates that follow the data, where the number of steps is not known
@@ -14,4 +16,5 @@ from __future__ import annotations
 EXPORTS = {
     "mixin": ("SlapMixin",),
     "transformers": ("SlapTrainer",),
+    "trl": ("SlapSFTTrainer",),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from slap_stream.integrations.trainer_callbacks import (
     ShowMetrics,
 )
 from slap_stream.integrations.trainer_checks import check_arguments, check_config, check_dataset
+from slap_stream.integrations.trainer_forward import TrainingForward
 from slap_stream.integrations.trainer_loader import ModelColumns, TrainerLoader
 from slap_stream.loader.delivery import SAMPLE_ID
 from slap_stream.loader.loader import SlapDataLoader
 from slap_stream.probe.probe import LearnabilityProbe
-from slap_stream.probe.readout import per_sample_loss
 from slap_stream.text.collate import ChatCollator
 
 STATE_FILE = "slap_stream.state"
@@ -69,7 +69,7 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         given = _by_name(type(self), arguments, options)
         # A copy, because two settings are changed below, and the caller may use theirs again.
         args = given.get("args")
-        args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
+        args = self.default_arguments(given.get("model")) if args is None else copy.copy(args)
         check_arguments(args)
         if given.get("train_dataset") is not None:
             check_dataset(given["train_dataset"], embeddings, args)
@@ -80,6 +80,7 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         self._embeddings = embeddings
         self._slap_config = check_config(slap_config)
         self._head, self._loss_fn = head, loss_fn
+        self._forward = TrainingForward(head)
         self._resume_from: str | None = None
         self.loader: SlapDataLoader | None = None
         """The loader of the training that runs, or that ran last."""
@@ -87,11 +88,28 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         # Before the caller's own, which then see what ours have set.
         companion = Companion(self._begin, self._step_probe)
         callbacks = [companion, *(given.get("callbacks") or [])]
-        super().__init__(**{**given, "args": args, "callbacks": callbacks})
+        self.construct({**given, "args": args, "callbacks": callbacks})
         # Around the last one, which prints; callbacks that are added later are told again.
         quiet = HideMetrics()
         self.callback_handler.callbacks.insert(-1, quiet)
         self.callback_handler.callbacks.append(ShowMetrics(quiet))
+
+    def default_arguments(self, model: Any) -> TrainingArguments:
+        """Settings of a Trainer that is given none."""
+        return TrainingArguments("tmp_trainer")
+
+    def construct(self, given: dict[str, Any]) -> None:
+        """Make the Trainer that is mixed with, of what it is given by name; called once.
+
+        Override it for one that looks into its training set or changes it.
+        """
+        super().__init__(**given)
+
+    @property
+    def training_collator(self) -> Callable[[list[Any]], Any]:
+        """What collates training batches; evaluation has `data_collator`."""
+        collate: Callable[[list[Any]], Any] = self.data_collator
+        return collate
 
     def sample_losses(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
         """What each sample of a training batch costs, from the forward of the training step.
@@ -100,32 +118,27 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         with `head=` and `loss_fn=`.
 
         Args:
-            outputs: What the model returned.
+            outputs: What the model returned; a list where `compute_loss` called it more than once
+                with gradients.
             labels: (batch, tokens) int64.
 
         Returns:
             (batch,) losses that tell samples apart; no gradient is needed.
 
         Raises:
-            ConfigError: If there are no logits.
+            ConfigError: If the model was not called once, if its output holds nothing to make
+                losses of, or if they do not make up its own loss.
         """
-        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-        if logits is None:
-            raise ConfigError(
-                f"the model's output must be a mapping with logits, got {type(outputs).__name__} "
-                "without; switch fused losses off (use_liger_kernel), or override "
-                "sample_losses."
-            )
-        # One sample at a time: logits as float32 are the largest thing in a training step.
-        rows = range(len(labels))
-        return torch.cat([per_sample_loss(logits[i : i + 1], labels[i : i + 1]) for i in rows])
+        # A fused loss is read by calling the head, in the precision of the training step.
+        with self.accelerator.autocast():
+            return self._forward.losses(outputs, labels)
 
     def get_train_dataloader(self) -> SlapDataLoader:
         """A new loader over the training set, at the start of its first epoch."""
         if self.train_dataset is None:
             raise ValueError("train_dataset must be given to train, got None.")
-        args, collate = self.args, self.data_collator
-        if args.remove_unused_columns:
+        args, collate = self.args, self.training_collator
+        if args.remove_unused_columns and not isinstance(collate, ChatCollator):
             self._set_signature_columns_if_needed()
             collate = ModelColumns(collate, self._signature_columns)
         # Not prepared by Accelerate, which would divide and reorder the batches; the Trainer moves
@@ -170,20 +183,21 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
     ) -> Any:
         """The stock Trainer's loss; in training, each sample's own goes back to the loader."""
         ids = inputs.pop(SAMPLE_ID, None) if model.training else None
+        options = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        if ids is None or self.loader is None:
+            return super().compute_loss(model, inputs, **options)
         # The stock Trainer takes them out of the inputs for some losses.
         labels = inputs.get("labels")
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
-        if ids is not None and self.loader is not None:
-            if labels is None:
-                raise ConfigError(
-                    f"data_collator must make labels, got the columns {sorted(inputs)!r}; use "
-                    "ChatCollator(tokenizer), or one that makes them."
-                )
+        if labels is None:
+            raise ConfigError(
+                f"data_collator must make labels, got the columns {sorted(inputs)!r}; use "
+                "ChatCollator(tokenizer), or one that makes them."
+            )
+        with self._forward.watched(model, num_items_in_batch):
+            made = super().compute_loss(model, inputs, **options)
             with torch.no_grad():
-                self.loader.observe(ids, self.sample_losses(outputs, labels))
-        return (loss, outputs) if return_outputs else loss
+                self.loader.observe(ids, self.sample_losses(self._forward.outputs, labels))
+        return made
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *device: Any

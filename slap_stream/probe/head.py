@@ -44,6 +44,14 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile wraps the model, or what DDP or DataParallel wrap."""
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, parallel):
+        model = model.module
+    return isinstance(model, torch._dynamo.OptimizedModule)
+
+
 def find_head(model: nn.Module, head: nn.Module | None) -> nn.Module:
     """The module that turns hidden states into logits.
 
@@ -98,6 +106,24 @@ def find_body(model: nn.Module) -> nn.Module | None:
     return base if isinstance(base, nn.Module) and base is not model else None
 
 
+def hidden_of(body_output: Any) -> Tensor:
+    """The hidden states in what a body returned: of the last layer, ahead of whatever else."""
+    found = getattr(body_output, "last_hidden_state", body_output)
+    return found if isinstance(found, Tensor) else found[0]
+
+
+def entry(output: Any, name: str) -> Any:
+    """What a model's output holds under a name, as a mapping or as an attribute; None: nothing."""
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _text_config(model: nn.Module) -> Any:
+    """A model's configuration, of its language model where it has others too; None without."""
+    config = getattr(model, "config", None)
+    text_config = getattr(config, "get_text_config", None)
+    return text_config() if callable(text_config) else config
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogitTransform:
     """What a model does to the head's output before the loss: cap * tanh(scale * z / cap).
@@ -113,10 +139,7 @@ class LogitTransform:
     @classmethod
     def of(cls, model: nn.Module) -> LogitTransform:
         """Read it from the model's configuration (Gemma, Cohere, Granite, Falcon-H1, ...)."""
-        config = getattr(model, "config", None)
-        text_config = getattr(config, "get_text_config", None)
-        if callable(text_config):
-            config = text_config()
+        config = _text_config(model)
 
         def number(name: str) -> float | None:
             value = getattr(config, name, None)
@@ -172,6 +195,8 @@ def call_inputs(model: nn.Module, batch: Any) -> dict[str, Any]:
     inputs = {key: batch[key] for key in accepted(model, batch) if key not in _NOT_INPUTS}
     if hasattr(model, "config") and accepted(model, ["use_cache"]):
         inputs["use_cache"] = False  # nobody asks for the keys and values of a probe
+    if getattr(_text_config(model), "output_router_logits", False):
+        inputs["output_router_logits"] = False  # the loss that balances experts is no sample's
     return inputs
 
 
@@ -224,9 +249,7 @@ def run_to_head(
                     f"head must be called by the model's forward, got no call of "
                     f"{type(head).__name__}; {CURE}."
                 )
-            found = body_output[-1]
-            found = getattr(found, "last_hidden_state", found)
-            consume(found if isinstance(found, Tensor) else found[0])
+            consume(hidden_of(body_output[-1]))
     finally:
         for handle in handles:
             handle.remove()

@@ -20,6 +20,7 @@ from slap_stream.probe.head import (
     LogitTransform,
     accepted,
     call_inputs,
+    entry,
     gradients_from_head,
     run_to_head,
 )
@@ -35,7 +36,7 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 _BLOCK_ELEMENTS_CPU, _BLOCK_ELEMENTS = 1 << 22, 1 << 26
 
 
-def per_sample_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def per_sample_loss(logits: Tensor | None, labels: Tensor) -> Tensor:
     """Mean cross-entropy of each sample over its supervised tokens.
 
     Args:
@@ -47,8 +48,13 @@ def per_sample_loss(logits: Tensor, labels: Tensor) -> Tensor:
         has nothing to teach.
 
     Raises:
-        ValueError: If the shapes do not belong together.
+        ValueError: If the shapes do not belong together, or there are no logits.
     """
+    if logits is None:
+        raise ValueError(
+            "logits must be (batch, tokens, vocabulary), got None; the model fuses its loss and "
+            "makes none: call it without labels, or with skip_logits=False for Liger's kernels."
+        )
     if logits.ndim != 3 or logits.shape[:2] != labels.shape:
         raise ValueError(
             "logits must be (batch, tokens, vocabulary) for labels (batch, tokens), got "
@@ -205,7 +211,7 @@ class CausalReader:
                 f"the probe's loss must equal the model's own, got {ours:.6g} against {own:.6g} on "
                 f"one batch; the model does something else with its logits or labels: {CURE}."
             )
-        made = getattr(output, "logits", None)
+        made = entry(output, "logits")
         if isinstance(made, Tensor) and made.numel() == one.numel():
             # A scale on the small logits of a fresh model hardly shows in its loss.
             expected = one.float().clone()
@@ -313,10 +319,10 @@ class CausalReader:
         """The model's own mean over the supervised tokens of the batch."""
         extra = {"labels": labels} if accepted(self._model, ["labels"]) else {}
         output = self._model(**inputs, **extra)
-        loss = getattr(output, "loss", None)
+        loss = entry(output, "loss")
         if isinstance(loss, Tensor):
             return float(loss)
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        logits = output if isinstance(output, Tensor) else entry(output, "logits")
         if not isinstance(logits, Tensor):
             raise HeadError(
                 f"the model must return a loss or logits, got {type(output).__name__}; {CURE}."

@@ -499,18 +499,3 @@ def test_a_checkpoint_without_the_loaders_state_is_refused(
     (tmp_path / "checkpoint-1" / STATE_FILE).unlink()
     with pytest.raises(StateError, match=rf"which has no {STATE_FILE}; .* start anew"):
         make(folder, tmp_path, max_steps=2).train(resume_from_checkpoint=True)
-
-
-class Silent(LlamaForCausalLM):
-    """A model with a fused loss, which makes no logits."""
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        output = super().forward(*inputs, **named)
-        return {"loss": output.loss}
-
-
-def test_a_model_without_logits_is_told_what_to_do(folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    trainer = make(folder, tmp_path, config=config_of(num_lanes=1, lookahead=2, probe_fraction=0.0))
-    trainer.model.__class__ = Silent
-    with pytest.raises(ConfigError, match=r"mapping with logits, got dict .*use_liger_kernel"):
-        trainer.train()

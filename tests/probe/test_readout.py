@@ -294,3 +294,5 @@ def test_per_sample_loss_is_the_mean_over_supervised_tokens():
     assert per_sample_loss(logits.bfloat16(), labels).dtype == torch.float32
     with pytest.raises(ValueError, match=r"logits must be \(batch, tokens, vocabulary\)"):
         per_sample_loss(logits[:, -1:], labels)
+    with pytest.raises(ValueError, match="got None; the model fuses its loss and makes none: call"):
+        per_sample_loss(None, labels)

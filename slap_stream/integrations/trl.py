@@ -1,0 +1,213 @@
+"""SlapSFTTrainer: TRL's SFTTrainer, on batches that are composed while the model trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from slap_stream.errors import ConfigError
+from slap_stream.integrations.mixin import SlapMixin
+from slap_stream.text.collate import ChatCollator
+
+logger = logging.getLogger(__name__)
+
+# Settings that would change what is trained on, what they must be, and why or what to do.
+_FIXED: dict[str, tuple[Any, str]] = {
+    "padding_free": (False, "a batch has a row for each sample, whose loss is read"),
+    "packing": (False, "a batch has a row for each sample, whose loss is read"),
+    "shuffle_dataset": (False, "the sampler composes the batches, and slap-convert shuffles"),
+    "truncation_mode": ("keep_start", "records are cut at their end"),
+}
+# What TRL reads of a record, and ChatCollator does not.
+_UNREAD = ("image", "images", "tools", "chat_template_kwargs")
+
+
+class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not typed
+    """An `SFTTrainer` that decides which samples are worth a step; the rest is TRL's.
+
+    Takes what `SFTTrainer` takes, and what `SlapTrainer` adds. Losses (`loss_type`), adapters
+    (`peft_config`), precision, checkpointing of gradients and evaluation are TRL's: on the same
+    batches both train alike, bit for bit. What cannot be honoured is refused by name.
+
+    TRL tokenises its training set before it trains; a streaming set is tokenised when its batches
+    are collated. Without a `data_collator` that is a `ChatCollator` with `processing_class`,
+    `max_length` and `pad_to_multiple_of`: the assistant's tokens are trained on, whether or not
+    `assistant_only_loss` says so. Records hold `messages`, or `input_ids` and `supervised`, as
+    `slap-convert` writes them. `eos_token` and `chat_template_path` work on messages. A
+    `data_collator` of another kind makes the labels by itself, of whatever records.
+
+    Evaluation sets are prepared and collated by TRL, and prompt-completion ones evaluated on the
+    completion; whole conversations are evaluated unless `assistant_only_loss=True`.
+
+    Args:
+        model: As for `SFTTrainer`, a model's name or path included.
+        args: As for `SFTTrainer`, `SFTConfig` or None.
+        train_dataset: A `StreamingDataset`.
+        eval_dataset: As for `SFTTrainer`: no streaming set.
+        embeddings: The training set's, as for `SlapDataLoader`.
+        slap_config: Settings; default `SlapConfig()`. `probe_fraction=0` switches the probe off.
+        head: As for `LearnabilityProbe`.
+        loss_fn: As for `LearnabilityProbe`.
+        **options: Everything else that `SFTTrainer` takes.
+
+    Raises:
+        TypeError: If the training set is not a `StreamingDataset`.
+        ConfigError: If settings contradict each other, or one of them cannot be honoured.
+    """
+
+    def default_arguments(self, model: Any) -> TrainingArguments:
+        """As `SFTTrainer`'s."""
+        name = model if isinstance(model, str) else model.config.name_or_path
+        return SFTConfig(f"{name.split('/')[-1]}-SFT")
+
+    def construct(self, given: dict[str, Any]) -> None:
+        """Make the SFTTrainer, which looks at the first sample of its training set and prepares all
+        of them: it gets the first one alone, ready."""
+        dataset, collate = given.get("train_dataset"), given.get("data_collator")
+        args, by_chat = given["args"], collate is None or isinstance(collate, ChatCollator)
+        check_arguments(args, collate)
+        if given.get("formatting_func") is not None:
+            raise ConfigError(
+                "formatting_func must be None, got a function; records are read as they are: "
+                "format them before slap-convert, or in a data_collator."
+            )
+        check_evaluation(given.get("eval_dataset"))
+        if dataset is not None:
+            sample = dataset[0]
+            if by_chat:
+                check_record(sample, args)
+                of_all = not getattr(args, "assistant_only_loss", False)
+                if of_all and given.get("eval_dataset") is not None:
+                    logger.warning(
+                        "eval_loss is of all tokens of a conversation, the training loss of the "
+                        "assistant's; assistant_only_loss=True, or an eval_dataset of prompts and "
+                        "completions, makes both the assistant's"
+                    )
+            given = {**given, "train_dataset": first_row(sample if by_chat else None)}
+        # What TRL has prepared it collates itself.
+        prepared = not (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset")
+        if by_chat and prepared:
+            given = {**given, "data_collator": None}
+        super().construct(given)
+        self.train_dataset = dataset
+        self._collate = self._chat_collator() if collate is None else collate
+
+    @property
+    def training_collator(self) -> Callable[[list[Any]], Any]:
+        """Ours, or the caller's; `data_collator` is what evaluation sets are collated by."""
+        return self._collate
+
+    def evaluate(self, eval_dataset: Any = None, *rest: Any, **options: Any) -> dict[str, float]:
+        """As `SFTTrainer`'s."""
+        check_evaluation(eval_dataset)
+        metrics: dict[str, float] = super().evaluate(eval_dataset, *rest, **options)
+        return metrics
+
+    def _chat_collator(self) -> ChatCollator:
+        # TRL has given it the tokens and the template that the settings name.
+        processor: Any = self.processing_class
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if tokenizer.chat_template is None and processor.chat_template is not None:
+            raise ConfigError(
+                "processing_class must have its chat template on its tokenizer, got it on "
+                f"{type(processor).__name__} alone; set processing_class.tokenizer.chat_template."
+            )
+        return ChatCollator(
+            tokenizer,
+            max_length=self.args.max_length,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
+        )
+
+
+class FirstRow(Dataset):  # type: ignore[misc]  # datasets is not typed
+    """One row to look at: preparing it leaves it as it is, and shows no progress over one row."""
+
+    def map(self, *args: Any, **options: Any) -> FirstRow:
+        """Itself."""
+        return self
+
+    filter = shuffle = map
+
+
+def first_row(chat: Mapping[str, Any] | None) -> FirstRow:
+    """A training set for TRL to look at: are records chats, and are completions all that counts?
+
+    Token ids and labels say that there is nothing left to prepare.
+    """
+    row: dict[str, Any] = {"input_ids": [0, 0], "labels": [0, 0]}
+    if chat is not None:
+        turns = chat.get("messages") or [{"role": "assistant", "content": ""}]
+        turn = {"role": turns[0]["role"], "content": str(turns[0]["content"])}
+        # With prompt and completion, None means for evaluation sets, too, what it means for ours.
+        row |= {name: [turn] for name in ("messages", "prompt", "completion")}
+    made: FirstRow = FirstRow.from_list([row])
+    return made
+
+
+def check_arguments(args: Any, collate: Any) -> None:
+    """Refuse settings of `SFTConfig` that training on a streaming set cannot honour, by name."""
+    for name, (wanted, cure) in _FIXED.items():
+        if (value := getattr(args, name, wanted)) != wanted:
+            raise ConfigError(f"{name} must be {wanted!r}, got {value!r}; {cure}.")
+    if getattr(args, "completion_only_loss", None) is False and (
+        collate is None or isinstance(collate, ChatCollator)
+    ):
+        raise ConfigError(
+            "completion_only_loss must be True or None, got False; ChatCollator's labels are the "
+            "assistant's tokens: leave it out, or give a data_collator that labels the prompt, too."
+        )
+    if collate is None:
+        return
+    usual = SFTConfig.__dataclass_fields__
+    own = {name: getattr(args, name, None) for name in ("max_length", "pad_to_multiple_of")}
+    if not isinstance(collate, ChatCollator):
+        own |= {
+            name: getattr(args, name, usual[name].default)
+            for name in ("assistant_only_loss", "completion_only_loss")
+        }
+    for name, value in own.items():
+        # TRL's default is what nobody asked for.
+        if value not in (None, usual[name].default, getattr(collate, name, None)):
+            raise ConfigError(
+                f"{name} must be left out with a data_collator of your own, which decides it, got "
+                f"{value!r}; give it to the collator, or leave the collator out."
+            )
+
+
+def check_record(sample: Mapping[str, Any], args: Any) -> None:
+    """Refuse records that ChatCollator does not read, or not as TRL does."""
+    columns = sorted(sample)
+    if "messages" not in sample and not {"input_ids", "supervised"} <= sample.keys():
+        raise ConfigError(
+            "train_dataset must hold 'messages', or 'input_ids' and 'supervised', got the columns "
+            f"{columns!r}; slap-convert makes them of texts, prompts and completions, or give a "
+            "data_collator that reads yours."
+        )
+    for name in _UNREAD:
+        if sample.get(name) is not None:
+            raise ConfigError(
+                f"train_dataset must hold no {name!r}, got the columns {columns!r}; ChatCollator "
+                "reads text alone: give a data_collator that reads it."
+            )
+    roles = {message["role"] for message in sample.get("messages", ())}
+    if getattr(args, "assistant_only_loss", False) and roles == {"text"}:
+        raise ConfigError(
+            "assistant_only_loss must be False with plain documents, got True; they have no turns, "
+            "and all their tokens are trained on."
+        )
+
+
+def check_evaluation(dataset: Any) -> None:
+    """Refuse evaluation sets that TRL does not read."""
+    for one in dataset.values() if isinstance(dataset, Mapping) else [dataset]:
+        if not (one is None or isinstance(one, str | Dataset | IterableDataset)):
+            raise ConfigError(
+                "eval_dataset must be a datasets.Dataset or a dict of them, got "
+                f"{type(one).__name__}; TRL reads no other: of a streaming set make one with "
+                "datasets.Dataset.from_list([dataset[i] for i in range(dataset.num_samples)])."
+            )

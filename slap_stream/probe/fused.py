@@ -1,0 +1,72 @@
+"""Losses of a training forward whose output has no logits, because its loss is fused.
+
+Fused losses (Liger's kernels, for one) multiply hidden states by the head's weight piece by piece
+and keep no logits. What entered the head is caught where it left the body, and the head then works
+on the supervised tokens alone, a block of them at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slap_stream.probe.head import find_body, find_head, hidden_of, is_compiled, unwrap
+from slap_stream.probe.readout import CausalReader
+
+
+class FusedLosses(CausalReader):
+    """Each sample's loss, from what a model's body made in a forward of somebody else's."""
+
+    def __init__(self, model: nn.Module, head: nn.Module | None = None) -> None:
+        """
+        Args:
+            model: As for `LearnabilityProbe`.
+            head: As for `LearnabilityProbe`.
+
+        Raises:
+            HeadError: If the head cannot be found.
+        """
+        inner = unwrap(model)
+        super().__init__(inner, find_head(inner, head))
+
+    def of(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of each sample over its supervised tokens, without gradient.
+
+        Args:
+            hidden: What left the body, (batch, tokens, hidden).
+            labels: (batch, tokens) int64.
+
+        Returns:
+            (batch,) float32, as of `per_sample_loss`.
+
+        Raises:
+            HeadError: If the shapes do not belong together.
+        """
+        with torch.no_grad():
+            return self._read_tokens(hidden, labels, None)[:, 0]
+
+
+@contextmanager
+def body_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside: what leaves the model's body in forwards with gradients goes to the list, detached.
+
+    Of a model that torch.compile wraps nothing does: a hook on a part of it would be compiled with
+    it, and called no more or for ever.
+    """
+    caught: list[Tensor] = []
+
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            caught.append(hidden_of(output).detach())
+
+    body = None if is_compiled(model) else find_body(unwrap(model))
+    handle = None if body is None else body.register_forward_hook(leave)
+    try:
+        yield caught
+    finally:
+        if handle is not None:
+            handle.remove()

@@ -1,0 +1,440 @@
+"""SlapSFTTrainer: TRL's own training, on composed batches, resumed exactly."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from streaming import StreamingDataset
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedTokenizerFast, TrainingArguments
+
+from slap_stream import SlapConfig, per_sample_loss
+from slap_stream.errors import ConfigError
+from slap_stream.text.chat import DEFAULT_CHAT_TEMPLATE
+from slap_stream.text.collate import ChatCollator
+from tests.helpers.probe_host import one_thread  # noqa: F401  (a fixture)
+from tests.integrations.test_transformers import BATCHES, history, new_model
+from tests.laws import config_of
+from tests.test_training import BATCH, byte_tokenizer, folder  # noqa: F401  (a fixture)
+
+trl = pytest.importorskip("trl", reason="trl is an extra")
+
+from slap_stream.integrations.trl import SlapSFTTrainer  # noqa: E402
+
+# TRL sets what transformers 5 calls by another name, and will smooth labels no more.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:`(gradient_checkpointing|label_smoothing_factor)` is deprecated:FutureWarning"
+)
+
+CONFIG = config_of(num_lanes=2, lookahead=4, warmup_losses=48, probe_every=4)
+NO_PROBE = config_of(num_lanes=1, lookahead=2, probe_fraction=0.0)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL reports what it runs, but not from CI."""
+    monkeypatch.setenv("CI", "1")
+    # Accelerate keeps it in the environment, where it would outlive the test.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+class Recording(SlapSFTTrainer):
+    """Writes down what each batch was, and what came of it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.ids: list[list[int]] = []
+        self.losses: list[float] = []
+        self.samples: list[torch.Tensor] = []
+        super().__init__(*args, **options)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        self.ids.append(inputs["sample_id"].tolist())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.losses.append(float(loss))
+        return loss
+
+    def sample_losses(self, outputs: Any, labels: Any) -> Any:
+        self.samples.append(super().sample_losses(outputs, labels))
+        return self.samples[-1]
+
+
+class Replay(trl.SFTTrainer):
+    """The stock SFTTrainer, on samples in a given order."""
+
+    def _get_train_sampler(self, *dataset: Any) -> Any:
+        return SequentialSampler(self.train_dataset)
+
+    def training_step(self, *inputs: Any) -> Any:
+        self.losses = [*getattr(self, "losses", []), float(super().training_step(*inputs))]
+        return torch.tensor(self.losses[-1])
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, with a template that marks what the assistant says."""
+    made = byte_tokenizer()
+    made.chat_template = DEFAULT_CHAT_TEMPLATE
+    return made
+
+
+def on_a_cpu(**settings: Any) -> dict[str, Any]:
+    """Settings of two short epochs."""
+    return {
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+        **settings,
+    }
+
+
+def arguments(out: Path, **settings: Any) -> Any:
+    return trl.SFTConfig(str(out), per_device_train_batch_size=BATCH, **on_a_cpu(**settings))
+
+
+def make(
+    folder: Path,  # noqa: F811
+    out: Path,
+    *,
+    config: SlapConfig = CONFIG,
+    dropout: float = 0.0,
+    options: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Recording:
+    """A trainer as users make it."""
+    return Recording(
+        new_model(folder, dropout),
+        **{
+            "args": arguments(out, **settings),
+            "train_dataset": streaming(folder),
+            "processing_class": tokenizer(),
+            "embeddings": folder / "corpus" / "embeddings.zarr",
+            "slap_config": config,
+            **(options or {}),
+        },
+    )
+
+
+def streaming(folder: Path, kind: type = StreamingDataset) -> Any:  # noqa: F811
+    return kind(local=str(folder / "corpus"), batch_size=BATCH)
+
+
+def tokenised(samples: list[Any]) -> Dataset:
+    """Records as TRL would have prepared them to train on the assistant's tokens."""
+    rows = []
+    for sample in samples:
+        batch = ChatCollator(tokenizer())([sample])
+        rows.append({name: batch[name][0].tolist() for name in ("input_ids", "labels")})
+    return Dataset.from_list(rows)
+
+
+def lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"gradient_accumulation_steps": 2}, {}),
+        ({"loss_type": "dft", "pad_to_multiple_of": 16}, {}),
+        ({"gradient_checkpointing": True}, {"peft_config": lora}),
+        ({"bf16": True}, {}),
+        ({"label_smoothing_factor": 0.1}, {}),
+    ],
+    ids=["accumulated", "dft", "lora", "bf16", "smoothed"],
+)
+def test_on_the_same_batches_the_stock_trainer_trains_alike_bit_for_bit(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    settings: dict[str, Any],
+    options: dict[str, Callable[[], Any]],
+) -> None:
+    steps = {"max_steps": 5, **settings}
+    ours = make(folder, tmp_path, options={n: f() for n, f in options.items()}, **steps)
+    ours.train()
+    stock = Replay(
+        new_model(folder),
+        arguments(tmp_path, **steps),
+        train_dataset=tokenised([ours.train_dataset[i] for batch in ours.ids for i in batch]),
+        processing_class=tokenizer(),
+        **{n: f() for n, f in options.items()},
+    )
+    stock.train()
+    assert ours.probe is not None
+    assert ours.losses == stock.losses
+    # To the stock trainer these few batches are a whole epoch.
+    assert [step[:3] for step in history(ours)] == [step[:3] for step in history(stock)]
+    for mine, theirs in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Recording:  # noqa: F811
+    """Two epochs, with a checkpoint every few steps: in mid-epoch, but for the second."""
+    trainer = make(
+        folder,
+        tmp_path_factory.mktemp("unbroken"),
+        dropout=0.2,
+        gradient_accumulation_steps=4,
+        save_strategy="steps",
+        save_steps=3,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("checkpoint", [3, 6, 9])
+def test_a_resumed_run_equals_the_unbroken_one(
+    folder: Path,  # noqa: F811
+    unbroken: Recording,
+    tmp_path: Path,
+    checkpoint: int,
+) -> None:
+    again = make(folder, tmp_path, dropout=0.2, gradient_accumulation_steps=4)
+    again.train(f"{unbroken.args.output_dir}/checkpoint-{checkpoint}")
+    assert 0 < len(again.ids) < len(unbroken.ids) == 2 * BATCHES
+    assert again.ids == unbroken.ids[-len(again.ids) :]
+    assert again.losses == unbroken.losses[-len(again.losses) :]
+    assert history(again) == history(unbroken)
+    for one, other in zip(again.model.parameters(), unbroken.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss_type": "dft"}], ids=["nll", "dft"])
+def test_a_batch_costs_one_forward_whose_losses_are_fed_back(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    settings: dict[str, Any],
+) -> None:
+    trainer = make(folder, tmp_path, config=NO_PROBE, max_steps=3, **settings)
+    forwards = []
+    trainer.model.register_forward_hook(lambda *call: forwards.append(call[2]))
+    trainer.train()
+    assert len(forwards) == len(trainer.ids) == 3
+    batch = trainer.training_collator([trainer.train_dataset[i] for i in trainer.ids[0]])
+    with torch.no_grad():
+        logits = new_model(folder)(batch["input_ids"], batch["attention_mask"]).logits
+    torch.testing.assert_close(trainer.samples[0], per_sample_loss(logits, batch["labels"]))
+    assert trainer.loader is not None
+    assert trainer.loader.metrics()["observed"] == 3 * BATCH
+
+
+def test_evaluation_is_trls_and_changes_nothing(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    held_out = [streaming(folder)[i] for i in range(20)]
+    alone = make(folder, tmp_path, max_steps=4)
+    alone.train()
+    trainer = make(
+        folder,
+        tmp_path,
+        options={"eval_dataset": Dataset.from_list(held_out)},
+        max_steps=4,
+        assistant_only_loss=True,
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    trainer.train()
+    assert trainer.ids == alone.ids
+    assert trainer.losses == alone.losses
+    first, last = (log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log)
+    assert last < first
+    # Of the assistant's tokens, as training is; so is a set of prompts and completions.
+    batch = ChatCollator(tokenizer())(held_out)
+    with torch.no_grad():
+        logits = trainer.model(batch["input_ids"], batch["attention_mask"]).logits
+    tokens = (batch["labels"][:, 1:] != -100).sum(1)
+    mean = float((per_sample_loss(logits, batch["labels"]) * tokens).sum() / tokens.sum())
+    pairs = [{"prompt": r["messages"][:1], "completion": r["messages"][1:]} for r in held_out]
+    for dataset in (Dataset.from_list(held_out), Dataset.from_list(pairs)):
+        trainer.args.per_device_eval_batch_size = len(held_out)
+        assert trainer.evaluate(dataset)["eval_loss"] == pytest.approx(mean, rel=1e-4)
+    with pytest.raises(ConfigError, match=r"must be a datasets.Dataset .* got StreamingDataset"):
+        trainer.evaluate(streaming(folder))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["from settings", "the caller's"])
+def test_chats_are_collated_for_the_assistants_tokens(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    own: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    theirs = ChatCollator(tokenizer(), max_length=50, pad_to_multiple_of=7)
+    settings = {} if own else {"max_length": 50, "pad_to_multiple_of": 7}
+    trainer = make(
+        folder,
+        tmp_path,
+        options={
+            "data_collator": theirs if own else None,
+            "eval_dataset": Dataset.from_list([streaming(folder)[0]]),
+        },
+        **settings,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    samples = [trainer.train_dataset[i] for i in batch.pop("sample_id").tolist()]
+    expected = theirs(samples)
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in batch)
+    # TRL's evaluation is of whole conversations, which it says.
+    assert "eval_loss is of all tokens of a conversation" in caplog.text
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+class Ids(StreamingDataset):
+    """Samples that were tokenised beforehand."""
+
+    def __getitem__(self, at: Any) -> Any:
+        return {"input_ids": [5, 6, 7, at % 250], "supervised": [False, False, True, True]}
+
+
+class Texts(StreamingDataset):
+    """Samples of another kind."""
+
+    def __getitem__(self, at: Any) -> Any:
+        return {"text": f"text {at}"}
+
+
+class Documents(StreamingDataset):
+    """Samples without turns."""
+
+    def __getitem__(self, at: Any) -> Any:
+        return {"messages": [{"role": "text", "content": f"text {at}"}], "tools": None}
+
+
+class WithTools(StreamingDataset):
+    """Samples that hold more than messages."""
+
+    def __getitem__(self, at: Any) -> Any:
+        return {**super().__getitem__(at), "tools": "[]"}
+
+
+def test_a_tokenised_corpus_needs_no_template(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    plain = byte_tokenizer()
+    options = {"train_dataset": streaming(folder, Ids), "processing_class": plain}
+    trainer = make(folder, tmp_path, config=NO_PROBE, options=options, max_steps=1)
+    trainer.train()
+    assert len(trainer.ids[0]) == BATCH
+
+
+def test_a_name_of_a_model_and_no_arguments_are_enough(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # By default TRL trains in bf16, and refuses a machine without an accelerator.
+    on_cpu = partial(trl.SFTConfig, bf16=False, use_cpu=True)
+    monkeypatch.setattr("slap_stream.integrations.trl.SFTConfig", on_cpu)
+    trainer = SlapSFTTrainer(
+        str(folder / "model"),
+        train_dataset=streaming(folder),
+        embeddings=folder / "corpus" / "embeddings.zarr",
+    )
+    assert isinstance(trainer.args, trl.SFTConfig)
+    assert trainer.args.output_dir == "model-SFT"
+    assert trainer.training_collator.max_length == 1024
+    plain = TrainingArguments(str(tmp_path), per_device_train_batch_size=BATCH, use_cpu=True)
+    held_out = Dataset.from_list([streaming(folder)[0]])
+    trainer = make(folder, tmp_path, options={"args": plain, "eval_dataset": held_out})
+    assert isinstance(trainer.args, trl.SFTConfig)
+
+
+def test_the_page_runs_as_it_stands(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()
+    section = page.partition("## TRL's SFTTrainer")[2].partition("\n## ")[0]
+    [block] = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    shutil.copytree(folder, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("trl.SFTConfig", partial(trl.SFTConfig, **on_a_cpu(max_steps=1)))
+    scope: dict[str, Any] = {}
+    exec(compile(block, "docs/trainers.md", "exec"), scope)
+    assert scope["trainer"].state.global_step == 1
+
+
+def collate(samples: list[Any]) -> dict[str, torch.Tensor]:
+    """A collator of somebody else's."""
+    ids = torch.arange(6 * len(samples)).view(len(samples), 6)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def test_a_collator_of_another_kind_makes_labels_of_any_records(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    options = {"train_dataset": streaming(folder, Texts), "data_collator": collate}
+    trainer = make(
+        folder, tmp_path, config=NO_PROBE, options=options, max_steps=1, remove_unused_columns=False
+    )
+    trainer.train()
+    assert trainer.training_collator is trainer.data_collator is collate
+    assert len(trainer.samples) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ({"padding_free": True}, {}, "padding_free must be False, got True; a batch has a row"),
+        ({"packing": True}, {}, "packing must be False, got True; a batch has a row for each"),
+        ({"shuffle_dataset": True}, {}, "shuffle_dataset must be False, .* the sampler composes"),
+        ({"truncation_mode": "keep_end"}, {}, "truncation_mode must be 'keep_start', got 'keep_e"),
+        ({"completion_only_loss": False}, {}, "completion_only_loss must be True or None, got F"),
+        ({}, {"formatting_func": str}, "formatting_func must be None, got a function; records"),
+        ({}, {"train_dataset": Texts}, r"must hold 'messages', .* columns \['text'\]; slap-conv"),
+        ({}, {"train_dataset": WithTools}, "must hold no 'tools', .* give a data_collator that"),
+        (
+            {"assistant_only_loss": True},
+            {"train_dataset": Documents},
+            "assistant_only_loss must be False with plain documents, got True",
+        ),
+        (
+            {"max_length": 64},
+            {"data_collator": ChatCollator(tokenizer(), max_length=96)},
+            "max_length must be left out with a data_collator of your own, .* got 64; give it to",
+        ),
+        (
+            {"assistant_only_loss": True},
+            {"data_collator": collate},
+            "assistant_only_loss must be left out with a data_collator of your own",
+        ),
+        ({}, {"eval_dataset": {"a": [{}]}}, "eval_dataset must be a datasets.Dataset .* got list"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
+def test_what_cannot_be_honoured_is_refused_by_name(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    given = {
+        name: streaming(folder, value) if name == "train_dataset" else value
+        for name, value in options.items()
+    }
+    with pytest.raises(ConfigError, match=message):
+        make(folder, tmp_path, options=given, **settings)
+
+
+def test_a_training_set_is_asked_for(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(ValueError, match="`train_dataset` is required"):
+        make(folder, tmp_path, options={"train_dataset": None})
+    with pytest.raises(TypeError, match=r"must be a streaming.StreamingDataset, got list"):
+        make(folder, tmp_path, options={"train_dataset": [{"input_ids": [1]}]})
