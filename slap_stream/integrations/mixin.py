@@ -23,7 +23,13 @@ from slap_stream.integrations.trainer_callbacks import (
     HideMetrics,
     ShowMetrics,
 )
-from slap_stream.integrations.trainer_checks import check_arguments, check_config, check_dataset
+from slap_stream.integrations.trainer_checks import (
+    check_arguments,
+    check_config,
+    check_dataset,
+    grouped_by_length,
+    ungrouped,
+)
 from slap_stream.integrations.trainer_loader import ModelColumns, TrainerLoader
 from slap_stream.loader.delivery import SAMPLE_ID
 from slap_stream.loader.loader import SlapDataLoader
@@ -78,7 +84,7 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         if isinstance(given.get("data_collator"), ChatCollator):
             args.remove_unused_columns = False
         self._embeddings = embeddings
-        self._slap_config = check_config(slap_config)
+        self._slap_config = grouped_by_length(check_config(slap_config), args)
         self._head, self._loss_fn = head, loss_fn
         self._resume_from: str | None = None
         self.loader: SlapDataLoader | None = None
@@ -87,7 +93,8 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         # Before the caller's own, which then see what ours have set.
         companion = Companion(self._begin, self._step_probe)
         callbacks = [companion, *(given.get("callbacks") or [])]
-        super().__init__(**{**given, "args": args, "callbacks": callbacks})
+        with ungrouped(args):
+            super().__init__(**{**given, "args": args, "callbacks": callbacks})
         # Around the last one, which prints; callbacks that are added later are told again.
         quiet = HideMetrics()
         self.callback_handler.callbacks.insert(-1, quiet)

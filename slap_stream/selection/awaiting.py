@@ -80,6 +80,10 @@ class Awaiting:
         """(n,) ids and (n, columns) rows asked for last; None before the first question."""
         return (self._asked[-1].sample_id, self._asked[-1].x) if self._asked else None
 
+    def latest(self, count: int) -> list[Asked]:
+        """The `count` questions that were asked last, in the order asked."""
+        return list(self._asked)[len(self._asked) - count :]
+
     def oldest(self) -> Asked | None:
         """The first question of which something is open."""
         return self._asked[self._closed] if self._closed < len(self._asked) else None
