@@ -33,6 +33,8 @@ from slap_stream.integrations.trainer_checks import (
 from slap_stream.integrations.trainer_loader import ModelColumns, TrainerLoader
 from slap_stream.loader.delivery import SAMPLE_ID
 from slap_stream.loader.loader import SlapDataLoader
+from slap_stream.probe.head import find_head, unwrap
+from slap_stream.probe.packing import check_apart, packed_positions, sample_bounds
 from slap_stream.probe.probe import LearnabilityProbe
 from slap_stream.probe.readout import per_sample_loss
 from slap_stream.text.collate import ChatCollator
@@ -87,6 +89,8 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         self._slap_config = grouped_by_length(check_config(slap_config), args)
         self._head, self._loss_fn = head, loss_fn
         self._resume_from: str | None = None
+        # Whether a model was seen to keep the samples of a batch without padding apart.
+        self._samples_apart = False
         self.loader: SlapDataLoader | None = None
         """The loader of the training that runs, or that ran last."""
         self.probe: LearnabilityProbe | None = None
@@ -100,7 +104,9 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         self.callback_handler.callbacks.insert(-1, quiet)
         self.callback_handler.callbacks.append(ShowMetrics(quiet))
 
-    def sample_losses(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    def sample_losses(
+        self, outputs: Any, labels: torch.Tensor, position_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """What each sample of a training batch costs, from the forward of the training step.
 
         Override it for a model whose loss is not the cross-entropy of the next token, together
@@ -108,7 +114,9 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
 
         Args:
             outputs: What the model returned.
-            labels: (batch, tokens) int64.
+            labels: (batch, tokens) int64; of a batch without padding (1, tokens).
+            position_ids: Only given for a batch without padding: (1, tokens), as for
+                `per_sample_loss`.
 
         Returns:
             (batch,) losses that tell samples apart; no gradient is needed.
@@ -124,8 +132,10 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
                 "sample_losses."
             )
         # One sample at a time: logits as float32 are the largest thing in a training step.
-        rows = range(len(labels))
-        return torch.cat([per_sample_loss(logits[i : i + 1], labels[i : i + 1]) for i in rows])
+        cuts = [(slice(i, i + 1), slice(None)) for i in range(len(labels))]
+        if position_ids is not None:
+            cuts = [(slice(None), slice(*bounds)) for bounds in sample_bounds(position_ids)]
+        return torch.cat([per_sample_loss(logits[cut], labels[cut]) for cut in cuts])
 
     def get_train_dataloader(self) -> SlapDataLoader:
         """A new loader over the training set, at the start of its first epoch."""
@@ -178,7 +188,11 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         """The stock Trainer's loss; in training, each sample's own goes back to the loader."""
         ids = inputs.pop(SAMPLE_ID, None) if model.training else None
         # The stock Trainer takes them out of the inputs for some losses.
-        labels = inputs.get("labels")
+        labels, packed = inputs.get("labels"), packed_positions(inputs)
+        if packed is not None and not self._samples_apart and ids is not None:
+            root = unwrap(self.model)
+            check_apart(root, find_head(root, self._head), inputs)
+            self._samples_apart = True
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
@@ -189,7 +203,8 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
                     "ChatCollator(tokenizer), or one that makes them."
                 )
             with torch.no_grad():
-                self.loader.observe(ids, self.sample_losses(outputs, labels))
+                also = () if packed is None else (packed,)
+                self.loader.observe(ids, self.sample_losses(outputs, labels, *also))
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(

@@ -6,6 +6,7 @@ out  losses, gradient sketches and the head's second moment
 probe.py          `LearnabilityProbe`: when, how many, and where the answers go
 head.py           where the output head is, and how a model is called quietly
 readout.py        losses and gradients of a batch, from one forward
+packing.py        batches without padding: whose tokens are whose, and are samples kept apart
 measurements.py   other numbers of a sample's logits, for policies that ask for them
 sketch.py         TensorSketch of a sample's gradient
 second_moment.py  our approximation of the Hessian: Adam's second moment, factored
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
+    "head": ("find_head", "unwrap"),
+    "packing": ("check_apart", "packed_positions", "sample_bounds"),
     "probe": ("LearnabilityProbe", "check_probe_state"),
     "readout": ("per_sample_loss",),
 }

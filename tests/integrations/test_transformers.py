@@ -44,8 +44,8 @@ class Recording(SlapTrainer):
         self.losses.append(float(loss))
         return loss
 
-    def sample_losses(self, outputs: Any, labels: Any) -> Any:
-        losses = super().sample_losses(outputs, labels)
+    def sample_losses(self, outputs: Any, labels: Any, *position_ids: Any) -> Any:
+        losses = super().sample_losses(outputs, labels, *position_ids)
         self.samples.append(losses)
         return losses
 
