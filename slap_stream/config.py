@@ -13,7 +13,7 @@ from slap_stream.errors import ConfigError
 OnBadShard = Literal["raise", "skip"]
 
 # Settings of running: they may be others when a run goes on from a checkpoint.
-RUNNING = ("lookahead", "on_bad_shard", "max_withdrawn")
+RUNNING = ("lookahead", "length_grouping", "on_bad_shard", "max_withdrawn")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +94,7 @@ class Advanced:
 class SlapConfig:
     """Settings of a run; the defaults are meant to work without tuning.
 
-    The last three before `advanced` are settings of running, which may be others when a run goes
+    The last four before `advanced` are settings of running, which may be others when a run goes
     on from a checkpoint. All others decide which samples come, and stay.
 
     Attributes:
@@ -109,6 +109,9 @@ class SlapConfig:
         probe_fraction: Fraction of the offered candidates that the probe reads, in [0, 0.15]; in
             [0, 1] for policies that are meant to measure every candidate.
         lookahead: Batches composed ahead of the one that is asked for; feedback is late by this.
+        length_grouping: Batches of one optimizer step (gradient accumulation), among which the
+            loader deals samples by length, the longest first, so that less is padding; 1: they stay
+            where they were composed. What an optimizer step trains on stays the same.
         on_bad_shard: Whether a damaged shard raises, or is withdrawn and counted. A shard that
             cannot be fetched raises in any case.
         max_withdrawn: Fraction of the dataset's candidates, in [0, 1], that a process may withdraw
@@ -124,6 +127,7 @@ class SlapConfig:
     probe_every: int = 16
     probe_fraction: float = 0.1
     lookahead: int = 8
+    length_grouping: int = 1
     on_bad_shard: OnBadShard = "raise"
     max_withdrawn: float = 0.01
     advanced: Advanced = field(default_factory=Advanced)
@@ -157,6 +161,12 @@ class SlapConfig:
         if self.seed >= 2**63:
             raise ConfigError(f"seed must be below 2**63, got {self.seed!r}.")
         _take_whole(self, "lookahead", 0)
+        if self.length_grouping is True:
+            raise ConfigError(
+                "length_grouping must be a whole number >= 1, got True; it is the batches of an "
+                "optimizer step: write length_grouping=8 where 8 of them are accumulated."
+            )
+        _take_whole(self, "length_grouping", 1)
         _take_whole(self, "probe_every", 1)
         for name in ("probe_fraction", "max_withdrawn"):
             if not 0.0 <= _take_number(self, name) <= 1.0:

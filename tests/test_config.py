@@ -21,6 +21,7 @@ WHOLE = {
     "seed": 0,
     "num_lanes": 1,
     "lookahead": 0,
+    "length_grouping": 1,
     "num_clusters": 1,
     "shards_per_block": 1,
     "pool_batches": 2,
@@ -53,6 +54,7 @@ def config_of(setting: str, value: Any) -> SlapConfig:
         ("policy", "", "policy must be the name of a policy, got ''; such as"),
         ("policy", None, "policy must be the name of a policy, got None"),
         ("on_bad_shard", "ignore", "on_bad_shard must be one of raise, skip, got 'ignore'"),
+        ("length_grouping", True, "got True; it is the batches of an optimizer step: write"),
         ("sketch_dim", 100, "sketch_dim must be a power of two, got 100; try 512"),
         ("pool_batches", 1, "pool_batches must be at least 2, got 1; .* nothing to choose from"),
         ("probe_fraction", 1.5, r"probe_fraction must be in \[0, 1\], got 1\.5"),
@@ -191,7 +193,7 @@ def test_differences_name_old_and_new() -> None:
 
 def test_settings_of_running_may_be_others_when_a_run_goes_on() -> None:
     saved = SlapConfig().to_dict()
-    other = SlapConfig(lookahead=2, on_bad_shard="skip", max_withdrawn=0.5)
+    other = SlapConfig(lookahead=2, length_grouping=4, on_bad_shard="skip", max_withdrawn=0.5)
     assert other.differences(saved) == []
     assert {name for name, value in other.to_dict().items() if value != saved[name]} == {*RUNNING}
 

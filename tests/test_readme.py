@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,9 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 PARSERS = {"slap-convert": convert.parser, "slap-embed": embed.parser}
 
 
-def blocks(language: str) -> list[str]:
-    """Code blocks of the README in a language."""
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    """Code blocks of the README, or another text, in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_the_python_blocks_run(
@@ -36,6 +37,21 @@ def test_the_python_blocks_run(
     scope: dict[str, object] = {}
     for block in found:
         exec(compile(block, "README.md", "exec"), scope)
+
+
+def test_the_loop_without_padding_runs(
+    tmp_path: Path,
+    folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (block,) = blocks("python", (Path(__file__).parent.parent / "docs/padding.md").read_text())
+    shutil.copytree(folder, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    scope: dict[str, Any] = {}
+    exec(compile(block, "padding.md", "exec"), scope)
+    metrics = scope["loader"].metrics()
+    assert metrics["padding_share"] == 0
+    assert metrics["trained"] == metrics["observed"] > 0
 
 
 def test_the_commands_parse() -> None:

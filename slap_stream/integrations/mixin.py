@@ -23,11 +23,19 @@ from slap_stream.integrations.trainer_callbacks import (
     HideMetrics,
     ShowMetrics,
 )
-from slap_stream.integrations.trainer_checks import check_arguments, check_config, check_dataset
+from slap_stream.integrations.trainer_checks import (
+    check_arguments,
+    check_config,
+    check_dataset,
+    grouped_by_length,
+    ungrouped,
+)
 from slap_stream.integrations.trainer_forward import TrainingForward
 from slap_stream.integrations.trainer_loader import ModelColumns, TrainerLoader
 from slap_stream.loader.delivery import SAMPLE_ID
 from slap_stream.loader.loader import SlapDataLoader
+from slap_stream.probe.head import find_head, unwrap
+from slap_stream.probe.packing import check_apart, packed_positions
 from slap_stream.probe.probe import LearnabilityProbe
 from slap_stream.text.collate import ChatCollator
 
@@ -78,17 +86,20 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         if isinstance(given.get("data_collator"), ChatCollator):
             args.remove_unused_columns = False
         self._embeddings = embeddings
-        self._slap_config = check_config(slap_config)
+        self._slap_config = grouped_by_length(check_config(slap_config), args)
         self._head, self._loss_fn = head, loss_fn
         self._forward = TrainingForward(head)
         self._resume_from: str | None = None
+        # Whether a model was seen to keep the samples of a batch without padding apart.
+        self._samples_apart = False
         self.loader: SlapDataLoader | None = None
         """The loader of the training that runs, or that ran last."""
         self.probe: LearnabilityProbe | None = None
         # Before the caller's own, which then see what ours have set.
         companion = Companion(self._begin, self._step_probe)
         callbacks = [companion, *(given.get("callbacks") or [])]
-        self.construct({**given, "args": args, "callbacks": callbacks})
+        with ungrouped(args):
+            self.construct({**given, "args": args, "callbacks": callbacks})
         # Around the last one, which prints; callbacks that are added later are told again.
         quiet = HideMetrics()
         self.callback_handler.callbacks.insert(-1, quiet)
@@ -111,7 +122,9 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         collate: Callable[[list[Any]], Any] = self.data_collator
         return collate
 
-    def sample_losses(self, outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    def sample_losses(
+        self, outputs: Any, labels: torch.Tensor, position_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """What each sample of a training batch costs, from the forward of the training step.
 
         Override it for a model whose loss is not the cross-entropy of the next token, together
@@ -120,7 +133,9 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         Args:
             outputs: What the model returned; a list where `compute_loss` called it more than once
                 with gradients.
-            labels: (batch, tokens) int64.
+            labels: (batch, tokens) int64; of a batch without padding (1, tokens).
+            position_ids: Only given for a batch without padding: (1, tokens), as for
+                `per_sample_loss`.
 
         Returns:
             (batch,) losses that tell samples apart; no gradient is needed.
@@ -131,7 +146,7 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         """
         # A fused loss is read by calling the head, in the precision of the training step.
         with self.accelerator.autocast():
-            return self._forward.losses(outputs, labels)
+            return self._forward.losses(outputs, labels, position_ids)
 
     def get_train_dataloader(self) -> SlapDataLoader:
         """A new loader over the training set, at the start of its first epoch."""
@@ -187,16 +202,22 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         if ids is None or self.loader is None:
             return super().compute_loss(model, inputs, **options)
         # The stock Trainer takes them out of the inputs for some losses.
-        labels = inputs.get("labels")
+        labels, packed = inputs.get("labels"), packed_positions(inputs)
         if labels is None:
             raise ConfigError(
                 f"data_collator must make labels, got the columns {sorted(inputs)!r}; use "
                 "ChatCollator(tokenizer), or one that makes them."
             )
+        if packed is not None and not self._samples_apart:
+            root = unwrap(self.model)
+            check_apart(root, find_head(root, self._head), inputs)
+            self._samples_apart = True
         with self._forward.watched(model, num_items_in_batch):
             made = super().compute_loss(model, inputs, **options)
             with torch.no_grad():
-                self.loader.observe(ids, self.sample_losses(self._forward.outputs, labels))
+                also = () if packed is None else (packed,)
+                losses = self.sample_losses(self._forward.outputs, labels, *also)
+                self.loader.observe(ids, losses)
         return made
 
     def get_batch_samples(

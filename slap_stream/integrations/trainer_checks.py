@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from transformers import TrainingArguments
@@ -10,6 +14,10 @@ from slap_stream.config import SlapConfig
 from slap_stream.errors import ConfigError
 from slap_stream.selection.policies.registry import make_policy
 from slap_stream.shards.settings import dataset_shards
+
+logger = logging.getLogger(__name__)
+
+_BY_LENGTH, _STRATEGY = "group_by_length", "train_sampling_strategy"
 
 
 def check_arguments(args: TrainingArguments) -> None:
@@ -21,7 +29,6 @@ def check_arguments(args: TrainingArguments) -> None:
             "(CUDA_VISIBLE_DEVICES=0)."
         )
     refused = {
-        "group_by_length": "the sampler composes the batches",
         "auto_find_batch_size": "the batch size is fixed for a run; find it beforehand",
         "include_tokens_per_second": "it would read an epoch in advance; use "
         "include_num_input_tokens_seen",
@@ -36,12 +43,17 @@ def check_arguments(args: TrainingArguments) -> None:
             raise ConfigError(f"{name} must be off, got {getattr(args, name)!r}; {cure}.")
     # Settings of transformers 5, and what they are where nothing is asked for.
     wanted = {
-        "train_sampling_strategy": ("random", "the sampler composes the batches"),
         "dataloader_in_order": (True, "a state says which batches were delivered: all up to one"),
     }
     for name, (usual, cure) in wanted.items():
         if getattr(args, name, usual) != usual:
             raise ConfigError(f"{name} must be {usual!r}, got {getattr(args, name)!r}; {cure}.")
+    strategy = getattr(args, _STRATEGY, "random")
+    if strategy not in ("random", _BY_LENGTH):
+        raise ConfigError(
+            f"{_STRATEGY} must be 'random' or {_BY_LENGTH!r}, got {strategy!r}; the "
+            "sampler composes the batches."
+        )
 
 
 def check_config(config: Any) -> SlapConfig:
@@ -58,6 +70,45 @@ def check_config(config: Any) -> SlapConfig:
             "weights, and the loss here is the stock Trainer's: use a loop of your own."
         )
     return config
+
+
+def grouped_by_length(config: SlapConfig, args: TrainingArguments) -> SlapConfig:
+    """The settings, with samples dealt by length over an optimizer step if the arguments ask for it
+    (`group_by_length`; since transformers 5 a sampling strategy).
+
+    Raises:
+        ConfigError: If the settings name another number of batches in a step.
+    """
+    accumulated = args.gradient_accumulation_steps
+    if config.length_grouping not in (1, accumulated):
+        raise ConfigError(
+            f"length_grouping must be gradient_accumulation_steps, {accumulated}, got "
+            f"{config.length_grouping}; leave it out and set {_BY_LENGTH}."
+        )
+    if not getattr(args, _BY_LENGTH, False) and getattr(args, _STRATEGY, None) != _BY_LENGTH:
+        return config
+    if accumulated == 1:
+        logger.warning(
+            "%s changes nothing with gradient_accumulation_steps=1: samples are dealt over the "
+            "batches of one optimizer step, and what they are is the sampler's to say.",
+            _BY_LENGTH,
+        )
+    return replace(config, length_grouping=accumulated)
+
+
+@contextmanager
+def ungrouped(args: TrainingArguments) -> Iterator[None]:
+    """Inside: the arguments ask for no grouping, which a Trainer refuses to a streamed set, or says
+    that it ignores it. Afterwards they do as before, for evaluation sets."""
+    usual = {_BY_LENGTH: False, _STRATEGY: "random"}
+    asked = {name: getattr(args, name) for name in usual if hasattr(args, name)}
+    for name in asked:
+        setattr(args, name, usual[name])
+    try:
+        yield
+    finally:
+        for name, value in asked.items():
+            setattr(args, name, value)
 
 
 def check_dataset(dataset: Any, embeddings: Any, args: TrainingArguments) -> None:

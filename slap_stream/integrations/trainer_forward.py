@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from slap_stream.errors import ConfigError
 from slap_stream.probe.fused import FusedLosses, body_outputs
 from slap_stream.probe.head import entry
+from slap_stream.probe.packing import mean_by_sample, sample_bounds, supervised_targets
 from slap_stream.probe.readout import per_sample_loss
-from slap_stream.types import IGNORED_LABEL
 
 _CURE = (
     "override sample_losses, and give head= and loss_fn= to the probe where its losses differ, too"
@@ -73,7 +73,7 @@ class TrainingForward:
         """What the model returned; of several forwards, or none, a list."""
         return self._outputs[0] if len(self._outputs) == 1 else list(self._outputs)
 
-    def losses(self, outputs: Any, labels: Tensor) -> Tensor:
+    def losses(self, outputs: Any, labels: Tensor, positions: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of each sample over its supervised tokens.
 
         From a fused head's log-probabilities of the labels, from the logits, or from the hidden
@@ -82,7 +82,8 @@ class TrainingForward:
 
         Args:
             outputs: What the model returned.
-            labels: (batch, tokens) int64.
+            labels: (batch, tokens) int64; of a batch without padding (1, tokens).
+            positions: Of a batch without padding, as `packed_positions` gives them.
 
         Returns:
             (batch,) float32 without gradient.
@@ -100,24 +101,27 @@ class TrainingForward:
         with torch.no_grad():
             log_probs, mask = entry(outputs, "log_probs"), entry(outputs, "label_mask")
             if log_probs is not None and mask is not None:
+                if positions is not None:
+                    supervised, by_sample = supervised_targets(labels, positions)
+                    return mean_by_sample(-log_probs.float()[supervised], by_sample)
                 # Zero where nothing is supervised.
                 means: Tensor = -log_probs.float().sum(1) / mask.sum(1).clamp(min=1)
                 return means
             logits = entry(outputs, "logits")
             if logits is None:
-                losses = self._from_hidden(outputs, labels)
+                losses = self._from_hidden(outputs, labels, positions)
             else:
                 # One sample at a time: logits as float32 are the largest thing in a training step.
-                rows = range(len(labels))
-                losses = torch.cat(
-                    [per_sample_loss(logits[i : i + 1], labels[i : i + 1]) for i in rows]
-                )
+                cuts = [(slice(i, i + 1), slice(None)) for i in range(len(labels))]
+                if positions is not None:
+                    cuts = [(slice(None), slice(*bounds)) for bounds in sample_bounds(positions)]
+                losses = torch.cat([per_sample_loss(logits[cut], labels[cut]) for cut in cuts])
             if not self._checked:
-                self._check(outputs, losses, labels)
+                self._check(outputs, losses, labels, positions)
                 self._checked = True
             return losses
 
-    def _from_hidden(self, outputs: Any, labels: Tensor) -> Tensor:
+    def _from_hidden(self, outputs: Any, labels: Tensor, positions: Tensor | None) -> Tensor:
         if self._model is None or len(self._hidden) != 1:
             raise ConfigError(
                 "the model's output must hold logits, or the model's body must be called once in "
@@ -125,16 +129,18 @@ class TrainingForward:
                 f"{len(self._hidden)} calls; switch fused losses (use_liger_kernel) or "
                 f"torch_compile off, or {_CURE}."
             )
-        return FusedLosses(self._model, self._head).of(self._hidden[0], labels)
+        return FusedLosses(self._model, self._head).of(self._hidden[0], labels, positions)
 
-    def _check(self, outputs: Any, losses: Tensor, labels: Tensor) -> None:
+    def _check(
+        self, outputs: Any, losses: Tensor, labels: Tensor, positions: Tensor | None
+    ) -> None:
         """Compare with what the model itself made of the batch."""
         loss = entry(outputs, "loss")
         # Experts' balance is part of the model's loss, and no sample's.
         if not isinstance(loss, Tensor) or entry(outputs, "aux_loss") is not None:
             return
         own = float(loss)
-        tokens = (labels[:, 1:] != IGNORED_LABEL).sum(1).to(losses.device)
+        tokens = supervised_targets(labels, positions)[1].sum(1).to(losses.device)
         total = float((losses * tokens).sum())
         means = [total / max(int(tokens.sum()), 1)]
         if self._num_items is not None:

@@ -18,10 +18,12 @@ class SlapTrainer(SlapMixin):
     A checkpoint holds the loader's state, of all ranks, in `slap_stream.state` (to be read with
     `slap_stream.core.state_bytes`), and `resume_from_checkpoint` goes on exactly, on as many
     devices or, with as large a global batch, on others; `ignore_data_skip` has no meaning here.
-    Batches are always whole, as with `dataloader_drop_last`, and have one row per sample: there is
-    no packing. The columns that a `ChatCollator` reads are never removed. The loader's metrics go
-    to the reporters (TensorBoard, Weights & Biases) and to the caller's callbacks as `slap/...`,
-    but neither to the console nor to `log_history`, which every checkpoint holds.
+    Batches are always whole, as with `dataloader_drop_last`. `group_by_length` (transformers 5: the
+    sampling strategy) deals the samples of an optimizer step by length, as the embeddings have it.
+    With `ChatCollator(packing="padding_free")` there is no padding; a model whose samples would see
+    each other is refused. The columns that a `ChatCollator` reads are never removed. The loader's
+    metrics go to the reporters (TensorBoard, Weights & Biases) and to the caller's callbacks as
+    `slap/...`, but neither to the console nor to `log_history`, which every checkpoint holds.
 
     Args:
         model: As for `Trainer`; a causal language model, or see `sample_losses`.

@@ -5,7 +5,9 @@ out  batches for the training step; checkpoints; metrics
 
 loader.py       `SlapDataLoader`: torch's DataLoader over a sampler
 pending.py      batches that are composed and not delivered yet
+dealing.py      batches of one optimizer step, dealt by length
 delivery.py     one iteration: pending batches to the training loop
+padding.py      how much of the batches was padding
 probe_link.py   what a probe asks of a loader and tells it
 ranks.py        what ranks tell each other
 state.py        a checkpoint of all ranks

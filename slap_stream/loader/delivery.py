@@ -28,7 +28,8 @@ class Delivery(Iterator[Any]):
         pending: The pending batches.
         is_newest: Whether no other iteration has begun since, and no state was loaded.
         hold_shards: Says which shards are still needed; called before a batch is read.
-        count: Takes note of a batch: its samples, and the share of the epoch that is done after it.
+        count: Takes note of a batch, of how many samples it has, and of the share of the epoch that
+            is done after it.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Delivery(Iterator[Any]):
         *,
         is_newest: Callable[[], bool],
         hold_shards: Callable[[], None],
-        count: Callable[[int, float], None],
+        count: Callable[[Any, int, float], None],
     ) -> None:
         self._batches: Iterator[Any] | None = batches
         self._pending, self._workers = pending, workers
@@ -61,7 +62,7 @@ class Delivery(Iterator[Any]):
                 raise StopIteration
             self._hold_shards()
             batch = with_ids(next(batches, None), oldest.ids)
-            self._count(len(oldest.ids), oldest.progress)
+            self._count(batch, len(oldest.ids), oldest.progress)
             self._pending.compose_ahead()
             self._pending.delivered = oldest
             return batch

@@ -23,6 +23,7 @@ from slap_stream.loader.checks import (
     prefetch_within,
 )
 from slap_stream.loader.delivery import Delivery
+from slap_stream.loader.padding import Padding
 from slap_stream.loader.pending import PendingBatches
 from slap_stream.loader.probe_link import ProbeLink
 from slap_stream.loader.ranks import TIMEOUT_SECONDS, join_ranks
@@ -160,7 +161,7 @@ class SlapDataLoader(DataLoader[Any]):
         self._probe_state: State | None = None
         # Which iterator may go on: none from before a new iteration or a loaded state.
         self._iteration = 0
-        self._line = StatusLine()
+        self._line, self._padding = StatusLine(), Padding()
         super().__init__(
             ShardView(dataset),  # type: ignore[arg-type]  # map-style by duck typing
             batch_sampler=self._pending,  # type: ignore[arg-type]  # arrays, which pickle faster
@@ -203,8 +204,12 @@ class SlapDataLoader(DataLoader[Any]):
             self._pending,
             is_newest=lambda: iteration == self._iteration,
             hold_shards=self._hold_shards,
-            count=lambda samples, progress: self._line.count(samples, progress, self.metrics),
+            count=self._count,
         )
+
+    def _count(self, batch: Any, samples: int, progress: float) -> None:
+        self._padding.note(batch)
+        self._line.count(samples, progress, self.metrics)
 
     def _workers_of(self, batches: Any) -> list[Any]:
         """Worker processes of torch's iterator; one that reads in this process has none."""
@@ -331,6 +336,7 @@ class SlapDataLoader(DataLoader[Any]):
         metrics["undelivered"] = float(ahead)
         metrics["trained"] -= float(ahead * self._sampler.batch_size)
         metrics["step"] -= float(ahead)
+        metrics |= self._padding.metrics()
         if self._probe is not None:
             metrics |= self._probe.metrics()
         return metrics

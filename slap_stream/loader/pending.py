@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from slap_stream.core.background import BackgroundThread
+from slap_stream.core.saved import Saved
+from slap_stream.loader.dealing import deal_by_length
 from slap_stream.selection.sampler import SlapSampler
 from slap_stream.types import IntArray, State
 
@@ -21,11 +23,14 @@ class ComposedBatch:
         number: Of the batch, counted over all that this loader has had.
         ids: (batch,) sample ids.
         progress: Share of the epoch that is done after it.
+        dealt: Whether its samples are final: those of an optimizer step are dealt once all of its
+            batches are composed.
     """
 
     number: int
     ids: IntArray
     progress: float
+    dealt: bool
 
 
 class PendingBatches:
@@ -33,7 +38,9 @@ class PendingBatches:
 
     Batch t + lookahead is composed once batch t is asked for, from feedback through batch t - 1: in
     the background, while batch t is trained on. Torch pulls ahead by its prefetch, which is never
-    more than that, so how far it has pulled changes nothing.
+    more than that, so how far it has pulled changes nothing. With `length_grouping` the batches of
+    an optimizer step are composed together, so that some come earlier: those up to the end of the
+    step that batch t + lookahead belongs to.
 
     The sampler is its owner's: whatever reads or changes it is called in that thread. The thread
     alone says which batches are composed, by a new tuple each time, which any other may read. The
@@ -52,6 +59,9 @@ class PendingBatches:
     def __init__(self, sampler: SlapSampler, owner: BackgroundThread) -> None:
         self._sampler, self._owner = sampler, owner
         self._lookahead = sampler.config.lookahead
+        self._window = sampler.config.length_grouping
+        # Batch of the epoch from which on every `_window` batches are an optimizer step.
+        self._origin = 0
         self._composed: tuple[ComposedBatch, ...] = ()
         self._failed: BaseException | None = None
         self.epoch = sampler.epoch
@@ -111,6 +121,7 @@ class PendingBatches:
             self._sampler.start_next_epoch()
             self.epoch = self._sampler.epoch
             self.delivered = _nothing(self.delivered.number, 0.0)
+            self._origin = 0
         done = self._sampler.step - len(self.undelivered)
         self._compose(self.delivered.number + self._lookahead, self.delivered.number)
         return done
@@ -149,20 +160,43 @@ class PendingBatches:
         failed, self._failed = self._failed, None
         if failed is not None:
             raise failed
-        while self._last_number < last and not self._sampler.exhausted:
+        while (self._last_number < last or self._undealt) and not self._sampler.exhausted:
             ids = self._sampler.compose()
-            if ids is None:
-                # A refresh has found that there are none left.
-                break
-            batch = ComposedBatch(self._last_number + 1, ids, self._sampler.progress)
-            self._composed = (*self._composed, batch)
+            if ids is not None:
+                number, progress = self._last_number + 1, self._sampler.progress
+                self._composed = (*self._composed, ComposedBatch(number, ids, progress, False))
+            # Without ids: a refresh has found that there are none left.
+            whole = (self._sampler.step - self._origin) % self._window == 0
+            if whole or self._sampler.exhausted:
+                self._deal()
+
+    @property
+    def _undealt(self) -> int:
+        return sum(not batch.dealt for batch in self._composed)
+
+    def _deal(self) -> None:
+        """The batches of an optimizer step are all there: deal their samples by length."""
+        count = self._undealt
+        first = len(self._composed) - count
+        batches = self._composed[first:]
+        if count > 1:
+            ids = deal_by_length(
+                np.stack([batch.ids for batch in batches]),
+                self._sampler.latest_lengths(count),
+                len(self._sampler.lanes),
+            )
+            batches = tuple(replace(b, ids=row) for b, row in zip(batches, ids, strict=True))
+        dealt = (replace(batch, dealt=True) for batch in batches)
+        self._composed = (*self._composed[:first], *dealt)
 
     @property
     def _last_number(self) -> int:
         return self._composed[-1].number if self._composed else self.delivered.number
 
     def _numbered(self, number: int) -> ComposedBatch | None:
-        return next((batch for batch in self._composed if batch.number == number), None)
+        """The batch of this number, None until it is composed and dealt."""
+        found = (batch for batch in self._composed if batch.number == number and batch.dealt)
+        return next(found, None)
 
     def state_dict(self) -> State:
         """The pending batches, verbatim, and how much of the epoch is done; the owner calls it."""
@@ -171,6 +205,11 @@ class PendingBatches:
             "pending": [batch.ids.copy() for batch in pending],
             "pending_progress": [batch.progress for batch in pending],
             "progress": self.delivered.progress,
+            "grouping": {
+                "window": self._window,
+                "origin": self._origin,
+                "undealt": self._undealt,
+            },
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -180,14 +219,20 @@ class PendingBatches:
         mine = slice(self._sampler.rank * size, (self._sampler.rank + 1) * size)
         batches = [np.array(batch, np.int64)[mine] for batch in state["pending"]]
         shares = map(float, state["pending_progress"])
+        grouping = Saved(state["grouping"])
+        self._origin, undealt = grouping.whole("origin"), grouping.whole("undealt")
+        if grouping.whole("window") != self._window:
+            # What is pending stays as it is. Steps are counted from here, as the loop will.
+            self._origin, undealt = self._sampler.step - len(batches), 0
+        dealt = [place < len(batches) - undealt for place in range(len(batches))]
         self._failed = None
         self.epoch = self._sampler.epoch
         self.delivered = _nothing(-1, float(state["progress"]))
-        self._composed = tuple(map(ComposedBatch, range(len(batches)), batches, shares))
+        self._composed = tuple(map(ComposedBatch, range(len(batches)), batches, shares, dealt))
 
 
 def _nothing(number: int, progress: float) -> ComposedBatch:
-    return ComposedBatch(number, np.zeros(0, np.int64), progress)
+    return ComposedBatch(number, np.zeros(0, np.int64), progress, True)
 
 
 def join_pending(states: Sequence[State]) -> State:

@@ -12,7 +12,7 @@ from slap_stream.loader.pending import join_pending
 from slap_stream.loader.ranks import Ranks
 from slap_stream.types import Position, State
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 
 
 def whole_state(
@@ -91,6 +91,10 @@ def check_loader_state(
     for place in range(len(pending)):
         batches.wholes(str(place), global_batch, below=num_samples)
     saved.numbers("pending_progress", len(pending), least=0.0, most=1.0)
+    grouping = saved.part("grouping")
+    grouping.whole("window", least=1)
+    grouping.whole("origin")
+    grouping.whole("undealt", most=len(pending))
     probe = saved.parts("probe")
     if len(probe) != 1:
         raise saved.refusal("probe", "a list of one", saved["probe"])

@@ -7,6 +7,7 @@ probe.py          `LearnabilityProbe`: when, how many, and where the answers go
 head.py           where the output head is, and how a model is called quietly
 readout.py        losses and gradients of a batch, from one forward
 fused.py          losses of a training forward whose output has no logits
+packing.py        batches without padding: whose tokens are whose, and are samples kept apart
 measurements.py   other numbers of a sample's logits, for policies that ask for them
 sketch.py         TensorSketch of a sample's gradient
 second_moment.py  our approximation of the Hessian: Adam's second moment, factored
@@ -17,7 +18,14 @@ from __future__ import annotations
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
     "fused": ("FusedLosses", "body_outputs"),
-    "head": ("entry",),
+    "head": ("entry", "find_head", "unwrap"),
+    "packing": (
+        "check_apart",
+        "mean_by_sample",
+        "packed_positions",
+        "sample_bounds",
+        "supervised_targets",
+    ),
     "probe": ("LearnabilityProbe", "check_probe_state"),
     "readout": ("per_sample_loss",),
 }

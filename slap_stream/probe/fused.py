@@ -33,12 +33,13 @@ class FusedLosses(CausalReader):
         inner = unwrap(model)
         super().__init__(inner, find_head(inner, head))
 
-    def of(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def of(self, hidden: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of each sample over its supervised tokens, without gradient.
 
         Args:
             hidden: What left the body, (batch, tokens, hidden).
             labels: (batch, tokens) int64.
+            positions: Of a batch without padding, as `packed_positions` gives them.
 
         Returns:
             (batch,) float32, as of `per_sample_loss`.
@@ -47,7 +48,7 @@ class FusedLosses(CausalReader):
             HeadError: If the shapes do not belong together.
         """
         with torch.no_grad():
-            return self._read_tokens(hidden, labels, None)[:, 0]
+            return self._read_tokens(hidden, labels, positions, None)[:, 0]
 
 
 @contextmanager

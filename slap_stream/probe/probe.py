@@ -24,6 +24,7 @@ from torch import nn
 from slap_stream.config import SlapConfig
 from slap_stream.core.saved import Saved
 from slap_stream.probe.head import find_head, head_weight, quiet, reshard, to_device, unwrap
+from slap_stream.probe.packing import count_samples
 from slap_stream.probe.readout import (
     CausalReader,
     GradientSink,
@@ -264,7 +265,8 @@ class LearnabilityProbe:
         """Mean gradient sketch of a target set under the present model, for `set_target`.
 
         Args:
-            batches: Collated batches of the target set; every value's first axis is the samples.
+            batches: Collated batches of the target set; every value's first axis is the samples,
+                unless there is no padding.
 
         Returns:
             (sketch_dim,) mean over all samples; comparable with the candidates' sketches until the
@@ -279,7 +281,7 @@ class LearnabilityProbe:
         parts = []
         with quiet(self._model, self._device):
             for batch in batches:
-                size = len(next(iter(batch.values())))
+                size = count_samples(batch)
                 self._reader.read(to_device(batch, self._device), size, sink)
                 parts.append(sink.take(size).cpu().numpy())
         if not parts:

@@ -25,6 +25,13 @@ from slap_stream.probe.head import (
     run_to_head,
 )
 from slap_stream.probe.measurements import functions_of
+from slap_stream.probe.packing import (
+    check_apart,
+    mean_by_sample,
+    packed_positions,
+    supervised_targets,
+    token_weights,
+)
 from slap_stream.probe.second_moment import SecondMoment
 from slap_stream.probe.sketch import TensorSketch
 from slap_stream.types import IGNORED_LABEL, FloatArray
@@ -36,12 +43,16 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 _BLOCK_ELEMENTS_CPU, _BLOCK_ELEMENTS = 1 << 22, 1 << 26
 
 
-def per_sample_loss(logits: Tensor | None, labels: Tensor) -> Tensor:
+def per_sample_loss(
+    logits: Tensor | None, labels: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy of each sample over its supervised tokens.
 
     Args:
         logits: (batch, tokens, vocabulary), of any floating dtype; position t predicts t + 1.
         labels: (batch, tokens) int64, `IGNORED_LABEL` (-100) where a token is not supervised.
+        position_ids: Of a batch without padding, whose logits, labels and these are (1, tokens);
+            they begin with 0 at every sample.
 
     Returns:
         (batch,) float32, differentiable; exactly 0 for a sample without supervised tokens, which
@@ -60,19 +71,12 @@ def per_sample_loss(logits: Tensor | None, labels: Tensor) -> Tensor:
             "logits must be (batch, tokens, vocabulary) for labels (batch, tokens), got "
             f"{tuple(logits.shape)!r} and {tuple(labels.shape)!r}; logits_to_keep must be left out."
         )
-    targets = labels[:, 1:]
-    supervised = targets != IGNORED_LABEL  # (batch, tokens - 1)
+    supervised, by_sample = supervised_targets(labels, position_ids)
     # Selected before the cast: a prompt's logits are never copied to float32.
     token_losses = nn.functional.cross_entropy(
-        logits[:, :-1][supervised].float(), targets[supervised], reduction="none"
+        logits[:, :-1][supervised].float(), labels[:, 1:][supervised], reduction="none"
     )
-    return _mean_over_tokens(token_losses, supervised)
-
-
-def _mean_over_tokens(token_losses: Tensor, supervised: Tensor) -> Tensor:
-    """(supervised tokens,) and their (batch, tokens) mask to (batch,) means, 0 where none."""
-    dense = token_losses.new_zeros(supervised.shape).masked_scatter(supervised, token_losses)
-    return dense.sum(1) / supervised.sum(1).clamp(min=1)
+    return mean_by_sample(token_losses, by_sample)
 
 
 class GradientSink:
@@ -190,7 +194,7 @@ class CausalReader:
                 "batch must have labels and at least one argument of the model's forward, got "
                 f"{', '.join(map(str, batch))}; {CURE}."
             )
-        supervised = (labels[:, 1:] != IGNORED_LABEL).sum(1)
+        supervised = supervised_targets(labels, packed_positions(batch))[1].sum(1)
         if not bool(supervised.any()):
             raise HeadError(
                 "check_ids must name a sample with supervised tokens, got none; choose others."
@@ -224,20 +228,28 @@ class CausalReader:
                     "the head's output must be the model's logits, up to a scale and soft cap "
                     f"that its configuration names, got logits that differ by {gap:.3g}; {CURE}."
                 )
+        check_apart(self._model, self._head, batch)
         return one.shape[-1], hidden.shape[-1], hidden.device
 
     def read(self, batch: Any, size: int, sink: GradientSink | None) -> Tensor:
         """As `Reader.read`."""
         columns: list[Tensor] = []
+        positions = packed_positions(batch)
 
         def consume(entered: Tensor) -> None:
-            columns.append(self._read_tokens(entered, batch["labels"], sink))
+            columns.append(self._read_tokens(entered, batch["labels"], positions, sink))
 
         with torch.no_grad():
             run_to_head(self._model, self._head, call_inputs(self._model, batch), consume)
         return columns[0]
 
-    def _read_tokens(self, entered: Tensor, labels: Tensor, sink: GradientSink | None) -> Tensor:
+    def _read_tokens(
+        self,
+        entered: Tensor,
+        labels: Tensor,
+        positions: Tensor | None,
+        sink: GradientSink | None,
+    ) -> Tensor:
         hidden = entered.transpose(0, 1) if self._tokens_first else entered
         if hidden.ndim == 2 and hidden.shape[0] == labels.numel():
             hidden = hidden.view(*labels.shape, -1)  # (batch, tokens, hidden)
@@ -248,10 +260,10 @@ class CausalReader:
                 f"logits_to_keep and the like, or {CURE}."
             )
         labels = labels.to(hidden.device)
-        supervised = labels[:, 1:] != IGNORED_LABEL
+        supervised, by_sample = supervised_targets(labels, positions)
         targets = labels[:, 1:][supervised]  # (supervised tokens,)
         inputs = hidden[:, :-1][supervised]  # (supervised tokens, hidden)
-        weights = _token_weights(supervised)
+        weights = token_weights(by_sample)
         token_losses = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
         start, block = 0, 1
         while start < len(targets):
@@ -263,10 +275,10 @@ class CausalReader:
             start += block
             # The vocabulary is known after the first token.
             block = _block_tokens(logits)
-        losses = _mean_over_tokens(token_losses, supervised)
+        losses = mean_by_sample(token_losses, by_sample)
         if not self._measure:
             return losses[:, None]
-        return torch.cat([losses[:, None], self._measured_of(inputs, supervised)], 1)
+        return torch.cat([losses[:, None], self._measured_of(inputs, by_sample)], 1)
 
     def _measured_of(self, inputs: Tensor, supervised: Tensor) -> Tensor:
         """(batch, measurements) from what enters the head at the (supervised tokens,).
@@ -356,6 +368,11 @@ class LossFnReader:
 
     def check(self, batch: Any, size: int) -> tuple[int, int, torch.device]:
         """As `Reader.check`; the model's own loss is what loss_fn makes without hooks."""
+        if packed_positions(batch) is not None:
+            raise HeadError(
+                "loss_fn must be left out with batches without padding, got one; the probe finds "
+                "their samples in the labels of a causal language model only: pad them."
+            )
         losses, entered, left = self._forward(batch, size)
         with torch.no_grad():
             own = self._loss_fn(self._model, batch).float()
@@ -430,13 +447,6 @@ def _over_all_tokens(losses: Tensor, supervised: Tensor) -> float:
     tokens = supervised.to(losses.device)
     # A sample without tokens has no part in it, whatever its loss.
     return float(torch.where(tokens > 0, losses * tokens, 0.0).sum() / tokens.sum())
-
-
-def _token_weights(supervised: Tensor) -> Tensor:
-    """(batch, tokens) mask to (batch, supervised tokens) weights of each sample's mean."""
-    samples = torch.arange(len(supervised), device=supervised.device)[:, None]
-    owner = samples.expand_as(supervised)[supervised]
-    return (owner == samples) / supervised.sum(1, keepdim=True).clamp(min=1)
 
 
 def _block_tokens(logits: Tensor) -> int:

@@ -103,6 +103,10 @@ class Awaiting:
         """(n,) ids and (n, columns) rows asked for last; None before the first question."""
         return (self._asked[-1].sample_id, self._asked[-1].x) if self._asked else None
 
+    def latest(self, count: int) -> list[Asked]:
+        """The `count` questions that were asked last, in the order asked."""
+        return list(self._asked)[len(self._asked) - count :]
+
     def still_open(self) -> list[Asked]:
         """Questions of which something is open, oldest first; as a rule a few."""
         return [asked for asked in self._asked if not asked.answered]

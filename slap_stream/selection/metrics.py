@@ -46,7 +46,7 @@ def shards_needed(lanes: Sequence[Lane], plan: LanePlan) -> int:
         order = lane.intake.order
         smallest = int(np.diff(order.block_start)[:-1].min(initial=order.num_candidates))
         batches = smallest * keep / plan.batch_size
-        ahead = max(1, math.ceil(config.lookahead / batches))
+        ahead = max(1, math.ceil((config.lookahead + config.length_grouping - 1) / batches))
         shards += (2 + ahead) * order.visits_per_block
     return min(shards, len(plan.table.sizes))
 

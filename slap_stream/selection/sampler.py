@@ -21,6 +21,7 @@ from slap_stream.selection.awaiting import (
     find_questions,
 )
 from slap_stream.selection.lane import Lane
+from slap_stream.selection.loss_model import LOG_LENGTH
 from slap_stream.selection.metrics import count_lanes, shards_needed
 from slap_stream.selection.order import ShardTable
 from slap_stream.selection.policies.registry import make_policy
@@ -223,6 +224,12 @@ class SlapSampler:
             batch = np.concatenate([lane.take() for lane in self.lanes])
             self._refreshes.after_batch(batch)
         return batch
+
+    def latest_lengths(self, count: int) -> FloatArray:
+        """(count, batch_size) log lengths of the samples of the `count` batches composed last."""
+        lanes = (lane.feedback.awaiting_trained.latest(count) for lane in self.lanes)
+        rows = [[asked.x[:, LOG_LENGTH] for asked in lane] for lane in lanes]
+        return np.concatenate(rows, axis=1, dtype=np.float64)
 
     def observe(self, ids: ArrayLike, losses: ArrayLike) -> None:
         """Feed back the losses of samples that were trained on.

@@ -99,7 +99,8 @@ class LanePlan:
     @property
     def patience(self) -> int:
         """Batches for which a trained sample's loss is accepted after it was composed."""
-        return self.config.lookahead + max(FEEDBACK_PATIENCE, 2 * self.config.probe_every)
+        ahead = self.config.lookahead + self.config.length_grouping - 1
+        return ahead + max(FEEDBACK_PATIENCE, 2 * self.config.probe_every)
 
     def offered_before(self, part: int, candidates: int) -> int:
         """Candidates that a lane with so many was offered when it composes a batch here.

@@ -1,4 +1,4 @@
-"""Samples of a corpus, chats or tokens, to padded batches."""
+"""Samples of a corpus, chats or tokens, to batches, with padding or without."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class ChatCollator:
-    """Make padded batches of records, raw (`messages`) or tokenised (`input_ids`, `supervised`).
+    """Make batches of records, raw (`messages`) or tokenised (`input_ids`, `supervised`).
+
+    Padded, with a row for each record; or with `packing="padding_free"` one after the other in one
+    row, where the model must divide attention by `position_ids`.
 
     Holds no state between batches, and pickles as far as its tokenizer does.
     """
@@ -26,6 +29,7 @@ class ChatCollator:
         max_length: int | None = None,
         padding_side: Literal["right", "left"] = "right",
         pad_to_multiple_of: int | None = None,
+        packing: Literal["padding_free"] | None = None,
     ) -> None:
         """
         Args:
@@ -34,9 +38,10 @@ class ChatCollator:
             padding_side: Side of the padding.
             pad_to_multiple_of: Batches are padded to a multiple of this many tokens; None pads to
                 the longest record.
+            packing: None pads; "padding_free" makes one row of a batch.
 
         Raises:
-            ConfigError: If an argument is out of range.
+            ConfigError: If an argument is out of range, or says how to pad what is not padded.
         """
         if max_length is not None and max_length < 2:
             raise ConfigError(
@@ -50,12 +55,20 @@ class ChatCollator:
                 f"pad_to_multiple_of must be a positive number of tokens or None, "
                 f"got {pad_to_multiple_of!r}."
             )
+        if packing not in (None, "padding_free"):
+            raise ConfigError(f"packing must be one of None, 'padding_free', got {packing!r}.")
+        if packing and (padding_side != "right" or pad_to_multiple_of is not None):
+            raise ConfigError(
+                "padding_side and pad_to_multiple_of must be left out with packing, got "
+                f"{padding_side!r} and {pad_to_multiple_of!r}; there is no padding."
+            )
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.padding_side = padding_side
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.packing = packing
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate records.
 
         Args:
@@ -65,6 +78,11 @@ class ChatCollator:
             `input_ids`, `attention_mask`, `labels`, each (batch, tokens) int64; labels are -100
             where nothing is to be predicted. Labels are not shifted: models do that.
 
+            With "padding_free" `input_ids`, `position_ids`, `labels`, each (1, tokens) int64, and
+            `use_cache`, False. Positions are counted from 0 in each record; the label of a record's
+            first token is -100, so that none is predicted from another record. Hand all of it to
+            the model: with a cache, transformers divides attention by nothing.
+
         Raises:
             CorpusError: If a record has neither form, or nothing supervised is left of it.
         """
@@ -73,6 +91,8 @@ class ChatCollator:
         if not samples:
             raise CorpusError("samples must hold at least one record, got []; a batch needs one.")
         encoded = [self._encode(sample) for sample in samples]
+        if self.packing is not None:
+            return _in_one_row(encoded)
         step = self.pad_to_multiple_of or 1
         width = -(-max(len(record.input_ids) for record in encoded) // step) * step
         shape = (len(encoded), width)
@@ -88,8 +108,7 @@ class ChatCollator:
             ids = torch.tensor(record.input_ids, dtype=torch.int64)
             input_ids[row, where] = ids
             attention_mask[row, where] = 1
-            supervised = torch.tensor(record.supervised, dtype=torch.bool)
-            labels[row, where] = ids.masked_fill(~supervised, IGNORED_LABEL)
+            labels[row, where] = _labels(record, ids)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
     def _encode(self, sample: Mapping[str, Any]) -> Encoded:
@@ -125,3 +144,29 @@ class ChatCollator:
                 "with slap-convert --tokenizer ... --max-length ..."
             )
         return record
+
+
+def _labels(record: Encoded, ids: torch.Tensor) -> torch.Tensor:
+    """(tokens,) ids where they are learnt, -100 elsewhere."""
+    import torch
+
+    supervised = torch.tensor(record.supervised, dtype=torch.bool)
+    return ids.masked_fill(~supervised, IGNORED_LABEL)
+
+
+def _in_one_row(encoded: Sequence[Encoded]) -> dict[str, Any]:
+    """Records one after the other, without padding."""
+    import torch
+
+    ids, positions, labels = [], [], []
+    for record in encoded:
+        ids.append(torch.tensor(record.input_ids, dtype=torch.int64))
+        positions.append(torch.arange(len(record.input_ids)))
+        labels.append(_labels(record, ids[-1]))
+        labels[-1][0] = IGNORED_LABEL
+    return {
+        "input_ids": torch.cat(ids)[None],
+        "position_ids": torch.cat(positions)[None],
+        "labels": torch.cat(labels)[None],
+        "use_cache": False,
+    }

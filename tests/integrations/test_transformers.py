@@ -44,8 +44,8 @@ class Recording(SlapTrainer):
         self.losses.append(float(loss))
         return loss
 
-    def sample_losses(self, outputs: Any, labels: Any) -> Any:
-        losses = super().sample_losses(outputs, labels)
+    def sample_losses(self, outputs: Any, labels: Any, *position_ids: Any) -> Any:
+        losses = super().sample_losses(outputs, labels, *position_ids)
         self.samples.append(losses)
         return losses
 
@@ -440,11 +440,10 @@ def known(settings: dict[str, Any]) -> bool:
 
 
 OF_SOME_VERSIONS = [
-    ({"group_by_length": True}, "group_by_length must be off, got True; the sampler composes"),
     ({"include_tokens_per_second": True}, "use include_num_input_tokens_seen"),
     (
-        {"train_sampling_strategy": "group_by_length"},
-        "train_sampling_strategy must be 'random', got 'group_by_length'; the sampler composes",
+        {"train_sampling_strategy": "sequential"},
+        "must be 'random' or 'group_by_length', got 'sequential'; the sampler composes",
     ),
     ({"dataloader_in_order": False}, "dataloader_in_order must be True, got False; a state says"),
 ]
@@ -455,6 +454,10 @@ OF_SOME_VERSIONS = [
     [
         *(case for case in OF_SOME_VERSIONS if known(case[0])),
         ({"auto_find_batch_size": True}, "auto_find_batch_size must be off"),
+        (
+            {"config": SlapConfig(length_grouping=3), "gradient_accumulation_steps": 4},
+            "length_grouping must be gradient_accumulation_steps, 4, got 3; leave it out and",
+        ),
         (
             {"per_device_train_batch_size": 4},
             "per_device_train_batch_size must be the dataset's batch_size, 8, got 4",

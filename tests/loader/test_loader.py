@@ -427,7 +427,7 @@ def test_a_state_of_another_dataset_is_refused(corpus: Path, tmp_path: Path) -> 
     other = make(write_corpus(tmp_path / "other", first=1))
     with pytest.raises(StateError, match="index_digests must be those of this dataset"):
         other.load_state_dict(state)
-    with pytest.raises(StateError, match="version must be 5, got 4"):
+    with pytest.raises(StateError, match="version must be 6, got 4"):
         other.load_state_dict({**state, "version": 4})
 
 

@@ -333,6 +333,9 @@ def test_a_tokenizer_that_cannot_end_a_turn_is_refused() -> None:
         encode(byte_level(CHATML), DIALOGUE, max_length=0)
 
 
+TOKENISED = {"input_ids": [5, 6, 7, 8], "supervised": [1, 0, 1, 1]}
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_batch_pads_and_labels_only_what_is_learnt(side: Any) -> None:
     tokenizer = byte_level(CHATML)
@@ -356,6 +359,24 @@ def test_a_batch_pads_and_labels_only_what_is_learnt(side: Any) -> None:
         assert first.all() if side == "right" else second.all()
         assert not (second if side == "right" else first).any()
     assert {value.dtype for value in batch.values()} == {torch.int64}
+
+
+def test_without_padding_records_follow_each_other_in_one_row() -> None:
+    tokenizer = byte_level(CHATML)
+    samples = [{"messages": DIALOGUE}, {"messages": DIALOGUE[:3]}, TOKENISED]
+    padded = ChatCollator(tokenizer, max_length=40)(samples)
+    row = ChatCollator(tokenizer, max_length=40, packing="padding_free")(samples)
+    real = padded["attention_mask"].bool()
+    assert torch.equal(row["input_ids"][0], padded["input_ids"][real])
+    assert torch.equal(row["position_ids"][0], (real.cumsum(1) - 1)[real])
+    first = row["position_ids"][0] == 0
+    # The third record is learnt from its first token on, which nothing may predict here.
+    assert padded["labels"][2, 0] == 5
+    assert (row["labels"][0][first] == -100).all()
+    assert torch.equal(row["labels"][0][~first], padded["labels"][real][~first])
+    # With a cache transformers' models would let the records see each other.
+    assert row.keys() == {"input_ids", "position_ids", "labels", "use_cache"}
+    assert row["use_cache"] is False
 
 
 def test_tokenised_and_raw_records_collate_alike() -> None:
@@ -415,6 +436,11 @@ def test_a_bad_record_is_named(sample: dict[str, Any], message: str) -> None:
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"padding_side": "top"}, "padding_side must be one of right, left, got 'top'"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of must be a positive number"),
+        ({"packing": "bfd"}, "packing must be one of None, 'padding_free', got 'bfd'"),
+        (
+            {"packing": "padding_free", "pad_to_multiple_of": 8},
+            "must be left out with packing, got 'right' and 8; there is no padding",
+        ),
     ],
 )
 def test_a_collators_settings_are_checked(arguments: dict[str, Any], message: str) -> None:
