@@ -18,8 +18,10 @@ logger = logging.getLogger(__name__)
 
 # Settings that would change what is trained on, what they must be, and why or what to do.
 _FIXED: dict[str, tuple[Any, str]] = {
-    "padding_free": (False, "a batch has a row for each sample, whose loss is read"),
-    "packing": (False, "a batch has a row for each sample, whose loss is read"),
+    "packing": (
+        False,
+        "a row must not hold parts of samples: padding_free=True saves padding, too",
+    ),
     "shuffle_dataset": (False, "the sampler composes the batches, and slap-convert shuffles"),
     "truncation_mode": ("keep_start", "records are cut at their end"),
 }
@@ -36,10 +38,10 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
 
     TRL tokenises its training set before it trains; a streaming set is tokenised when its batches
     are collated. Without a `data_collator` that is a `ChatCollator` with `processing_class`,
-    `max_length` and `pad_to_multiple_of`: the assistant's tokens are trained on, whether or not
-    `assistant_only_loss` says so. Records hold `messages`, or `input_ids` and `supervised`, as
-    `slap-convert` writes them. `eos_token` and `chat_template_path` work on messages. A
-    `data_collator` of another kind makes the labels by itself, of whatever records.
+    `max_length`, `pad_to_multiple_of` and `padding_free`. The assistant's tokens are trained on,
+    whether or not `assistant_only_loss` says so. Records hold `messages`, or `input_ids` and
+    `supervised`, as `slap-convert` writes them. `eos_token` and `chat_template_path` work on
+    messages. A `data_collator` of another kind makes the labels by itself, of whatever records.
 
     Evaluation sets are prepared and collated by TRL, and prompt-completion ones evaluated on the
     completion; whole conversations are evaluated unless `assistant_only_loss=True`.
@@ -121,6 +123,7 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
             tokenizer,
             max_length=self.args.max_length,
             pad_to_multiple_of=self.args.pad_to_multiple_of,
+            packing="padding_free" if self.args.padding_free else None,
         )
 
 
@@ -163,6 +166,11 @@ def check_arguments(args: Any, collate: Any) -> None:
         )
     if collate is None:
         return
+    if getattr(args, "padding_free", False) and getattr(collate, "packing", None) is None:
+        raise ConfigError(
+            "padding_free must be False with a data_collator that pads, got True; write "
+            "ChatCollator(tokenizer, packing='padding_free'), or leave the collator out."
+        )
     usual = SFTConfig.__dataclass_fields__
     own = {name: getattr(args, name, None) for name in ("max_length", "pad_to_multiple_of")}
     if not isinstance(collate, ChatCollator):

@@ -61,8 +61,8 @@ class Recording(SlapSFTTrainer):
         self.losses.append(float(loss))
         return loss
 
-    def sample_losses(self, outputs: Any, labels: Any) -> Any:
-        self.samples.append(super().sample_losses(outputs, labels))
+    def sample_losses(self, outputs: Any, labels: Any, *positions: Any) -> Any:
+        self.samples.append(super().sample_losses(outputs, labels, *positions))
         return self.samples[-1]
 
 
@@ -369,6 +369,29 @@ def test_the_page_runs_as_it_stands(
     assert scope["trainer"].state.global_step == 1
 
 
+def test_without_padding_the_same_is_learnt(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    uniform = config_of(num_lanes=1, policy="uniform")
+    padded, free = (
+        make(
+            folder,
+            tmp_path / str(without),
+            config=uniform,
+            padding_free=without,
+            max_length=None,
+        )
+        for without in (False, True)
+    )
+    for trainer in (padded, free):
+        trainer.train()
+    assert free.ids == padded.ids
+    assert free.losses == pytest.approx(padded.losses, rel=1e-3)
+    for mine, theirs in zip(free.samples, padded.samples, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    batch = next(iter(free.get_train_dataloader()))
+    assert len(batch["input_ids"]) == 1
+    assert "attention_mask" not in batch
+
+
 def collate(samples: list[Any]) -> dict[str, torch.Tensor]:
     """A collator of somebody else's."""
     ids = torch.arange(6 * len(samples)).view(len(samples), 6)
@@ -391,8 +414,12 @@ def test_a_collator_of_another_kind_makes_labels_of_any_records(
 @pytest.mark.parametrize(
     ("settings", "options", "message"),
     [
-        ({"padding_free": True}, {}, "padding_free must be False, got True; a batch has a row"),
-        ({"packing": True}, {}, "packing must be False, got True; a batch has a row for each"),
+        (
+            {"padding_free": True, "max_length": None},
+            {"data_collator": ChatCollator(tokenizer())},
+            "padding_free must be False with a data_collator that pads, got True; write",
+        ),
+        ({"packing": True}, {}, "packing must be False, got True; a row must not hold parts of"),
         ({"shuffle_dataset": True}, {}, "shuffle_dataset must be False, .* the sampler composes"),
         ({"truncation_mode": "keep_end"}, {}, "truncation_mode must be 'keep_start', got 'keep_e"),
         ({"completion_only_loss": False}, {}, "completion_only_loss must be True or None, got F"),
