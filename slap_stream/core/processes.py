@@ -56,7 +56,8 @@ def run_jobs(
             before += size
             # Bound now: the work is over before the next job starts.
             work(job, lambda done, start=start: _move(bar, start + done))  # type: ignore[misc]
-            _move(bar, before)
+            # A job whose size is not known, 0, has moved the bar beyond it.
+            _move(bar, max(before, int(bar.n)))
         return
     context = multiprocessing.get_context("spawn")
     progress = context.RawArray("q", len(jobs))

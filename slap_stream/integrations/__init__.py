@@ -1,5 +1,7 @@
-"""Training loops of other libraries that slap_stream plugs into.
+"""Training loops and datasets of other libraries that slap_stream plugs into.
 
+prepare.py            `prepare`: a Hugging Face dataset, or files, to a corpus with embeddings
+first_rank.py         work that one rank does while the others wait
 transformers.py       `SlapTrainer`: Hugging Face's Trainer
 mixin.py              `SlapMixin`: what makes any Trainer choose its batches
 trainer_loader.py     the loader that a Trainer draws from
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
+    "prepare": ("Prepared", "prepare"),
     "mixin": ("SlapMixin",),
     "transformers": ("SlapTrainer",),
 }
