@@ -20,7 +20,7 @@ EXPORTS = {
     "convert": ("ConvertReport", "convert"),
     "inputs": ("find_inputs",),
     "loaded": ("check_loaded", "loaded_kind"),
-    "records": ("KNOWN_SHAPES",),
+    "records": ("KNOWN_SHAPES", "RecordDropped", "normalise"),
     "tokenising": (
         "find_tokenizer",
         "keep_tokenizer",

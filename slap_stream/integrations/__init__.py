@@ -2,6 +2,7 @@
 
 prepare.py            `prepare`: a Hugging Face dataset, or files, to a corpus with embeddings
 first_rank.py         work that one rank does while the others wait
+training_set.py       whatever a Trainer is given to train on, as a `StreamingDataset`
 transformers.py       `SlapTrainer`: Hugging Face's Trainer
 mixin.py              `SlapMixin`: what makes any Trainer choose its batches
 trainer_loader.py     the loader that a Trainer draws from

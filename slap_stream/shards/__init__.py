@@ -32,5 +32,5 @@ EXPORTS = {
     "index": ("INDEX_NAME", "SHARD_BYTES", "corpus_columns", "corpus_size", "merge_indexes"),
     "reader": ("iter_corpus",),
     "writer": ("open_writer",),
-    "opening": ("one_at_a_time", "open_local"),
+    "opening": ("is_stock", "one_at_a_time", "open_local"),
 }

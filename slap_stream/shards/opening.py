@@ -58,3 +58,11 @@ def open_local(corpus: Path, batch_size: int) -> Any:
 
     with one_at_a_time():
         return StreamingDataset(local=str(corpus), batch_size=batch_size)
+
+
+def is_stock(dataset: Any) -> bool:
+    """Whether a dataset is a `StreamingDataset` whose samples are as they stand in the shards."""
+    from slap_stream.shards.library import StreamingDataset
+
+    is_one = isinstance(dataset, StreamingDataset)
+    return is_one and type(dataset).__getitem__ is StreamingDataset.__getitem__
