@@ -24,7 +24,7 @@ from transformers import (
     set_seed,
 )
 
-from slap_stream import ChatCollator, SlapConfig
+from slap_stream import SlapConfig
 from slap_stream.cli.command_line import CommandLine, ended, share, to_write
 from slap_stream.integrations.transformers import SlapTrainer
 
@@ -40,7 +40,7 @@ class TakenAway(TrainerCallback):
 
 
 def new_trainer(arguments: Any, *callbacks: TrainerCallback) -> SlapTrainer:
-    """A trainer as you would write it; only its class and its last two arguments are ours."""
+    """A trainer as you would write it; only its class and its last argument are ours."""
     data: Path = arguments.data
     tokenizer = PreTrainedTokenizerFast.from_pretrained(data / "tokenizer")
     held_out = StreamingDataset(local=str(data / "heldout"), batch_size=BATCH_SIZE)
@@ -72,11 +72,11 @@ def new_trainer(arguments: Any, *callbacks: TrainerCallback) -> SlapTrainer:
             report_to="none",
             disable_tqdm=True,
         ),
-        data_collator=ChatCollator(tokenizer),
-        train_dataset=StreamingDataset(local=str(data / "train"), batch_size=BATCH_SIZE),
+        # Chats in MDS shards with their embeddings; JSON lines or a datasets.Dataset would do.
+        train_dataset=data / "train",
+        processing_class=tokenizer,
         eval_dataset=[held_out[index] for index in range(held_out.num_samples)],
         callbacks=list(callbacks),
-        embeddings=data / "train" / "embeddings.zarr",
         slap_config=SlapConfig(keep=arguments.keep, seed=17),
     )
 

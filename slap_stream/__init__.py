@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from slap_stream.corpus.convert import convert
     from slap_stream.embeddings.embed import embed
     from slap_stream.embeddings.store import EmbeddingStore
+    from slap_stream.integrations.prepare import prepare
     from slap_stream.loader.loader import SlapDataLoader
     from slap_stream.probe.probe import LearnabilityProbe
     from slap_stream.probe.readout import per_sample_loss
@@ -44,6 +45,7 @@ __all__ = [
     "embed",
     "one_at_a_time",
     "per_sample_loss",
+    "prepare",
     "register_policy",
 ]
 
@@ -61,6 +63,7 @@ _HOME = {
     "embed": "embeddings.embed",
     "one_at_a_time": "shards.opening",
     "per_sample_loss": "probe.readout",
+    "prepare": "integrations.prepare",
     "register_policy": "selection.policies.registry",
 }
 

@@ -26,8 +26,8 @@ PACKAGE = ROOT / "slap_stream"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 ROW = re.compile(r"\| `(?P<name>[\w.]+)` \| (?P<where>[^|]+) \| (?P<why>[^|]+) \|")
 # Stubs that only type checkers see, so that mypy says when they change; and what versions of
-# `datasets` before the installed one wrote into files that are still about.
-NOT_OF_A_LIBRARY = {"_typeshed", "_indices_data_files"}
+# `datasets` before the installed one wrote into files that are still about; and a folder of ours.
+NOT_OF_A_LIBRARY = {"_typeshed", "_indices_data_files", "_slap_corpus"}
 # Libraries that files are for, and that not everybody installs.
 EXTRAS = {"trl"}
 PRIVATE = re.compile(r"_(?!_)\w+")

@@ -31,7 +31,9 @@ def test_the_python_blocks_run(
     shutil.copytree(folder, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     with gzip.open("chats.jsonl.gz", "wt") as file:
-        file.write('{"prompt": "a question", "completion": "an answer"}\n')
+        for n in range(100):
+            file.write(f'{{"prompt": "question {n}", "completion": "answer {n}"}}\n')
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     found = blocks("python")
     assert found
     scope: dict[str, object] = {}

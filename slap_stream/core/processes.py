@@ -5,11 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from types import ModuleType
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -56,7 +59,8 @@ def run_jobs(
             before += size
             # Bound now: the work is over before the next job starts.
             work(job, lambda done, start=start: _move(bar, start + done))  # type: ignore[misc]
-            _move(bar, before)
+            # A job whose size is not known, 0, has moved the bar beyond it.
+            _move(bar, max(before, int(bar.n)))
         return
     context = multiprocessing.get_context("spawn")
     progress = context.RawArray("q", len(jobs))
@@ -70,10 +74,12 @@ def run_jobs(
             initargs=(progress, listener),
         ) as executor:
             try:
-                pending = {
-                    executor.submit(_run, work, job, slot, size)
-                    for slot, (job, size) in enumerate(zip(jobs, sizes, strict=True))
-                }
+                # All processes start here: none is started anew for one that has died.
+                with _script_hidden():
+                    pending = {
+                        executor.submit(_run, work, job, slot, size)
+                        for slot, (job, size) in enumerate(zip(jobs, sizes, strict=True))
+                    }
                 while pending:
                     finished, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
                     for future in finished:
@@ -87,8 +93,7 @@ def run_jobs(
         raise WorkerDied(
             f"num_workers must be as few as the memory allows, got {num_workers!r} and a worker "
             "that ended before its job did; what is done is kept: run the same again, with fewer "
-            "workers if memory was the cause, and from under `if __name__ == '__main__':` if a "
-            "script of yours made the call."
+            "workers if memory was the cause."
         ) from error
     finally:
         keeper.close()
@@ -101,6 +106,21 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextmanager
+def _script_hidden() -> Iterator[None]:
+    """Processes that are spawned inside do not run the caller's script.
+
+    They would, to find by name what is pickled from there, which our jobs have nothing of. A script
+    that makes its call outside of `if __name__ == "__main__":` would so make it again.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _move(bar: tqdm[Any], done: int) -> None:

@@ -92,7 +92,7 @@ def run_missing(
     Args:
         work: Does a job, and leaves its manifest last.
         jobs: (num_jobs,) all of them.
-        sizes: (num_jobs,) in the unit of the bar.
+        sizes: (num_jobs,) in the unit of the bar; all 0: not known, the bar counts.
         manifest_of: Finds the manifest of a job, or None.
         num_workers: Processes.
         bar_options: Of the progress bar.
@@ -105,7 +105,7 @@ def run_missing(
     """
     missing = [n for n, job in enumerate(jobs) if manifest_of(job) is None]
     todo = [sizes[n] for n in missing]
-    with tqdm(total=sum(sizes), initial=sum(sizes) - sum(todo), **bar_options) as bar:
+    with tqdm(total=sum(sizes) or None, initial=sum(sizes) - sum(todo), **bar_options) as bar:
         run_jobs(work, [jobs[n] for n in missing], todo, num_workers=num_workers, bar=bar)
     found = [manifest for job in jobs if (manifest := manifest_of(job)) is not None]
     if len(found) < len(jobs):

@@ -1,11 +1,12 @@
 """Records of any known shape -> one shuffled corpus of MDS shards.
 
-in   JSONL, Parquet, datasets saved to disk
+in   JSONL, Parquet, datasets saved to disk or loaded
 out  shards, index.json and corpus.json in one directory
 
 convert.py     `convert`: the stages below, in order; goes on where it was cut off
 inputs.py      which files there are, of what kind, and in which pieces they are read
-readers.py     a piece of a file, row by row
+readers.py     a piece of an input, row by row
+loaded.py      the rows of a `datasets.Dataset` or `IterableDataset`
 records.py     a row in any known shape to messages, or the reason why it is dropped
 messages.py    one turn, as data sets write it
 tokenising.py  messages to token ids
@@ -18,6 +19,14 @@ from __future__ import annotations
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
     "convert": ("ConvertReport", "convert"),
-    "records": ("KNOWN_SHAPES",),
-    "tokenising": ("find_tokenizer", "load_tokenizer"),
+    "inputs": ("find_inputs",),
+    "loaded": ("check_loaded", "loaded_kind"),
+    "messages": ("RecordDropped",),
+    "records": ("KNOWN_SHAPES", "normalise"),
+    "tokenising": (
+        "find_tokenizer",
+        "keep_tokenizer",
+        "load_tokenizer",
+        "tokenizer_fingerprint",
+    ),
 }

@@ -22,6 +22,7 @@ from slap_stream.core.files import write_json
 from slap_stream.core.processes import usable_cores
 from slap_stream.core.work_dir import claimed, run_missing
 from slap_stream.corpus.inputs import Input, cut, find_inputs, peek
+from slap_stream.corpus.loaded import loaded_kind
 from slap_stream.corpus.messages import RecordDropped
 from slap_stream.corpus.readers import Piece
 from slap_stream.corpus.records import normalise
@@ -94,7 +95,7 @@ class ConvertReport:
 
 
 def convert(
-    inputs: str | Path | Sequence[str | Path],
+    inputs: Any,
     out: str | Path,
     *,
     tokenizer: str | Path | None = None,
@@ -114,7 +115,8 @@ def convert(
 
     Args:
         inputs: JSON lines (plain, gz, zst), Parquet files, Hugging Face datasets saved to disk, or
-            directories of such files: one or several. `records.KNOWN_SHAPES` is what they may hold.
+            directories of such files, or `datasets.Dataset`s and `IterableDataset`s that are
+            loaded: one or several. `records.KNOWN_SHAPES` is what they may hold.
         out: Directory of the corpus, new or empty or left by the same call.
         tokenizer: Path or name of a Hugging Face tokenizer; None keeps messages.
         max_length: Tokens kept of a record, from its start; None keeps all.
@@ -141,7 +143,7 @@ def convert(
         )
     if max_length is not None:
         max_length = require_whole("max_length", max_length, 2)
-    found = find_inputs([inputs] if isinstance(inputs, str | Path) else inputs)
+    found = find_inputs(_several(inputs))
     pieces_of = [cut(entry) for entry in found]
     name = None if tokenizer is None else find_tokenizer(tokenizer)
     _try_first_records(found, pieces_of, name, max_length, source_field)
@@ -163,9 +165,12 @@ def convert(
     earlier = _finished(out, plan)
     if earlier is not None:
         return earlier
-    if num_workers is None:
-        few = text_bytes < (_ALONE_BYTES if name is None else _ALONE_BYTES_TOKENISED)
-        num_workers = 1 if few else usable_cores()
+    alone_bytes = _ALONE_BYTES if name is None else _ALONE_BYTES_TOKENISED
+    readers = writers = num_workers
+    if readers is None:
+        readers = 1 if text_bytes < alone_bytes else usable_cores()
+    if not all(entry.travels for entry in found):
+        readers = 1
 
     pieces = [piece for group in pieces_of for piece in group]
     work_dir = out / WORK_NAME
@@ -185,13 +190,15 @@ def convert(
             )
             for number, piece in enumerate(pieces)
         ]
+        # Of a stream nothing but the rows can be told, and those only of one that is read alone.
+        sizes_known = any(piece.num_bytes for piece in pieces)
         read, resumed = run_missing(
             scatter,
             scatter_jobs,
             [piece.num_bytes for piece in pieces],
             lambda job: piece_manifest(work_dir, job.number),
-            num_workers=num_workers,
-            bar_options=_bar_options("read", "B", progress),
+            num_workers=readers,
+            bar_options=_bar_options("read", "B" if sizes_known else " rows", progress),
         )
         dropped = Tally.total(read)
         first_rows = _first_rows(pieces_of, read)
@@ -212,13 +219,17 @@ def convert(
             )
             for number in range(num_parts)
         ]
+        if writers is None:
+            # Known by now, also where the inputs could not tell.
+            read_bytes = sum(file.stat().st_size for file in work_dir.glob("piece-*.bin"))
+            writers = 1 if read_bytes < alone_bytes else usable_cores()
         part_sizes = [manifest["part_sizes"] for manifest in read]
         written, resumed_parts = run_missing(
             gather,
             gather_jobs,
             [sum(sizes[number] for sizes in part_sizes) for number in range(num_parts)],
             lambda job: part_manifest(work_dir, out, job.number),
-            num_workers=num_workers,
+            num_workers=writers,
             bar_options=_bar_options("write", " records", progress),
         )
         tally = Tally.total(written)
@@ -245,6 +256,11 @@ def convert(
         merge_indexes(out, parts)
         shutil.rmtree(work_dir)
     return report
+
+
+def _several(inputs: Any) -> list[Any]:
+    one = isinstance(inputs, str | Path) or loaded_kind(inputs) is not None
+    return [inputs] if one else list(inputs)
 
 
 def _require_ours(out: Path) -> None:
@@ -287,7 +303,7 @@ def _try_first_records(
         else:
             if failure is not None:
                 raise CorpusError(
-                    f"tokenizer must fit the records of {str(entry.path)!r}, got {tokenizer!r}, "
+                    f"tokenizer must fit the records of {entry.name!r}, got {tokenizer!r}, "
                     f"which fits none of the first: {failure}"
                 ) from failure
 
@@ -358,7 +374,7 @@ def _place_namer(pieces: Sequence[Piece], first_rows: Sequence[int]) -> Callable
     def name(piece: int, row: int) -> str:
         number = first_rows[piece] + row
         path = pieces[piece].path
-        table = pieces[piece].kind in ("parquet", "arrow")
+        table = pieces[piece].kind in ("parquet", "arrow", "rows", "stream")
         return f"{path}[{number}]" if table else f"{path}:{number + 1}"
 
     return name

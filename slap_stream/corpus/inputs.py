@@ -1,4 +1,4 @@
-"""Inputs of a corpus: found by their names, cut into pieces, looked into before all work."""
+"""Inputs of a corpus: found, cut into pieces, looked into before all work."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from slap_stream.corpus.loaded import (
+    check_loaded,
+    loaded_bounds,
+    loaded_bytes,
+    loaded_fingerprint,
+    loaded_kind,
+    travels,
+)
 from slap_stream.corpus.readers import Kind, Piece, batch_bytes, explained, read, row_group_bytes
 from slap_stream.corpus.records import COLUMNS, KNOWN_SHAPES, has_known_shape
 from slap_stream.errors import CorpusError
@@ -20,8 +28,17 @@ logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 64 << 20
 _PEEKED_ROWS = 16
+_LOADED = Path("<loaded>")
 # Text per byte on disk: a guess, which only decides into how many parts a corpus is cut.
-_EXPANSION: dict[Kind, int] = {"lines": 1, "gz": 4, "zst": 5, "parquet": 2, "arrow": 1}
+_EXPANSION: dict[Kind, int] = {
+    "lines": 1,
+    "gz": 4,
+    "zst": 5,
+    "parquet": 2,
+    "arrow": 1,
+    "rows": 1,
+    "stream": 1,
+}
 _COMPRESSIONS: tuple[tuple[str, Kind], ...] = (("", "lines"), (".gz", "gz"), (".zst", "zst"))
 _SUFFIXES: dict[str, Kind] = {
     f".{name}{end}": kind for end, kind in _COMPRESSIONS for name in ("jsonl", "ndjson", "json")
@@ -33,38 +50,65 @@ class Input:
     """One input of a corpus.
 
     Attributes:
-        path: As it was named.
+        path: As it was named; below `_LOADED` for a dataset that is loaded already.
         stem: Name, unique among the inputs.
         kind: How its files are read.
-        files: In the order of their rows; several only for a saved dataset.
+        files: In the order of their rows; several only for a saved dataset, none of a loaded one.
+        dataset: The `Dataset` or `IterableDataset` itself, if it is loaded already.
     """
 
     path: Path
     stem: str
     kind: Kind
     files: tuple[Path, ...]
+    dataset: Any = None
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return str(self.path) if self.dataset is None else self.stem
 
     @property
     def text_bytes(self) -> int:
         """Size of what it holds when uncompressed, about."""
+        if self.dataset is not None:
+            return loaded_bytes(self.dataset)
         return sum(file.stat().st_size for file in self.files) * _EXPANSION[self.kind]
+
+    @property
+    def travels(self) -> bool:
+        """Whether worker processes can be told what to read without being sent all of it."""
+        return self.dataset is None or travels(self.dataset)
 
     def fingerprint(self) -> list[str | int]:
         """What changes when the input does: its name, the sizes and times of its files."""
+        if self.dataset is not None:
+            return [self.stem, *loaded_fingerprint(self.dataset)]
         stats = [file.stat() for file in self.files]
         return [self.stem, *(n for stat in stats for n in (stat.st_size, stat.st_mtime_ns))]
 
 
-def find_inputs(paths: Sequence[str | Path]) -> list[Input]:
+def find_inputs(inputs: Sequence[Any]) -> list[Input]:
     """Find out what the inputs are, without opening data files.
 
     Args:
-        paths: Files, datasets saved to disk, or directories of files.
+        inputs: Files, datasets saved to disk, directories of files, or datasets that are loaded.
 
     Raises:
         CorpusError: If one does not exist or is of no known format, or two are the same.
     """
-    found = [entry for path in paths for entry in _expand(Path(path))]
+    found: list[Found] = []
+    datasets: dict[Path, Any] = {}
+    for entry in inputs:
+        kind = loaded_kind(entry)
+        if kind is None:
+            found += _expand(Path(entry))
+            continue
+        check_loaded(entry)
+        # As if it were a file, so that it has a name among the others.
+        path = _LOADED / (f"dataset-{len(datasets) + 1}" if datasets else "dataset")
+        datasets[path] = entry
+        found.append((path, kind, ()))
     if not found:
         raise CorpusError("inputs must hold at least one file, got []; name what to convert.")
     counts = Counter(path.resolve() for path, _, _ in found)
@@ -76,7 +120,7 @@ def find_inputs(paths: Sequence[str | Path]) -> list[Input]:
         )
     stems = _unique_stems([path for path, _, _ in found])
     return [
-        Input(path=path, stem=stem, kind=kind, files=files)
+        Input(path=path, stem=stem, kind=kind, files=files, dataset=datasets.get(path))
         for stem, (path, kind, files) in zip(stems, found, strict=True)
     ]
 
@@ -88,6 +132,20 @@ def cut(entry: Input) -> list[Piece]:
         CorpusError: If a file cannot be read.
     """
     pieces: list[Piece] = []
+    if entry.dataset is not None:
+        bounds, weights = loaded_bounds(entry.dataset, PIECE_BYTES)
+        return [
+            Piece(
+                path=entry.name,
+                kind=entry.kind,
+                stem=entry.stem,
+                start=start,
+                stop=stop,
+                num_bytes=weight,
+                dataset=entry.dataset,
+            )
+            for (start, stop), weight in zip(pairwise(bounds), weights, strict=True)
+        ]
     for file in entry.files:
         with explained(file):
             size = file.stat().st_size
@@ -128,7 +186,7 @@ def peek(entry: Input, pieces: Sequence[Piece]) -> list[Mapping[str, Any]]:
     if rows and not known:
         raise CorpusError(
             f"records must have one of the known shapes, got {_describe(rows[0])} at the start of "
-            f"{str(entry.path)!r}; known shapes are {'; '.join(KNOWN_SHAPES)}."
+            f"{entry.name!r}; known shapes are {'; '.join(KNOWN_SHAPES)}."
         )
     return known
 

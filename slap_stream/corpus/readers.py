@@ -1,4 +1,4 @@
-"""Pieces of input files, read row by row: lines (plain, gz, zst), Parquet, Arrow streams."""
+"""Pieces of inputs, read row by row: lines (plain, gz, zst), Parquet, Arrow, loaded datasets."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
+from slap_stream.corpus.loaded import LoadedKind, loaded_rows
 from slap_stream.corpus.messages import DropReason, RecordDropped
 from slap_stream.corpus.records import parse_line
 from slap_stream.errors import CorpusError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from _typeshed import WriteableBuffer
 
-Kind = Literal["lines", "gz", "zst", "parquet", "arrow"]
+Kind = Literal["lines", "gz", "zst", "parquet", "arrow"] | LoadedKind
 Row = Mapping[str, Any] | DropReason | None
 """A record; or why it cannot be read; or None for a blank line, which is counted and no record."""
 
@@ -36,12 +37,13 @@ class Piece:
     """A part of an input that can be read apart from the others.
 
     Attributes:
-        path: File that it lies in.
+        path: File that it lies in; a name for what lies in none.
         kind: How that file is read.
         stem: Name of the input: source of the records that name none, and start of their ids.
-        start: First byte (lines), row group (Parquet) or record batch (Arrow).
+        start: First byte (lines), row group (Parquet), record batch (Arrow) or row.
         stop: Half-open end in the same unit; compressed files are read from end to end.
-        num_bytes: On disk, about; for the progress bar.
+        num_bytes: On disk, about; for the progress bar. 0: not known.
+        dataset: Whose rows are read, if it is loaded already.
     """
 
     path: str
@@ -50,6 +52,7 @@ class Piece:
     start: int
     stop: int
     num_bytes: int
+    dataset: Any = None
 
 
 def read(
@@ -60,21 +63,32 @@ def read(
     Args:
         piece: What to read.
         columns: Fields to read, where the format allows to leave out others.
-        advance: Called now and then with the bytes of the piece that are done.
+        advance: Called now and then with the bytes of the piece that are done, or with its rows if
+            its bytes are not known.
 
     Raises:
         CorpusError: If the file is damaged; a single bad line is no such damage.
     """
 
-    def report(num_bytes: float) -> None:
+    def report(done: float) -> None:
         if advance is not None:
-            advance(min(int(num_bytes), piece.num_bytes))
+            advance(min(int(done), piece.num_bytes or int(done)))
 
     with explained(piece.path):
         if piece.kind == "parquet":
             yield from _table_rows(_parquet_batches(piece, columns, report))
         elif piece.kind == "arrow":
             yield from _table_rows(_arrow_batches(piece, columns, report))
+        elif piece.kind == "rows":
+            yield from loaded_rows(
+                piece.dataset,
+                piece.start,
+                piece.stop,
+                columns,
+                lambda share: report(piece.num_bytes * share),
+            )
+        elif piece.kind == "stream":
+            yield from loaded_rows(piece.dataset, 0, 0, columns, report)
         else:
             yield from _line_rows(piece, report)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,61 @@ def tokenizer_digest(name: str) -> str | None:
         if file.suffix in (".json", ".jinja", ".txt", ".model"):
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """What changes when a tokenizer encodes otherwise: not its place, nor how it pads or truncates.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+    """
+    if tokenizer.is_fast:
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Left behind by the last call of it.
+        parts.update(truncation=None, padding=None)
+    else:
+        parts = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.get_added_vocab()]
+    told = [parts, tokenizer.chat_template, tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def keep_tokenizer(tokenizer: Any, folder: Path) -> str:
+    """Save a tokenizer, unless it is there, so that it can be loaded by its path.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        folder: Of this tokenizer, named by its fingerprint.
+
+    Returns:
+        The whole path.
+
+    Raises:
+        ConfigError: If what is loaded from there does not encode as the tokenizer itself.
+    """
+    folder = folder.resolve()
+    if not folder.is_dir():
+        # Found whole or not at all, and never by two processes half each.
+        unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+        tokenizer.save_pretrained(unfinished)
+        if _telling(load_tokenizer(str(unfinished))) != _telling(tokenizer):
+            shutil.rmtree(unfinished)
+            raise ConfigError(
+                f"tokenizer must be the same after save_pretrained and from_pretrained, got a "
+                f"{type(tokenizer).__name__} that is not; use one that AutoTokenizer loads as you "
+                "want it."
+            )
+        unfinished.replace(folder)
+    return str(folder)
+
+
+def _telling(tokenizer: Any) -> list[Any]:
+    """What a tokenizer does to a text with something of everything."""
+    text = f"Grüße,  世界! 12345\n\n\tdef f(x): return 'x'  # 🙂 {tokenizer.eos_token or ''} end"
+    both = [
+        list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        for special in (True, False)
+    ]
+    return [*both, tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.is_fast]
 
 
 def tokenise(

@@ -1,5 +1,8 @@
-"""Training loops of other libraries that slap_stream plugs into.
+"""Training loops and datasets of other libraries that slap_stream plugs into.
 
+prepare.py            `prepare`: a Hugging Face dataset, or files, to a corpus with embeddings
+first_rank.py         work that one rank does while the others wait
+training_set.py       whatever a Trainer is given to train on, as a `StreamingDataset`
 transformers.py       `SlapTrainer`: Hugging Face's Trainer
 trl.py                `SlapSFTTrainer`: TRL's SFTTrainer
 mixin.py              `SlapMixin`: what makes any Trainer choose its batches
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
+    "prepare": ("Prepared", "prepare"),
     "mixin": ("SlapMixin",),
     "transformers": ("SlapTrainer",),
     "trl": ("SlapSFTTrainer",),

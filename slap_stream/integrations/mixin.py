@@ -32,6 +32,7 @@ from slap_stream.integrations.trainer_checks import (
 )
 from slap_stream.integrations.trainer_forward import TrainingForward
 from slap_stream.integrations.trainer_loader import ModelColumns, TrainerLoader
+from slap_stream.integrations.training_set import with_training_set
 from slap_stream.loader.delivery import SAMPLE_ID
 from slap_stream.loader.loader import SlapDataLoader
 from slap_stream.probe.head import find_head, unwrap
@@ -47,15 +48,16 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
 
         class SlapMyTrainer(SlapMixin, MyTrainer): ...
 
-    The Trainer's arguments stay as they are. `embeddings`, `slap_config`, `head` and `loss_fn` are
-    added. `SlapTrainer` is the mixin with the stock Trainer, and says what to expect. A Trainer
-    whose loss is not the cross-entropy of the next token overrides `sample_losses`, too.
+    The Trainer's arguments stay as they are. `embeddings`, `corpus`, `slap_config`, `head` and
+    `loss_fn` are added. `SlapTrainer` is the mixin with the stock Trainer, and says what to expect.
+    A Trainer whose loss is not the cross-entropy of the next token overrides `sample_losses`, too.
     """
 
     def __init__(
         self,
         *arguments: Any,
         embeddings: Any = None,
+        corpus: str | Path | None = None,
         slap_config: SlapConfig | None = None,
         head: nn.Module | None = None,
         loss_fn: Callable[[nn.Module, Any], torch.Tensor] | None = None,
@@ -64,21 +66,26 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         """
         Args:
             *arguments: As for the Trainer that is mixed with.
-            embeddings: The training set's, as for `SlapDataLoader`.
+            embeddings: As for `SlapDataLoader`; of a training set that is prepared here, None.
+            corpus: Where a training set is prepared that is no `StreamingDataset`, as by
+                `slap_stream.prepare`; default `_slap_corpus` in `args.output_dir`.
             slap_config: Settings; default `SlapConfig()`. `probe_fraction=0`: no probe.
             head: As for `LearnabilityProbe`.
             loss_fn: As for `LearnabilityProbe`.
             **options: Everything else that the Trainer takes; it differs by version.
 
         Raises:
-            TypeError: If the training set is not a `StreamingDataset`.
+            TypeError: If the training set is of no kind that can be prepared.
             ConfigError: If settings contradict each other, or one of them cannot be honoured.
+            CorpusError: If the training set cannot be prepared.
         """
         given = _by_name(type(self), arguments, options)
         # A copy, because two settings are changed below, and the caller may use theirs again.
         args = given.get("args")
         args = self.default_arguments(given.get("model")) if args is None else copy.copy(args)
         check_arguments(args)
+        self._slap_config = grouped_by_length(check_config(slap_config), args)
+        given, embeddings = with_training_set(given, embeddings, corpus, args)
         if given.get("train_dataset") is not None:
             check_dataset(given["train_dataset"], embeddings, args)
         # The loader itself knows where to go on; batches skipped by the Trainer would be lost.
@@ -86,7 +93,6 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         if isinstance(given.get("data_collator"), ChatCollator):
             args.remove_unused_columns = False
         self._embeddings = embeddings
-        self._slap_config = grouped_by_length(check_config(slap_config), args)
         self._head, self._loss_fn = head, loss_fn
         self._forward = TrainingForward(head)
         self._resume_from: str | None = None

@@ -27,12 +27,16 @@ class SlapTrainer(SlapMixin):
 
     Args:
         model: As for `Trainer`; a causal language model, or see `sample_losses`.
-        args: As for `Trainer`; `per_device_train_batch_size` must be the dataset's `batch_size`.
+        args: As for `Trainer`; `per_device_train_batch_size` must be that of a `StreamingDataset`.
             What cannot be honoured is refused by name.
-        data_collator: As for `Trainer`; makes a mapping with `labels`.
-        train_dataset: A `StreamingDataset`.
+        data_collator: As for `Trainer`; makes a mapping with `labels`. None: a `ChatCollator` with
+            the `processing_class`.
+        train_dataset: A `datasets.Dataset` or `IterableDataset` of chats or texts, a path to
+            JSON lines, Parquet or MDS shards, or what `slap_stream.prepare` returned: converted and
+            embedded once, and found again. Or a `StreamingDataset`.
         eval_dataset: As for `Trainer`.
-        embeddings: The training set's, as for `SlapDataLoader`.
+        embeddings: Of a `StreamingDataset`, as for `SlapDataLoader`.
+        corpus: Where other training sets are prepared; default `_slap_corpus` in the output_dir.
         slap_config: Settings; default `SlapConfig()`. `probe_fraction=0` switches the probe off.
         head: As for `LearnabilityProbe`.
         loss_fn: As for `LearnabilityProbe`.
@@ -40,6 +44,7 @@ class SlapTrainer(SlapMixin):
         **options: Everything else that `Trainer` takes, which differs from version to version.
 
     Raises:
-        TypeError: If the training set is not a `StreamingDataset`.
+        TypeError: If the training set is of no kind that can be prepared.
+        CorpusError: If it cannot be prepared.
         ConfigError: If settings contradict each other, or one of them cannot be honoured.
     """

@@ -12,7 +12,7 @@ cache.py     one shard on local disk: fetched, verified, thrown away
 index.py     index.json: read, written, merged
 writer.py    samples to shards
 reader.py    raw samples of a local corpus, in order
-opening.py   datasets of several jobs on one machine, made one after the other
+opening.py   datasets opened; those of several jobs on one machine, one after the other
 library.py   all that we use of mosaicml-streaming, its private names included; its only importer
 """
 
@@ -32,5 +32,5 @@ EXPORTS = {
     "index": ("INDEX_NAME", "SHARD_BYTES", "corpus_columns", "corpus_size", "merge_indexes"),
     "reader": ("iter_corpus",),
     "writer": ("open_writer",),
-    "opening": ("one_at_a_time",),
+    "opening": ("is_stock", "one_at_a_time", "open_local"),
 }

@@ -1,4 +1,4 @@
-"""Datasets of several jobs on one machine, made one after the other."""
+"""Datasets opened: those of several jobs on one machine, one after the other."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -48,3 +49,20 @@ def one_at_a_time(*, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def open_local(corpus: Path, batch_size: int) -> Any:
+    """A `StreamingDataset` over a directory of shards, made in turn with those of other jobs."""
+    # Not on top: streaming takes seconds to load.
+    from slap_stream.shards.library import StreamingDataset
+
+    with one_at_a_time():
+        return StreamingDataset(local=str(corpus), batch_size=batch_size)
+
+
+def is_stock(dataset: Any) -> bool:
+    """Whether a dataset is a `StreamingDataset` whose samples are as they stand in the shards."""
+    from slap_stream.shards.library import StreamingDataset
+
+    is_one = isinstance(dataset, StreamingDataset)
+    return is_one and type(dataset).__getitem__ is StreamingDataset.__getitem__

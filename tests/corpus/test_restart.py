@@ -131,10 +131,9 @@ def test_finished_call_made_again_returns_its_report(
     assert files_of(tmp_path / "out") == before
 
 
-# Slow enough to be caught in the middle, in workers too: they run what is not guarded again.
-SCRIPT = """
-import sys, time
-from slap_stream import convert
+# Slow enough to be caught in the middle, in workers too, which run this and not the script.
+SLOWLY = """
+import time
 from slap_stream.corpus import convert as corpus, inputs, shuffle
 from tests.helpers import plain_corpora
 
@@ -146,18 +145,23 @@ def slow(job, places, texts=shuffle._texts):
 plain_corpora.stand_in()
 shuffle._texts = slow
 inputs.PIECE_BYTES = corpus._SMALL_PART_BYTES = 2048
-if __name__ == "__main__":
-    *paths, out = sys.argv[1:]
-    convert(paths, out, num_workers=2)
+"""
+# As people write them: without a guard against being run again.
+SCRIPT = """
+import sys
+from slap_stream import convert
+*paths, out = sys.argv[1:]
+convert(paths, out, num_workers=2)
 """
 
 
 def start_script(root: Path, paths: list[Path]) -> subprocess.Popen[str]:
     script = root / "script.py"
     script.write_text(SCRIPT)
+    (root / "sitecustomize.py").write_text(SLOWLY)
     return subprocess.Popen(
         [sys.executable, str(script), *map(str, paths), str(root / "broken")],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": f"{root}:{Path(__file__).parents[2]}"},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -26,6 +26,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from datasets import Dataset
 from streaming import StreamingDataset
 from streaming.base.shared import barrier, prefix
 from torch.distributed.device_mesh import init_device_mesh
@@ -35,7 +36,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 from slap_stream import LearnabilityProbe, SlapDataLoader, per_sample_loss
-from slap_stream.errors import ConfigError, ExchangeError, StateError
+from slap_stream.corpus.convert import convert as corpus_convert
+from slap_stream.errors import ConfigError, CorpusError, ExchangeError, StateError
+from slap_stream.integrations import prepare as preparation
 from slap_stream.integrations.transformers import SlapTrainer
 from slap_stream.loader import ranks as distributed
 from tests.helpers.tiny_models import VOCABULARY, llama
@@ -264,7 +267,7 @@ def limited(run: Run) -> dict[str, Any]:
 def error_of(call: Callable[[], Any]) -> str:
     try:
         call()
-    except (ConfigError, ExchangeError, StateError) as error:
+    except (ConfigError, CorpusError, ExchangeError, StateError) as error:
         return str(error)
     return ""
 
@@ -395,7 +398,36 @@ def trainer(run: Run) -> dict[str, Any]:
     return found
 
 
-SCENARIOS = [laws, cost, cut_short, replicas, limited, errors, training, trainer]
+def preparing(run: Run) -> dict[str, Any]:
+    """A dataset that every rank has, on a disk that all see, and on disks of the nodes' own."""
+    # In every process another fingerprint, as what `datasets` cannot name by its content has.
+    dataset = Dataset.from_list([{"text": f"text {n}"} for n in range(20)])
+    dataset._fingerprint = f"of rank {run.rank}"
+    found: dict[str, Any] = {}
+    node = run.rank * NODES // PROCESSES
+    calls: Counter[str] = Counter()
+
+    def convert(*arguments: Any, **options: Any) -> Any:
+        calls[stage] += 1
+        time.sleep(0.2)
+        return corpus_convert(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "convert", convert)
+        for stage, folder in (("shared", "seen"), ("own", f"node{node}")):
+            prepared = preparation.prepare(dataset, run.out / folder)
+            found[stage] = str(prepared.corpus), prepared.num_samples, prepared.index_digest
+            found[f"{stage} calls"] = calls[stage]
+        here = Dataset.from_list([{"text": "" if run.rank == 0 else "text"}] * 3)
+        found["first fails"] = error_of(lambda: preparation.prepare(here, run.out / "bad"))
+        other = dataset if node == 0 else dataset.select(range(10))
+        # Made on the second node, as its disk does not show it.
+        folder = run.out / f"other{node}"
+        found["others differ"] = error_of(lambda: preparation.prepare(other, folder))
+    return found
+
+
+SCENARIOS = [laws, cost, cut_short, replicas, limited, errors, training, trainer, preparing]
 
 
 def main(rank: int, corpus: Path, broken: Path, out: Path) -> None:

@@ -328,3 +328,31 @@ def test_an_interrupt_does_not_end_an_exchange_half_way(
     step = loader.sampler.step
     assert done == ["sum", "[2.0, 2.0, 2.0]"], "the probe has been told, too"
     assert loader.state_dict()["sampler"]["refreshes"]["refreshed_before"] == step
+
+
+def test_one_rank_prepares_a_dataset_and_the_others_find_it(results: Results) -> None:
+    found = [result["preparing"] for result in results]
+    for stage in ("shared", "own"):
+        digests = {tuple(rank[stage][1:]) for rank in found}
+        assert len(digests) == 1
+        # The name is the first rank's.
+        assert len({Path(rank[stage][0]).name for rank in found}) == 1
+    assert [rank["shared calls"] for rank in found] == [1, 0, 0, 0]
+    assert len({rank["shared"][0] for rank in found}) == 1
+    # Of a node whose disk does not show it, one process makes it once more.
+    calls = [rank["own calls"] for rank in found]
+    assert calls[:2] == [1, 0]
+    assert sum(calls[2:]) == 1
+
+
+def test_what_fails_on_one_rank_while_preparing_is_told_to_all(results: Results) -> None:
+    found = [result["preparing"] for result in results]
+    assert "got none; left out were empty turn: 3" in found[0]["first fails"]
+    for rank in found[1:]:
+        assert rank["first fails"].startswith(
+            "all ranks must have the corpus, got an error on rank 0 (1 in all): CorpusError: inputs"
+        )
+    for rank in found[:2]:
+        assert "got an error on rank 2 (2 in all): CorpusError: dataset" in rank["others differ"]
+    for rank in found[2:]:
+        assert "dataset must be the same on all ranks, got another" in rank["others differ"]

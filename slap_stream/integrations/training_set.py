@@ -1,0 +1,149 @@
+"""What a Trainer is given to train on, as a `StreamingDataset` with embeddings and a collator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from slap_stream.corpus.messages import RecordDropped
+from slap_stream.corpus.records import normalise
+from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.integrations.prepare import Prepared, check_source, is_shards, prepare
+from slap_stream.shards.index import corpus_columns
+from slap_stream.shards.opening import is_stock, open_local
+from slap_stream.text.collate import ChatCollator
+
+# A Trainer that pushes its output_dir to the hub leaves out what begins with an underscore.
+CORPUS_FOLDER = "_slap_corpus"
+# Where a tokenizer knows of no limit it names a number beyond all of them.
+_NO_LIMIT = 1 << 24
+
+
+class RecordCollator(ChatCollator):
+    """A `ChatCollator` that takes records of all known shapes, for an evaluation set as it is."""
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate samples of a corpus, or records."""
+        return super().__call__([_as_sample(sample) for sample in samples])
+
+
+def with_training_set(
+    given: Mapping[str, Any], embeddings: Any, corpus: str | Path | None, args: TrainingArguments
+) -> tuple[dict[str, Any], Any]:
+    """A Trainer's arguments with a training set that can be streamed, and its embeddings.
+
+    A `datasets.Dataset` or `IterableDataset`, a path or what `prepare` returned takes the place of
+    a `StreamingDataset`: it is prepared here, in `corpus`. Its samples are tokenised if there is a
+    tokenizer, the Trainer's or the `ChatCollator`'s. Where no collator is given, chats and tokens
+    get a `ChatCollator`.
+
+    Args:
+        given: The Trainer's arguments by name.
+        embeddings: The training set's, if the caller has made them.
+        corpus: Where corpora are made; None means `_slap_corpus` in the Trainer's output_dir.
+        args: The Trainer's settings.
+
+    Raises:
+        TypeError: If the training set is of no known kind.
+        ConfigError: If arguments contradict each other.
+        CorpusError: If the dataset cannot be used.
+    """
+    given = dict(given)
+    dataset = given.get("train_dataset")
+    tokenizer, max_length = _tokenizer(given), None
+    if tokenizer is not None:
+        max_length = _max_length(given, args, tokenizer)
+    if dataset is not None and not _streams(dataset):
+        dataset, embeddings = _open(dataset, embeddings, corpus, args, tokenizer, max_length)
+        given["train_dataset"] = dataset
+    elif dataset is not None and corpus is not None:
+        raise ConfigError(
+            f"corpus must be None with a {type(dataset).__name__} as train_dataset, got "
+            f"{str(corpus)!r}; it is where a dataset of another kind is converted to."
+        )
+    if given.get("data_collator") is None and tokenizer is not None and _holds_chats(dataset):
+        given["data_collator"] = RecordCollator(tokenizer, max_length=max_length)
+    return given, embeddings
+
+
+def _open(
+    dataset: Any,
+    embeddings: Any,
+    corpus: str | Path | None,
+    args: TrainingArguments,
+    tokenizer: Any,
+    max_length: int | None,
+) -> tuple[Any, Any]:
+    if not isinstance(dataset, Prepared):
+        check_source(dataset, "train_dataset", besides=", a streaming.StreamingDataset")
+        if is_shards(dataset) and embeddings is not None:
+            return open_local(Path(dataset), args.per_device_train_batch_size), embeddings
+    if embeddings is not None:
+        raise ConfigError(
+            f"embeddings must be None with a {type(dataset).__name__} as train_dataset, got "
+            f"{embeddings!r}; its samples are shuffled when they are prepared, and the embeddings "
+            "are made with them: bring your own with a StreamingDataset."
+        )
+    if not isinstance(dataset, Prepared):
+        # No seed of the training: another one must not make another corpus.
+        dataset = prepare(
+            dataset,
+            Path(args.output_dir) / CORPUS_FOLDER if corpus is None else corpus,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            # As the Trainer's own bars are.
+            progress=not args.disable_tqdm,
+        )
+    return dataset.dataset(args.per_device_train_batch_size), dataset.embeddings
+
+
+def _streams(dataset: Any) -> bool:
+    return hasattr(dataset, "streams")
+
+
+def _holds_chats(dataset: Any) -> bool:
+    """Whether samples are what a `ChatCollator` reads; a subclass may make others of them."""
+    if not is_stock(dataset):
+        return False
+    return all(
+        "messages" in columns or {"input_ids", "supervised"} <= columns
+        for stream in dataset.streams
+        for columns in [corpus_columns(Path(stream.local, stream.split)).keys()]
+    )
+
+
+def _tokenizer(given: Mapping[str, Any]) -> Any:
+    # Transformers 4 still takes it by its older name.
+    chosen = given.get("processing_class", given.get("tokenizer"))
+    if isinstance(chosen, PreTrainedTokenizerBase):
+        return chosen
+    collator = given.get("data_collator")
+    return collator.tokenizer if isinstance(collator, ChatCollator) else None
+
+
+def _max_length(given: Mapping[str, Any], args: TrainingArguments, tokenizer: Any) -> int | None:
+    """Tokens of a sample, at most: the collator's, the settings' (TRL has one), the tokenizer's."""
+    collator = given.get("data_collator")
+    if isinstance(collator, ChatCollator):
+        return collator.max_length
+    if hasattr(args, "max_length"):
+        length: int | None = args.max_length
+        return length
+    known = tokenizer.model_max_length
+    return int(known) if known is not None and known < _NO_LIMIT else None
+
+
+def _as_sample(sample: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "messages" in sample or {"input_ids", "supervised"} <= sample.keys():
+        return sample
+    try:
+        return {"messages": normalise(sample).messages}
+    except RecordDropped as dropped:
+        raise CorpusError(
+            f"samples must be records that can be used, got the fields {sorted(sample)!r}, left "
+            f"out for: {dropped.reason}; leave such records out of the evaluation set."
+        ) from dropped

@@ -1,0 +1,241 @@
+"""A Trainer that is given a dataset, or files, prepares them by itself."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from streaming import StreamingDataset
+from transformers import Trainer
+
+from slap_stream import ChatCollator, SlapConfig, prepare
+from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.integrations import prepare as module
+from slap_stream.integrations import training_set
+from slap_stream.integrations.training_set import CORPUS_FOLDER, RecordCollator
+from slap_stream.integrations.transformers import SlapTrainer
+from tests.integrations.test_transformers import Recording, arguments, new_model
+from tests.laws import config_of
+from tests.test_training import BATCH, byte_tokenizer, folder, record  # noqa: F401  (a fixture)
+
+RECORDS = [record(number) for number in range(64)]
+PAIRS = [
+    {"prompt": r["messages"][0]["content"], "completion": r["messages"][1]["content"]}
+    for r in RECORDS
+]
+
+
+def make(folder: Path, out: Path, dataset: Any, **options: Any) -> Recording:  # noqa: F811
+    """A trainer as users make it: nothing said but model, settings, dataset and tokenizer."""
+    settings = options.pop("settings", {})
+    return Recording(
+        **{
+            "model": new_model(folder),
+            "args": arguments(out, **{"max_steps": 4, **settings}),
+            "train_dataset": dataset,
+            "processing_class": byte_tokenizer(),
+            "slap_config": config_of(num_lanes=1, lookahead=2, probe_every=2),
+            **options,
+        }
+    )
+
+
+def sources(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+    return {
+        "chats": Dataset.from_list(RECORDS),
+        "pairs": Dataset.from_list(PAIRS),
+        "texts": Dataset.from_list([{"text": pair["completion"]} for pair in PAIRS]),
+        "stream": IterableDataset.from_generator(lambda: iter(RECORDS)),
+        "path": tmp_path / "lines.jsonl",
+        "name": str(tmp_path / "lines.jsonl"),
+    }
+
+
+@pytest.mark.parametrize("form", ["chats", "pairs", "texts", "stream", "path", "name"])
+def test_model_settings_dataset_and_tokenizer_say_it_all(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    form: str,
+) -> None:
+    dataset = sources(tmp_path)[form]
+    rows = list(dataset)[:10] if isinstance(dataset, Dataset) else RECORDS[:10]
+    trainer = make(folder, tmp_path / "out", dataset, eval_dataset=rows)
+    trainer.train()
+    assert [len(batch) for batch in trainer.ids] == [BATCH] * 4
+    assert trainer.loader is not None
+    metrics = trainer.loader.metrics()
+    assert metrics["offered"] > 0
+    assert metrics["probe_samples"] > 0
+    # The evaluation set is the user's own, in the shape that it has.
+    assert 0 < trainer.evaluate()["eval_loss"] < 10
+    (corpus,) = (tmp_path / "out" / CORPUS_FOLDER).glob("corpus-*/")
+    assert Path(trainer.train_dataset.streams[0].local) == corpus
+
+
+def test_what_is_learnt_is_what_a_chat_collator_marks(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    trainer = make(folder, tmp_path, Dataset.from_list(RECORDS))
+    batch = next(iter(trainer.get_train_dataloader()))
+    collate = ChatCollator(byte_tokenizer())
+
+    def unpadded(labels: torch.Tensor) -> list[int]:
+        return labels[: int(labels.ne(-100).nonzero().max()) + 1].tolist()
+
+    known = [unpadded(collate([chat])["labels"][0]) for chat in RECORDS]
+    assert len(batch["labels"]) == BATCH
+    assert all(unpadded(labels) in known for labels in batch["labels"])
+
+
+def test_a_resumed_run_finds_the_corpus_and_equals_the_unbroken_one(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    whole = make(folder, tmp_path, Dataset.from_list(RECORDS), settings=settings)
+    whole.train()
+    monkeypatch.delattr(module, "convert")
+    monkeypatch.delattr(module, "embed")
+    rest = make(folder, tmp_path, Dataset.from_list(RECORDS), settings=settings)
+    rest.train(str(tmp_path / "checkpoint-2"))
+    assert rest.ids == whole.ids[2:]
+    assert rest.losses == whole.losses[2:]
+
+
+def test_shards_and_what_prepare_returned_are_taken_too(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    corpus = folder / "corpus"
+    prepared = prepare(corpus, tmp_path / "elsewhere")
+    assert prepared.found
+    for dataset, options in (
+        (corpus, {}),
+        (str(corpus), {"embeddings": corpus / "embeddings.zarr"}),
+        (prepared, {}),
+        (StreamingDataset(local=str(corpus), batch_size=BATCH), {"embeddings": corpus}),
+    ):
+        trainer = make(folder, tmp_path / "out", dataset, **options)
+        assert trainer.train_dataset.streams[0].local == str(corpus)
+        assert trainer.train_dataset.batch_size == BATCH
+        assert isinstance(trainer.data_collator, RecordCollator)
+        assert not trainer.args.remove_unused_columns
+    assert not (tmp_path / "out" / CORPUS_FOLDER).exists()
+
+
+def test_the_callers_collator_is_kept_and_its_tokenizer_used(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    collate = ChatCollator(byte_tokenizer(), max_length=50)
+    dataset = Dataset.from_list(RECORDS)
+    trainer = make(
+        folder, tmp_path, dataset, data_collator=collate, processing_class=None, corpus=tmp_path
+    )
+    assert trainer.data_collator is collate
+    sample = trainer.train_dataset[0]
+    assert len(sample["input_ids"]) == 50
+    assert trainer.train_dataset.streams[0].local.startswith(str(tmp_path / "corpus-"))
+
+    def own(samples: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"labels": torch.zeros(len(samples))}
+
+    raw = make(folder, tmp_path, dataset, data_collator=own, processing_class=None)
+    assert raw.data_collator is own
+    assert set(raw.train_dataset[0]) == {"id", "source", "messages"}
+
+
+def test_samples_are_cut_to_what_the_settings_or_the_tokenizer_say(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 50
+    trainer = make(folder, tmp_path, Dataset.from_list(RECORDS), processing_class=tokenizer)
+    assert max(len(trainer.train_dataset[n]["input_ids"]) for n in range(64)) == 50
+    assert trainer.data_collator.max_length == 50
+    assert "cut to max_length=50 tokens" in caplog.text
+    args = arguments(tmp_path)
+    args.max_length = None  # as TRL's settings have it
+    whole = make(
+        folder, tmp_path, Dataset.from_list(RECORDS), processing_class=tokenizer, args=args
+    )
+    assert whole.data_collator.max_length is None
+    assert max(len(whole.train_dataset[n]["input_ids"]) for n in range(64)) > 50
+
+
+def test_a_dataset_that_makes_its_own_samples_keeps_the_trainers_collator(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    class Tokenising(StreamingDataset):
+        def __getitem__(self, at: Any) -> Any:
+            return {"input_ids": [1, 2, 3], **super().__getitem__(at)}
+
+    corpus = folder / "corpus"
+    dataset = Tokenising(local=str(corpus), batch_size=BATCH)
+    trainer = make(folder, tmp_path, dataset, embeddings=corpus / "embeddings.zarr")
+    assert not isinstance(trainer.data_collator, ChatCollator)
+
+
+def test_an_evaluation_set_of_other_records_is_refused() -> None:
+    with pytest.raises(CorpusError, match=r"got the fields \['body'\], left out for: unknown sh"):
+        RecordCollator(byte_tokenizer())([{"body": "a"}])
+
+
+CHATS = Dataset.from_list(RECORDS)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "error", "message"),
+    [
+        (
+            RECORDS,
+            {},
+            TypeError,
+            "train_dataset must be a datasets.Dataset, an IterableDataset, a streaming.Streaming"
+            "Dataset or a path, got list; datasets.Dataset.from_list makes one",
+        ),
+        ("hub/name", {}, CorpusError, "train_dataset must exist, got 'hub/name'; check the path"),
+        (CHATS, {"embeddings": "e.zarr"}, ConfigError, "embeddings must be None with a Dataset as"),
+        (CHATS, {"slap_config": SlapConfig(policy="infobatch")}, ConfigError, "policy must not be"),
+        (
+            CHATS,
+            {"settings": {"auto_find_batch_size": True}},
+            ConfigError,
+            "auto_find_batch_size must be off",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_made(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    dataset: Any,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        make(folder, tmp_path / "out", dataset, **options)
+    assert not (tmp_path / "out" / CORPUS_FOLDER).exists()
+
+
+def test_a_folder_for_a_corpus_that_is_there_is_refused(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    dataset = StreamingDataset(local=str(folder / "corpus"), batch_size=BATCH)
+    with pytest.raises(ConfigError, match="corpus must be None with a StreamingDataset as train_d"):
+        make(folder, tmp_path, dataset, embeddings="e.zarr", corpus="here")
+
+
+def test_a_trainer_that_pushes_its_folder_leaves_the_corpus_out() -> None:
+    """Training data must not be published along with a model."""
+    assert training_set.CORPUS_FOLDER.startswith("_")
+    for push in (Trainer.push_to_hub, Trainer._push_from_checkpoint):
+        assert 'ignore_patterns=["_*"' in inspect.getsource(push)
+
+
+def test_without_a_training_set_nothing_is_prepared(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    SlapTrainer(new_model(folder), arguments(tmp_path / "out"), corpus=tmp_path / "corpus")
+    assert not (tmp_path / "corpus").exists()
