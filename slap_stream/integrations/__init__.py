@@ -5,6 +5,7 @@ mixin.py              `SlapMixin`: what makes any Trainer choose its batches
 trainer_loader.py     the loader that a Trainer draws from
 trainer_callbacks.py  what happens at moments that only a Trainer's callbacks are told of
 trainer_checks.py     arguments and data that a Trainer is refused for
+zero_state.py         what DeepSpeed's optimizers know of a parameter, whole
 data_schedule.py      learning rates that follow the data, where the number of steps is not known
 """
 
