@@ -111,13 +111,11 @@ def check_resumed(args: TrainingArguments, state: TrainerState, loader: TrainerL
     if args.max_steps > 0 or loader.has_done(args.num_train_epochs):
         return
     accumulation = args.gradient_accumulation_steps
-    if loader.config.keep == "auto" or loader.metrics()["epochs_cut_short"]:
-        # How many batches the epochs before had is not known.
-        fits = state.global_step < state.max_steps
-    else:
-        whole, begun = (-(-n // accumulation) for n in (loader.steps, loader.delivered))
-        fits = state.global_step == loader.epoch * whole + begun
-    if not fits:
+    whole, begun = (-(-n // accumulation) for n in (loader.steps, loader.delivered))
+    planned = loader.epoch * whole + begun
+    # Epochs that ended early have taken fewer.
+    early = loader.config.keep == "auto" or loader.metrics()["epochs_cut_short"] > 0
+    if state.global_step > planned or (state.global_step < planned and not early):
         raise ConfigError(
             "gradient_accumulation_steps must be what the checkpoint was saved with, got "
             f"{accumulation}; it is of step {state.global_step}, after {loader.delivered} of "
