@@ -10,6 +10,7 @@ trainer_loader.py     the loader that a Trainer draws from
 trainer_forward.py    each sample's loss, from the forward of the training step
 trainer_callbacks.py  what happens at moments that only a Trainer's callbacks are told of
 trainer_checks.py     arguments and data that a Trainer is refused for
+zero_state.py         what DeepSpeed's optimizers know of a parameter, whole
 data_schedule.py      learning rates that follow the data, where the number of steps is not known
 """
 

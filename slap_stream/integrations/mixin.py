@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper, DummyScheduler
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import Trainer, TrainingArguments
@@ -27,12 +28,15 @@ from slap_stream.integrations.trainer_checks import (
     check_arguments,
     check_config,
     check_dataset,
+    check_resumed,
+    check_sharding,
     grouped_by_length,
     ungrouped,
 )
 from slap_stream.integrations.trainer_forward import TrainingForward
 from slap_stream.integrations.trainer_loader import ModelColumns, TrainerLoader
 from slap_stream.integrations.training_set import with_training_set
+from slap_stream.integrations.zero_state import ZeroOptimizer
 from slap_stream.loader.delivery import SAMPLE_ID
 from slap_stream.loader.loader import SlapDataLoader
 from slap_stream.probe.head import find_head, unwrap
@@ -98,7 +102,7 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         self._resume_from: str | None = None
         # Whether a model was seen to keep the samples of a batch without padding apart.
         self._samples_apart = False
-        self.loader: SlapDataLoader | None = None
+        self.loader: TrainerLoader | None = None
         """The loader of the training that runs, or that ran last."""
         self.probe: LearnabilityProbe | None = None
         # Before the caller's own, which then see what ours have set.
@@ -106,6 +110,7 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         callbacks = [companion, *(given.get("callbacks") or [])]
         with ungrouped(args):
             self.construct({**given, "args": args, "callbacks": callbacks})
+        check_sharding(self, self._slap_config)
         # Around the last one, which prints; callbacks that are added later are told again.
         quiet = HideMetrics()
         self.callback_handler.callbacks.insert(-1, quiet)
@@ -159,6 +164,9 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         if self.train_dataset is None:
             raise ValueError("train_dataset must be given to train, got None.")
         args, collate = self.args, self.training_collator
+        # What an earlier training has left: where it resumed from and, in transformers 4, how many
+        # samples its checkpoint's devices took each.
+        self._resume_from, self._train_batch_size = None, args.train_batch_size
         if args.remove_unused_columns and not isinstance(collate, ChatCollator):
             self._set_signature_columns_if_needed()
             collate = ModelColumns(collate, self._signature_columns)
@@ -182,14 +190,17 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         """The stock Trainer's scheduler, or the caller's; with keep="auto" it follows the data."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         by_data = self._slap_config.keep == "auto" and self.args.max_steps <= 0
-        # One that is stepped at evaluations counts no steps of the training.
-        if by_data and not isinstance(scheduler, ReduceLROnPlateau):
+        # One that is stepped at evaluations counts no steps of the training. DeepSpeed's stands for
+        # one that is made later, by a copy of this Trainer.
+        others = (ReduceLROnPlateau, DummyScheduler, DeepSpeedSchedulerWrapper)
+        if by_data and not isinstance(scheduler, others):
             if isinstance(scheduler, DataSchedule):
                 scheduler = scheduler.scheduler  # the caller's, in a second training
 
             def planned() -> int:
-                assert self.loader is not None, "no step before a training has begun"
-                done = self.loader.epochs_done / self.args.num_train_epochs
+                # What a copy of the Trainer has in common with it.
+                loader = self.callback_handler.train_dataloader
+                done = loader.epochs_done / self.args.num_train_epochs
                 return planned_steps(done, num_training_steps)
 
             self.lr_scheduler = DataSchedule(scheduler, planned)
@@ -229,13 +240,30 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *device: Any
     ) -> tuple[list[Any], Any]:
-        """The batches of one optimizer step."""
+        """The batches of one optimizer step; none after the last one."""
+        if self._has_ended():
+            # A checkpoint of the end, or of an end that came early: no step is to come.
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, *device)
         if len(batches) < num_batches:
             # An epoch that ends early, because shards were withdrawn, may leave a few batches that
             # no optimizer step would follow.
             return [], None
         return batches, num_items
+
+    def set_initial_training_values(self, args: Any, dataloader: Any, *counts: Any) -> Any:
+        """Epochs, steps and samples that are planned for; an epoch may turn out to be shorter."""
+        epochs, *rest = super().set_initial_training_values(args, dataloader, *counts)
+        self._planned_epochs = epochs
+        # With max_steps as many epochs as it takes: each has a step at least.
+        return (max(epochs, args.max_steps), *rest)
+
+    def _has_ended(self) -> bool:
+        if self.state.global_step >= self.state.max_steps:
+            return True
+        if self.args.max_steps > 0 or self.loader is None:
+            return False
+        return self.loader.has_done(self.args.num_train_epochs)
 
     def _run_epoch(
         self,
@@ -289,9 +317,13 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
     def _begin(self, loader: TrainerLoader) -> None:
         """Take up a training whose model and optimizer are as they are to start."""
         self.loader, self.probe = loader, None
+        self.state.num_train_epochs = self._planned_epochs
         if self._resume_from is not None:
             loader.load_state_dict(_read_state(Path(self._resume_from)))
+            check_resumed(self.args, self.state, loader)
         if loader.config.probe_fraction > 0:
+            by_engine = self.is_deepspeed_enabled
+            optimizer = ZeroOptimizer(self.model_wrapped) if by_engine else self.optimizer
             # Accelerate casts inside the model's forward only; the probe calls the head by itself.
             with self.accelerator.autocast():
                 self.probe = LearnabilityProbe(
@@ -299,7 +331,7 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
                     loader,
                     head=self._head,
                     loss_fn=self._loss_fn,
-                    optimizer=self.optimizer,
+                    optimizer=optimizer,
                     batch_size=self._train_batch_size,
                 )
 

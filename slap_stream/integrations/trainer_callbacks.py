@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,20 +36,32 @@ class Companion(TrainerCallback):  # type: ignore[misc]  # transformers is not t
         self._step()
         # The Trainer counts from where it resumed.
         state.epoch = train_dataloader.epochs_done
+        self._end_with_data(args, state, control, train_dataloader)
 
     def on_epoch_end(
         self, args: Any, state: Any, control: Any, *, train_dataloader: Any, **others: Any
     ) -> None:
-        """The Trainer infers the epoch from the steps: wrong after one that ended early."""
-        by_epochs = args.max_steps <= 0
-        if by_epochs and train_dataloader.epoch >= math.ceil(args.num_train_epochs):
-            control.should_training_stop = True
+        """After the last step a few batches may have come that made no step more."""
+        if not control.should_training_stop:
+            self._end_with_data(args, state, control, train_dataloader)
 
     def on_train_end(
         self, args: Any, state: Any, control: Any, *, train_dataloader: Any, **others: Any
     ) -> None:
         """No more shards are needed; a new training has a loader of its own."""
         train_dataloader.close()
+
+    @staticmethod
+    def _end_with_data(args: Any, state: Any, control: Any, loader: TrainerLoader) -> None:
+        """With the last of the data do what the Trainer does at the last step that it planned."""
+        if args.max_steps > 0 or not loader.has_done(args.num_train_epochs):
+            return
+        control.should_training_stop = True
+        if args.save_strategy == "steps":
+            control.should_save = True
+        due = state.global_step >= args.eval_delay and state.global_step % state.eval_steps
+        if args.eval_strategy == "steps" and due:
+            control.should_evaluate = True
 
 
 class HideMetrics(TrainerCallback):  # type: ignore[misc]  # transformers is not typed

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from transformers import TrainingArguments
+from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from slap_stream.config import SlapConfig
 from slap_stream.errors import ConfigError
+from slap_stream.integrations.trainer_loader import TrainerLoader
 from slap_stream.selection.policies.registry import make_policy
 from slap_stream.shards.settings import dataset_shards
 
@@ -32,11 +34,8 @@ def check_arguments(args: TrainingArguments) -> None:
         "auto_find_batch_size": "the batch size is fixed for a run; find it beforehand",
         "include_tokens_per_second": "it would read an epoch in advance; use "
         "include_num_input_tokens_seen",
-        "fsdp": "probe and optimizer must see the same weights; with fully_shard in a loop of your "
-        "own they do (examples/04_torchrun.py)",
         "parallelism_config": "ranks that share a sample must be told apart; give SlapDataLoader "
         "rank and world_size in a loop of your own",
-        "deepspeed": "its engine takes over the optimizer step, which the probe follows",
     }
     for name, cure in refused.items():
         if getattr(args, name, None):
@@ -53,6 +52,87 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ConfigError(
             f"{_STRATEGY} must be 'random' or {_BY_LENGTH!r}, got {strategy!r}; the "
             "sampler composes the batches."
+        )
+
+
+def check_sharding(trainer: Trainer, config: SlapConfig) -> None:
+    """Refuse ways of sharding the model that cannot be honoured, by name.
+
+    They are settled when the Trainer has been made: a launcher may have asked for them through the
+    environment, where the arguments say nothing.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    # transformers has the method since 4.56.
+    tensor_parallel = trainer.get_tp_size() if hasattr(trainer, "get_tp_size") else 1
+    if getattr(accelerator, "parallelism_config", None) is not None or tensor_parallel > 1:
+        raise ConfigError(
+            "parallelism_config and tp_plan must be off: ranks that share a sample must be told "
+            "apart, and a Trainer does not tell; give SlapDataLoader rank and world_size in a loop "
+            "of your own (docs/distributed.md)."
+        )
+    if args.fsdp and (args.fsdp_config or {}).get("xla"):
+        raise ConfigError(
+            "fsdp_config['xla'] must be False, got True; the probe reads models that torch's own "
+            "FSDP2 has sharded."
+        )
+    if args.fsdp and not trainer.is_fsdp_enabled:
+        raise ConfigError(
+            f"fsdp must be off where accelerate does not shard, got {args.fsdp!r} and "
+            f"{accelerator.distributed_type}; every process would hold the whole model: start them "
+            "on accelerators, or shard with fully_shard in a loop of your own "
+            "(examples/04_torchrun.py)."
+        )
+    if trainer.is_fsdp_enabled:
+        _check_fsdp(accelerator.state.fsdp_plugin)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if sharded and args.torch_compile:
+        raise ConfigError(
+            "torch_compile must be off with fsdp or deepspeed, got True; what compiled code hands "
+            "to the head cannot be caught while its weights are gathered."
+        )
+    if trainer.is_deepspeed_enabled and config.keep == "auto":
+        asked = accelerator.state.deepspeed_plugin.deepspeed_config
+        if "scheduler" in asked:
+            raise ConfigError(
+                'deepspeed must leave out "scheduler" with keep="auto", got '
+                f"{asked['scheduler']!r}; it counts steps, and their number is not known: the "
+                "Trainer's (lr_scheduler_type) follows the data."
+            )
+
+
+def _check_fsdp(plugin: Any) -> None:
+    if plugin.fsdp_version != 2:
+        raise ConfigError(
+            f"fsdp_config['version'] must be 2, got {plugin.fsdp_version!r}; FSDP1 keeps what the "
+            "optimizer knows of the head in flat pieces. transformers 4 takes it from the "
+            "environment instead: FSDP_VERSION=2, which accelerate launch sets."
+        )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ConfigError(
+            "fsdp_config['cpu_offload'] must be False, got True; the probe takes "
+            "its device from the model's parameters: shard over more devices, or use "
+            "activation_checkpointing."
+        )
+
+
+def check_resumed(args: TrainingArguments, state: TrainerState, loader: TrainerLoader) -> None:
+    """Refuse a checkpoint whose steps were of other sizes than those that are to come.
+
+    The Trainer has planned by steps, the last one included, before it was told of the checkpoint.
+    """
+    if args.max_steps > 0 or loader.has_done(args.num_train_epochs):
+        return
+    accumulation = args.gradient_accumulation_steps
+    whole, begun = (-(-n // accumulation) for n in (loader.steps, loader.delivered))
+    planned = loader.epoch * whole + begun
+    # Epochs that ended early have taken fewer.
+    early = loader.config.keep == "auto" or loader.metrics()["epochs_cut_short"] > 0
+    if state.global_step > planned or (state.global_step < planned and not early):
+        raise ConfigError(
+            "gradient_accumulation_steps must be what the checkpoint was saved with, got "
+            f"{accumulation}; it is of step {state.global_step}, after {loader.delivered} of "
+            f"{loader.steps} batches of epoch {loader.epoch}: with max_steps a run may go on with "
+            "another number."
         )
 
 

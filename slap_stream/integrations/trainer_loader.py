@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,15 @@ class TrainerLoader(SlapDataLoader):
         """Batches delivered in the epoch of the next batch."""
         finished = self.progress == 1.0
         return 0 if finished else int(self.metrics()["step"])
+
+    def has_done(self, epochs: float) -> bool:
+        """Whether as many epochs were delivered; the Trainer infers that from the steps.
+
+        Wrong where an epoch ended early. Of a part of an epoch it is right with a fixed keep.
+        """
+        if self.config.keep == "auto":
+            return self.epochs_done >= epochs
+        return self.epoch >= math.ceil(epochs)
 
     def __len__(self) -> int:
         return self.steps - self.delivered

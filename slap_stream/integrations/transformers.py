@@ -13,7 +13,8 @@ class SlapTrainer(SlapMixin):
     each sample's mean loss goes back to the loader, and a `LearnabilityProbe` steps along with the
     optimizer. Evaluation and prediction are the stock Trainer's.
 
-    On several devices (one process each, DDP) every process composes its part of the batches.
+    On several devices (one process each; DDP, FSDP2 or DeepSpeed) every process composes its part
+    of the batches.
 
     A checkpoint holds the loader's state, of all ranks, in `slap_stream.state` (to be read with
     `slap_stream.core.state_bytes`), and `resume_from_checkpoint` goes on exactly, on as many

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from slap_stream.errors import HeadError
 
@@ -38,7 +39,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, parallel):
             model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
+        elif isinstance(model, torch._dynamo.OptimizedModule) and not isinstance(model, FSDPModule):
             model = model._orig_mod
         else:
             return model
@@ -89,14 +90,14 @@ def head_weight(head: nn.Module) -> nn.Parameter | None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back what FSDP2 has gathered for the root's forward.
+    """Give back what FSDP2 has gathered for a forward.
 
-    It waits for a backward otherwise, with the root's own weights, the head's among them, in memory
-    and in the place of those that the optimizer knows.
+    Some of it waits for a backward otherwise, the head's weights among it, in memory and in the
+    place of those that the optimizer knows. Which modules wait is up to who wrapped them.
     """
-    give_back = getattr(model, "reshard", None)
-    if callable(give_back):
-        give_back()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def find_body(model: nn.Module) -> nn.Module | None:

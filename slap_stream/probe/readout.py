@@ -199,13 +199,18 @@ class CausalReader:
             raise HeadError(
                 "check_ids must name a sample with supervised tokens, got none; choose others."
             )
-        entered: list[Tensor] = []
+        caught: list[Tensor] = []
+
+        def consume(hidden: Tensor) -> None:
+            # Now, not after the call: a head that was gathered for it may be sharded again then.
+            one = self._head.forward(hidden[:, -1:] if hidden.ndim == 3 else hidden)
+            caught.extend([hidden, one])
+
         with torch.no_grad():
-            output = run_to_head(self._model, self._head, inputs, entered.append)
-            hidden = entered[0]
+            output = run_to_head(self._model, self._head, inputs, consume)
+            hidden, one = caught
             shape = tuple(labels.shape)
             self._tokens_first = tuple(hidden.shape[:2]) == shape[::-1] != shape
-            one = self._head.forward(hidden[:, -1:] if hidden.ndim == 3 else hidden)
             losses = self.read(batch, size, None)[:, 0]
             own = self._own_loss(inputs, labels)
         tolerance = _tolerance(one)
