@@ -6,6 +6,7 @@ out  batches for the training step; checkpoints; metrics
 loader.py       `SlapDataLoader`: torch's DataLoader over a sampler
 pending.py      batches that are composed and not delivered yet
 delivery.py     one iteration: pending batches to the training loop
+prepared.py     a loader that Accelerate has prepared
 probe_link.py   what a probe asks of a loader and tells it
 ranks.py        what ranks tell each other
 state.py        a checkpoint of all ranks
