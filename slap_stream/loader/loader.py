@@ -20,6 +20,7 @@ from slap_stream.loader.checks import (
     check_alignment,
     check_arguments,
     check_cache_limit,
+    check_launched,
     prefetch_within,
 )
 from slap_stream.loader.delivery import SAMPLE_ID, Delivery
@@ -127,6 +128,7 @@ class SlapDataLoader(DataLoader[Any]):
         store = open_embeddings(embeddings)
         self._digests = index_digests(dataset)
         check_alignment(store, self._digests, shards.sizes, shards.stream_of_shard)
+        check_launched(dataset)
         self._ranks = join_ranks(
             rank=rank,
             world_size=world_size,
