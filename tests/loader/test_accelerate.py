@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import chain
 from pathlib import Path
 
@@ -11,10 +10,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState, PartialState
 
-from tests.helpers.accelerate_run import EPOCHS, Job
+from tests.helpers.recipes_run import Accelerated
 from tests.laws import config_of
 from tests.loader.test_loader import feed, make, run
-from tests.loader.test_ranks import run_module
 from tests.test_training import folder  # noqa: F401  (a fixture)
 
 # 206 candidates in batches of 8, of which 0.7 are kept: 18 batches, and a group of 2 at the end.
@@ -29,9 +27,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path, saved: Path) -> Job:  # noqa: F811
+def trained(folder: Path, saved: Path) -> Accelerated:  # noqa: F811
     """Two epochs in one go, with checkpoints."""
-    job = Job(folder, accumulation=ACCUMULATED)
+    job = Accelerated(folder, accumulation=ACCUMULATED)
     job.train(saves={cut: saved / str(cut) for cut in CUTS})
     return job
 
@@ -45,7 +43,7 @@ def test_a_prepared_loader_yields_the_same_batches(corpus: Path, unbroken: list[
     assert run(loader, len(unbroken)) == unbroken
 
 
-def test_each_epoch_ends_with_a_step_on_the_group_that_is_left(trained: Job) -> None:
+def test_each_epoch_ends_with_a_step_on_the_group_that_is_left(trained: Accelerated) -> None:
     groups = [4, 8, 12, 16, 18]
     assert trained.steps == groups + [BATCHES + batch for batch in groups]
     assert trained.scheduler.get_last_lr() == [0.0]
@@ -60,11 +58,11 @@ def test_each_epoch_ends_with_a_step_on_the_group_that_is_left(trained: Job) -> 
 def test_load_state_goes_on_exactly(
     folder: Path,  # noqa: F811
     saved: Path,
-    trained: Job,
+    trained: Accelerated,
     cut: int,
     num_workers: int,
 ) -> None:
-    again = Job(folder, accumulation=ACCUMULATED, num_workers=num_workers)
+    again = Accelerated(folder, accumulation=ACCUMULATED, num_workers=num_workers)
     again.accelerator.load_state(str(saved / str(cut)))
     again.train()
     assert again.ids == trained.ids[cut:]
@@ -104,20 +102,3 @@ def test_accelerate_is_told_of_the_last_batch_and_of_nothing_after_it(
             feed(loader, batch)
         assert not gradients.in_dataloader
     assert told == 3 * [*[False] * (len(loader) - 1), True]
-
-
-def test_two_ranks_prepare_and_resume(folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    run_module("tests.helpers.accelerate_run", folder, tmp_path)
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
-    assert first["model"] == "DistributedDataParallel"
-    assert first["lanes"] == 2
-    assert first["weights"] == second["weights"]
-    assert first["steps"] == second["steps"] == [4, 8, 12, 16, 18, 22, 26, 30, 34, 36]
-    assert first["rates"] == [0.0]
-    for epoch in range(EPOCHS):
-        parts = [r["ids"][epoch * BATCHES : (epoch + 1) * BATCHES] for r in (first, second)]
-        ids = [i for part in parts for batch in part for i in batch]
-        assert len(set(ids)) == len(ids) == BATCHES * 8, "divided once"
-    for result in (first, second):
-        assert result["resumed"] == result["ids"][8:]
-        assert result["same losses"]
