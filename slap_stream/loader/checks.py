@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from slap_stream.config import SlapConfig
 from slap_stream.core.checks import require_whole
 from slap_stream.embeddings.rows import StackedStore
 from slap_stream.errors import AlignmentError, ConfigError
 from slap_stream.selection.policies.registry import make_policy
-from slap_stream.shards.settings import min_cache_bytes
+from slap_stream.shards.settings import launched_rank, launched_ranks, min_cache_bytes
 from slap_stream.types import IntArray, RowStore
 
 
@@ -82,6 +83,25 @@ def prefetch_within(num_workers: int, prefetch_factor: int | None, lookahead: in
             f"{prefetch_factor} * {num_workers}; raise SlapConfig(lookahead=...)."
         )
     return prefetch_factor
+
+
+def check_launched(dataset: Any) -> None:
+    """Refuse a dataset that takes this process for another than torch.distributed does.
+
+    Streaming asks the environment, and only there. Lightning's own launcher sets `WORLD_SIZE`
+    without `RANK`: every process is then the first to its dataset, and prepares what one should.
+
+    Raises:
+        ConfigError: If it does.
+    """
+    told, ranks = launched_rank(dataset), launched_ranks(dataset)
+    connected = dist.is_available() and dist.is_initialized()
+    if connected and ranks > 1 and told != dist.get_rank():
+        raise ConfigError(
+            f"RANK must be the process's in torch.distributed, {dist.get_rank()}, when its dataset "
+            f"is made, got {told} of {ranks}; start the processes with torchrun, or set RANK, "
+            "LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE before."
+        )
 
 
 def check_alignment(

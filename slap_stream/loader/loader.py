@@ -20,11 +20,13 @@ from slap_stream.loader.checks import (
     check_alignment,
     check_arguments,
     check_cache_limit,
+    check_launched,
     prefetch_within,
 )
-from slap_stream.loader.delivery import Delivery
+from slap_stream.loader.delivery import SAMPLE_ID, Delivery
 from slap_stream.loader.padding import Padding
 from slap_stream.loader.pending import PendingBatches
+from slap_stream.loader.prepared import Prepared, never_divided
 from slap_stream.loader.probe_link import ProbeLink
 from slap_stream.loader.ranks import TIMEOUT_SECONDS, join_ranks
 from slap_stream.loader.state import check_loader_state, whole_state
@@ -43,6 +45,7 @@ from slap_stream.shards.view import ShardView
 from slap_stream.types import Position, State
 
 
+@never_divided
 class SlapDataLoader(DataLoader[Any]):
     """Batches of a `StreamingDataset` that are composed while the model trains.
 
@@ -126,6 +129,7 @@ class SlapDataLoader(DataLoader[Any]):
         store = open_embeddings(embeddings)
         self._digests = index_digests(dataset)
         check_alignment(store, self._digests, shards.sizes, shards.stream_of_shard)
+        check_launched(dataset)
         self._ranks = join_ranks(
             rank=rank,
             world_size=world_size,
@@ -162,6 +166,7 @@ class SlapDataLoader(DataLoader[Any]):
         # Which iterator may go on: none from before a new iteration or a loaded state.
         self._iteration = 0
         self._line, self._padding = StatusLine(), Padding()
+        self._prepared: Prepared | None = None
         super().__init__(
             ShardView(dataset),  # type: ignore[arg-type]  # map-style by duck typing
             batch_sampler=self._pending,  # type: ignore[arg-type]  # arrays, which pickle faster
@@ -198,6 +203,9 @@ class SlapDataLoader(DataLoader[Any]):
         self.generator.manual_seed(int(draws.integers(2**63)))
         batches = super().__iter__()
         self._line.restart()
+        if Prepared.is_due(self):
+            self._prepared = self._prepared or Prepared(SAMPLE_ID)
+            self._prepared.begin()
         return Delivery(
             batches,
             self._workers_of(batches),
@@ -205,6 +213,7 @@ class SlapDataLoader(DataLoader[Any]):
             is_newest=lambda: iteration == self._iteration,
             hold_shards=self._hold_shards,
             count=self._count,
+            prepared=self._prepared,
         )
 
     def _count(self, batch: Any, samples: int, progress: float) -> None:

@@ -25,6 +25,7 @@ EXPORTS = {
     "settings": (
         "dataset_shards",
         "index_digests",
+        "launched_rank",
         "launched_ranks",
         "min_cache_bytes",
         "processes_per_node",

@@ -91,6 +91,11 @@ def index_digests(dataset: Any) -> list[str]:
     return [file_digest(Path(stream.local, stream.split, INDEX_NAME)) for stream in dataset.streams]
 
 
+def launched_rank(dataset: Any) -> int:
+    """This process among them, as the launcher told the dataset (`RANK`)."""
+    return int(launched_world(dataset).rank)
+
+
 def launched_ranks(dataset: Any) -> int:
     """Processes of the job, as the launcher told the dataset (`WORLD_SIZE`)."""
     return int(launched_world(dataset).num_ranks)

@@ -13,7 +13,10 @@ from typing import Any
 PACKAGE = Path(__file__).parents[2] / "slap_stream"
 # Where batches pass from the sampler to the training loop.
 PASSING = (PACKAGE / "loader" / "pending.py", PACKAGE / "core" / "background.py")
-LOADER = (*PASSING, PACKAGE / "loader" / "loader.py", PACKAGE / "loader" / "delivery.py")
+LOADER = (
+    *PASSING,
+    *(PACKAGE / "loader" / f"{name}.py" for name in ("loader", "delivery", "prepared")),
+)
 
 
 @contextmanager

@@ -101,6 +101,16 @@ def test_batches_do_not_depend_on_workers(
     assert run(make(corpus, dataset=dataset, **options), len(unbroken)) == unbroken
 
 
+def test_forked_workers_read_a_dataset_that_was_iterated(
+    corpus: Path, unbroken: list[list[int]]
+) -> None:
+    """Streaming's own iteration does not: its barrier's lock is the main process's."""
+    dataset = StreamingDataset(local=str(corpus), batch_size=BATCH)
+    assert len(list(dataset)) == NUM_SAMPLES
+    loader = make(corpus, dataset=dataset, num_workers=1, multiprocessing_context="fork")
+    assert run(loader, 6) == unbroken[:6]
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resume_is_exact_at_any_batch(
     corpus: Path, unbroken: list[list[int]], num_workers: int

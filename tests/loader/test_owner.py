@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 
 from slap_stream.errors import FeedbackError
 from tests.helpers.every_line import LOADER, PASSING, at_every_line
@@ -53,9 +54,9 @@ def test_another_thread_may_ask_for_metrics_between_any_two_lines(
     assert ids == unbroken
 
 
-@pytest.mark.parametrize("lookahead", [0, 4])
+@pytest.mark.parametrize(("lookahead", "prepared"), [(0, False), (4, True)])
 def test_a_batch_is_pending_whichever_line_of_its_delivery_is_interrupted(
-    corpus: Path, lookahead: int
+    corpus: Path, lookahead: int, prepared: bool
 ) -> None:
     config = config_of(num_lanes=2, lookahead=lookahead)
     loader = make(corpus, config=config)
@@ -64,6 +65,8 @@ def test_a_batch_is_pending_whichever_line_of_its_delivery_is_interrupted(
     expected = run(loader, 2)
     for lines in range(500):
         loader = make(corpus, config=config)
+        if prepared:
+            Accelerator(cpu=True).prepare(loader)
         loader.load_state_dict(state)
         batches, left = iter(loader), [lines]
 

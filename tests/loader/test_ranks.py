@@ -220,6 +220,12 @@ def test_a_world_that_was_not_connected_is_refused(
     monkeypatch.setattr(dataset._unique_rank_world, "num_ranks", 2)
     with pytest.raises(ConfigError, match=r"got a world of 2 without; call torch.distributed.init"):
         make(tmp_path, dataset=dataset)
+    with monkeypatch.context() as patch:
+        # As in the second process of Lightning's own launcher.
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_rank", lambda: 1)
+        with pytest.raises(ConfigError, match=r"RANK must be .* 1, .* made, got 0 of 2; start the"):
+            make(tmp_path, dataset=dataset)
     with pytest.raises(ConfigError, match="rank and world_size must be given together, got 1 and"):
         join_ranks(rank=1)
     with pytest.raises(ConfigError, match="rank must be a whole number, got '0'"):

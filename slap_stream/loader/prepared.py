@@ -1,0 +1,72 @@
+"""A loader that Accelerate has prepared: what it does then, and what it must not let be done."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+# What Accelerate sets on all that it has prepared, and leaves as it is where it finds it.
+_MARK = "_is_accelerate_prepared"
+_Loader = TypeVar("_Loader")
+
+
+def never_divided(kind: type[_Loader]) -> type[_Loader]:
+    """Class decorator: `Accelerator.prepare` hands loaders of the class back as they are.
+
+    It would deal out the batches of each rank over the ranks once more, and leave out their ids.
+    """
+    setattr(kind, _MARK, True)
+    return kind
+
+
+class Prepared:
+    """What Accelerate's own loaders do for a training loop besides dividing.
+
+    Batches are moved to its device, and it is told which is an epoch's last: its `accumulate` then
+    steps on a shorter group of batches.
+
+    Args:
+        ids_name: Of the ids in a batch, which stay on the CPU, where they go back to.
+
+    Attributes:
+        end_of_dataloader: Whether the batch at hand is the epoch's last; Accelerate asks for it.
+        remainder: Samples of the last batch, where it was filled up; Accelerate asks for it. Ours
+            are whole, which is -1.
+    """
+
+    def __init__(self, ids_name: str) -> None:
+        # Not before it is known that it is installed.
+        from accelerate.state import (  # type: ignore[import-untyped]
+            GradientState,
+            PartialState,
+        )
+
+        self._gradients: Any = GradientState()
+        self._device = PartialState().device
+        self._ids_name = ids_name
+        self._begun = False
+        self.end_of_dataloader, self.remainder = False, -1
+
+    @staticmethod
+    def is_due(loader: object) -> bool:
+        """Whether Accelerate has prepared the loader."""
+        return _MARK in vars(loader)
+
+    def begin(self) -> None:
+        """An iteration begins, and ends another that was broken off."""
+        self.end()
+        self.end_of_dataloader = False
+        self._gradients._add_dataloader(self)
+        self._begun = True
+
+    def hand_over(self, batch: Any, is_last: bool) -> Any:
+        """The batch on Accelerate's device."""
+        from accelerate.utils import send_to_device  # type: ignore[import-untyped]
+
+        self.end_of_dataloader = is_last
+        return send_to_device(batch, self._device, skip_keys=self._ids_name)
+
+    def end(self) -> None:
+        """The epoch has no more batches."""
+        if self._begun:
+            self._begun = False
+            self._gradients._remove_dataloader(self)
