@@ -22,6 +22,7 @@ from pathlib import Path
 
 from slap_stream import SlapConfig
 from slap_stream.cli.command_line import CommandLine, directory, ended, real, share, to_write, whole
+from slap_stream.core.processes import usable_cores
 from slap_stream.errors import ConfigError, CorpusError
 from slap_stream.selection.policies.registry import make_policy
 from tools.bench.selection.results import Row, append_row, key_of, read_rows
@@ -38,6 +39,8 @@ def parser() -> CommandLine:
     line.add_argument("--data", type=directory, required=True, help="directory of the task files")
     line.add_argument("--out", type=to_write, default=Path("runs/selection"))
     line.add_argument("--preset", choices=sorted(PRESETS), default="small")
+    line.add_argument("--model", type=directory, help="pretrained model for the preset real")
+    line.add_argument("--lora", action="store_true", help="train low-rank adapters of it")
     line.add_argument("--conditions", nargs="+", help="such as t0_50k or balanced+copies+shuffled")
     line.add_argument("--arms", nargs="+", help=f"of {', '.join(arms())}")
     line.add_argument("--keep", type=share, default=0.7, help="share of candidates trained on")
@@ -121,7 +124,8 @@ def work(arguments: argparse.Namespace, preset: Preset, turn: str, part: int, pa
     from tools.bench.selection.corpora import Workshop
     from tools.bench.selection.training import run
 
-    torch.set_num_threads(1)
+    # A small model gains nothing from a second thread; results stay comparable.
+    torch.set_num_threads(1 if preset.model is None else max(1, usable_cores() // parts))
     workshop = Workshop(arguments.data, arguments.out, preset)
     results = arguments.out / RESULTS
     known, first = arms(), turn == "first"
@@ -197,6 +201,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     line = parser()
     arguments = line.parse_args(given)
     preset = PRESETS[arguments.preset]
+    if (arguments.model is None) == (arguments.preset == "real") and not arguments.report:
+        line.error("--model must be given with the preset real and with no other.")
+    if arguments.lora and arguments.model is None:
+        line.error("--lora must be given with --model; the small model is trained whole.")
+    if arguments.model is not None:
+        preset = preset.of_model(arguments.model, arguments.lora)
     try:
         if arguments.report:
             check_results(arguments.out)
