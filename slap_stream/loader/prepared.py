@@ -35,7 +35,7 @@ class Prepared:
 
     def __init__(self, ids_name: str) -> None:
         # Not before it is known that it is installed.
-        from accelerate.state import (  # type: ignore[import-untyped]
+        from accelerate.state import (
             GradientState,
             PartialState,
         )
@@ -60,7 +60,7 @@ class Prepared:
 
     def hand_over(self, batch: Any, is_last: bool) -> Any:
         """The batch on Accelerate's device."""
-        from accelerate.utils import send_to_device  # type: ignore[import-untyped]
+        from accelerate.utils import send_to_device
 
         self.end_of_dataloader = is_last
         return send_to_device(batch, self._device, skip_keys=self._ids_name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +22,13 @@ from slap_stream import SlapConfig
 from slap_stream.errors import CorpusError
 from slap_stream.selection.policies.registry import make_policy
 from tools.bench.selection import __main__ as bench_selection
-from tools.bench.selection import generation, tasks
-from tools.bench.selection.corpora import Workshop, encoded, groups_of_copies
+from tools.bench.selection import dirt, generation, scoring, subsets, tasks
+from tools.bench.selection.copies import near_copy
+from tools.bench.selection.corpora import Workshop, groups_of_copies
 from tools.bench.selection.report import Difference, holm, reached_after, tables
 from tools.bench.selection.results import append_row, read_rows
 from tools.bench.selection.schedule import PRESETS, Preset, RunKey, arms, rate
+from tools.bench.selection.scoring import encoded
 
 WORDS = [f"word{n}" for n in range(60)]
 TINY = Preset(
@@ -57,7 +60,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 for number in range(count):
                     messages = []
                     for _ in range(turns):
-                        said = rng.sample(WORDS, 8)
+                        said = [*(["say:"] if name == "tatoeba" else []), *rng.sample(WORDS, 8)]
                         messages += [
                             {"role": "user", "content": " ".join(said)},
                             {"role": "assistant", "content": " ".join(said[:4])},
@@ -78,10 +81,12 @@ def answers(records: list[dict[str, Any]]) -> Counter[str]:
 
 
 def test_a_condition_is_told_by_its_name() -> None:
-    for name in ("balanced", "gsm8k+copies", "imbalanced+copies+shuffled"):
+    for name in ("balanced", "gsm8k+copies", "imbalanced+copies+shuffled", "five+mixed30"):
         assert tasks.Condition.of(name).name == name
     with pytest.raises(ValueError, match=r"condition must be one of balanced, .*got 'balanced\+x'"):
         tasks.Condition.of("balanced+x")
+    with pytest.raises(ValueError, match=r"with \+mixed and a percentage, got 'five\+mixed0'"):
+        tasks.Condition.of("five+mixed0")
 
 
 def test_a_dirty_mixture_holds_what_it_says(data: Path) -> None:
@@ -115,9 +120,85 @@ def test_a_dirty_mixture_holds_what_it_says(data: Path) -> None:
 def test_shuffled_targets_stay_in_their_source(data: Path) -> None:
     _, records = tasks.split_training(data, "gsm8k")
     before = answers(records)
-    tasks.shuffle_targets(records, random.Random(0))
+    dirt.shuffle_targets(records, random.Random(0))
     assert answers(records) == before
     assert sum(record.get("kind") == "shuffled" for record in records) == len(records)
+
+
+def test_mixed_dirt_is_of_every_kind_and_labelled(data: Path) -> None:
+    condition = tasks.Condition.of("gsm8k+mixed50")
+    clean = {
+        record["id"].partition(":")[2]: record["messages"]
+        for record in tasks.training_records(data, tasks.Condition.of("gsm8k"), 400, seed=1)
+    }
+    records = tasks.training_records(data, condition, 400, seed=1)
+    kinds = Counter(record["kind"] for record in records)
+    assert len(records) == len(clean) == len({record["id"] for record in records})
+    assert set(kinds) == {"clean", "first", *dirt.MIXED}
+    for record in records:
+        kind, _, name = record["id"].partition(":")
+        before = clean.get(name.rsplit("-", 1)[0] if kind in ("exact", "copy") else name)
+        same = before == record["messages"]
+        assert kind == record["kind"]
+        assert before is not None
+        # An edit of a near-copy may change nothing.
+        assert kind == "copy" or same == (kind in ("clean", "first", "exact"))
+    assert tasks.training_records(data, condition, 400, seed=1) == records
+
+
+@given(st.text(min_size=1), st.integers(0, 99))
+def test_changed_numbers_are_all_others_of_as_many_digits(text: str, seed: int) -> None:
+    said = f"{text} 7 and 2048"
+    changed = dirt.changed_numbers(said, random.Random(seed))
+    old, new = re.findall(r"\d+", said), re.findall(r"\d+", changed)
+    assert [*map(len, old)] == [*map(len, new)]
+    assert all(a != b for a, b in zip(old, new, strict=True))
+    assert re.sub(r"\d", "", said) == re.sub(r"\d", "", changed)
+
+
+def some_known(count: int = 12, keep: float = 0.5) -> subsets.Known:
+    """Records of which each third is like the one before it."""
+    records, rng = [], np.random.default_rng(0)
+    vectors = rng.standard_normal((count, 8)).astype(np.float32)
+    for number in range(count):
+        copied = number % 3 == 2
+        said = " ".join(random.Random(number - copied).sample(WORDS, 20))
+        if copied:
+            vectors[number] = vectors[number - 1] + 0.01
+        asked = said + " please" * copied
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "a" * number}]
+        kind = "copy" if copied else "clean"
+        records.append({"id": str(number), "source": "s", "messages": turns, "kind": kind})
+    return subsets.Known(
+        records=records,
+        embeddings=vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
+        keep=keep,
+        instruction_difficulty=lambda: np.arange(count) / 8,
+    )
+
+
+@pytest.mark.parametrize("choice", ["minhash", "embedding", "truth"])
+def test_of_near_copies_the_first_is_left(choice: str) -> None:
+    left = subsets.CHOICES[choice](some_known())
+    assert left.tolist() == [True, True, False] * 4
+
+
+def test_choices_with_a_budget_keep_it() -> None:
+    known = some_known()
+    assert np.flatnonzero(subsets.longest(known)).tolist() == [6, 7, 8, 9, 10, 11]
+    # From a ratio of 1 on, at record 8, the prompt does not belong to the answer.
+    assert np.flatnonzero(subsets.top_ifd(known)).tolist() == [2, 3, 4, 5, 6, 7]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=20))
+def test_the_auc_counts_pairs(pairs: list[tuple[int, bool]]) -> None:
+    scores, dirty = np.array([s for s, _ in pairs]), np.array([d for _, d in pairs])
+    value = subsets.auc(scores, dirty, ~dirty)
+    if dirty.all() or not dirty.any():
+        assert np.isnan(value)
+        return
+    wins = [(p > n) + 0.5 * (p == n) for p in scores[dirty] for n in scores[~dirty]]
+    assert value == pytest.approx(np.mean(wins))
 
 
 def test_a_near_copy_is_almost_the_same() -> None:
@@ -129,7 +210,7 @@ def test_a_near_copy_is_almost_the_same() -> None:
             {"role": "assistant", "content": "She has four apples left."},
         ],
     }
-    copies = [tasks.near_copy(record, n, random.Random(n)) for n in range(40)]
+    copies = [near_copy(record, n, random.Random(n)) for n in range(40)]
     words = set("How many apples does Ann have left of ten?".lower().rstrip("?").split())
     for copied in copies:
         said = set(copied["messages"][0]["content"].lower().rstrip("?.! ").split())
@@ -337,13 +418,76 @@ def test_runs_are_made_once_and_reported(
     for row in (full, oracle, auto):
         assert sum(row["trained"].values()) == row["samples"]
         assert sum(row["offered"].values()) == row["candidates"]
-        assert set(row["heldout"]) == set(tasks.TASKS)
+        assert set(row["heldout"]) == set(tasks.MIXTURES["balanced"])
         assert 0.0 <= row["written"]["tatoeba"] <= 100.0
     printed = capsys.readouterr().out
     assert "| oracle warmup_losses=16 | 0.68 | " in printed
     assert "| worst source | chrF of tatoeba | shuffled |" in printed
     assert json.loads(printed.splitlines()[-1])["balanced+copies+shuffled, preset tiny"]
     assert (tmp_path / "selection.png").read_bytes().startswith(b"\x89PNG")
+
+
+def said(template: str, answer: str, number: int = 0) -> dict[str, Any]:
+    """A record of one question."""
+    turns = [
+        {"role": "user", "content": f"word{number} word1"},
+        {"role": "assistant", "content": answer},
+    ]
+    return {"id": f"{template}{number}", "source": "s", "messages": turns, "template": template}
+
+
+def test_templates_with_a_few_short_answers_have_options() -> None:
+    records = [said("two", answer) for answer in ("yes", "no") * 3]
+    records += [said("many", f"word{n}") for n in range(40)]
+    records += [said("rare", answer) for answer in ("a", "b")]
+    records += [said("long", answer) for answer in ("x" * 40, "b") * 3]
+    assert scoring.options_of(records) == {"two": ["no", "yes"]}
+
+
+def test_the_likeliest_option_is_what_counts(data: Path, tmp_path: Path) -> None:
+    workshop = Workshop(data, tmp_path, TINY)
+    tokenizer, model = workshop.tokenizer(), workshop.base_model()
+    options = {"t": ["word2", "word3 word4"]}
+    records = [said("t", answer, number) for number in range(3) for answer in options["t"]]
+    records.append(said("other", "word9"))
+    share, count = scoring.rank_classification(records, options, model, tokenizer, TINY)
+    assert count == 6
+    by_hand = 0
+    for record in records[:6]:
+        asked = [said("t", option, int(record["id"][1:])) for option in options["t"]]
+        rows = [row for _, row in encoded(asked, tokenizer, TINY.max_tokens)]
+        losses, _ = scoring.losses_of(rows, model, tokenizer, TINY)
+        by_hand += options["t"][losses.argmin()] == record["messages"][1]["content"]
+    assert share == pytest.approx(100 * by_hand / 6)
+
+
+def test_baselines_on_a_pretrained_model(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workshop = Workshop(data, tmp_path, TINY)
+    workshop.tokenizer().save_pretrained(tmp_path / "llama")
+    workshop.base_model().save_pretrained(tmp_path / "llama")
+    tiny = replace(TINY, name="real", size=100, ranked=("t0_50k",), generated=())
+    monkeypatch.setitem(PRESETS, "real", tiny)
+    given = ["--data", str(data), "--out", str(tmp_path), "--preset", "real", "--seeds", "1"]
+    given += ["--conditions", "five+mixed30"]
+    with pytest.raises(SystemExit):
+        bench_selection.main(given)
+    assert "--model must be given with the preset real" in capsys.readouterr().err
+    given += ["--model", str(tmp_path / "llama"), "--lora"]
+    some = ["full", "dedupe", "removal_equal", "top_ifd"]
+    assert bench_selection.main([*given, "--arms", *some]) == 0
+    rows = {row["arm"]: row for row in read_rows(tmp_path / "results.jsonl")}
+    full, deduplicated, equal = (rows[arm] for arm in some[:3])
+    assert {row["preset"] for row in rows.values()} == {"real-llama-lora"}
+    # Of a record and its three copies one is left, whichever comes first.
+    assert deduplicated["trained"]["exact"] <= 2 < full["trained"]["exact"]
+    assert deduplicated["samples"] <= full["samples"] == equal["samples"]
+    assert {kind for kind, count in equal["trained"].items() if count} == {"clean", "first"}
+    assert rows["top_ifd"]["prepared"] > 0 == full["prepared"]
+    assert rows["top_ifd"]["samples"] <= 0.7 * full["candidates"]
+    assert full["auc"]["shuffled"] <= 1.0
+    assert all(row["offered"] == full["offered"] for row in rows.values())
 
 
 @pytest.mark.parametrize("arm", ["rho_loss", "greats", "infobatch"])

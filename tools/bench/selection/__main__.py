@@ -29,6 +29,8 @@ def parser() -> CommandLine:
     line.add_argument("--data", type=directory, required=True, help="directory of the task files")
     line.add_argument("--out", type=to_write, default=Path("runs/selection"))
     line.add_argument("--preset", choices=sorted(PRESETS), default="small")
+    line.add_argument("--model", type=directory, help="pretrained model for the preset real")
+    line.add_argument("--lora", action="store_true", help="train low-rank adapters of it")
     line.add_argument("--conditions", nargs="+", help="such as t0_50k or balanced+copies+shuffled")
     line.add_argument("--arms", nargs="+", help=f"of {', '.join(arms())}")
     line.add_argument("--keep", type=share, default=0.7, help="share of candidates trained on")
@@ -72,6 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     line = parser()
     arguments = line.parse_args(argv)
     preset = PRESETS[arguments.preset]
+    if (arguments.model is None) == (arguments.preset == "real") and not arguments.report:
+        line.error("--model must be given with the preset real and with no other.")
+    if arguments.lora and arguments.model is None:
+        line.error("--lora must be given with --model; the small model is trained whole.")
+    if arguments.model is not None:
+        preset = preset.of_model(arguments.model, arguments.lora)
     try:
         if arguments.report:
             check_results(arguments.out)

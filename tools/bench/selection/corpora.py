@@ -16,19 +16,28 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from slap_stream import per_sample_loss
+from slap_stream import EmbeddingStore, per_sample_loss
 from slap_stream.cli import convert, embed
 from slap_stream.errors import SlapStreamError
 from slap_stream.shards.index import corpus_size
 from slap_stream.shards.reader import iter_corpus
-from slap_stream.text.chat import DEFAULT_CHAT_TEMPLATE, encode
+from slap_stream.text.chat import DEFAULT_CHAT_TEMPLATE
 from slap_stream.text.collate import ChatCollator
+from tools.bench.selection.dirt import MIXED
 from tools.bench.selection.schedule import Preset, rate
+from tools.bench.selection.scoring import encoded, instruction_difficulty
+from tools.bench.selection.subsets import CHOICES, Known
 from tools.bench.selection.tasks import (
     MIXTURES,
-    TASKS,
+    PRETRAINING,
     Condition,
     Record,
     heldout_records,
@@ -36,7 +45,9 @@ from tools.bench.selection.tasks import (
     training_records,
 )
 
-KINDS = ("clean", "first", "copy", "shuffled")
+# Kinds that repeat a record of the kind `first`.
+COPIES = ("copy", "exact")
+KINDS = ("clean", "first", *dict.fromkeys(("copy", "shuffled", *MIXED)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +58,24 @@ class Corpus:
         path: Directory of shards and embeddings.
         kind: (num_samples,) index into `KINDS`.
         group: (num_samples,) number of the record that near-copies were made of; -1 if none.
+        prepared: Tokens that a model read to choose it.
     """
 
     path: Path
     kind: NDArray[np.int64]
     group: NDArray[np.int64]
+    prepared: int = 0
+
+    @classmethod
+    def read(cls, place: Path) -> Corpus:
+        """What stands in a directory of the workshop."""
+        table, prepared = np.load(place / "kinds.npz"), place / "prepared.json"
+        return cls(
+            path=place / "corpus",
+            kind=table["kind"],
+            group=table["group"],
+            prepared=json.loads(prepared.read_text()) if prepared.exists() else 0,
+        )
 
     def is_of(self, kinds: Sequence[str]) -> NDArray[np.bool_]:
         """(num_samples,) whether a sample is of one of these kinds."""
@@ -73,24 +97,65 @@ class Workshop:
         self.place.mkdir(parents=True, exist_ok=True)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """A byte-level BPE tokenizer of all tasks' training texts."""
-        path = self._make("tokenizer", self._train_tokenizer)
-        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(path)
+        """The pretrained model's, or a byte-level BPE tokenizer of all tasks' training texts."""
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(self._tokenizer_path())
         return tokenizer
 
-    def base_model(self) -> LlamaForCausalLM:
-        """A model pre-trained on the tasks' training texts, prompts and targets alike."""
+    def _tokenizer_path(self) -> Path:
+        return self.preset.model or self._make("tokenizer", self._train_tokenizer)
+
+    def base_model(self) -> Any:
+        """The pretrained model, or one trained on the tasks' training texts, prompts and all."""
+        if self.preset.model is not None:
+            return _adapted(self.preset.model, self.preset.lora)
         path = self._make("base-model", self._pretrain)
         model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(path)
         return model
 
     def corpus(self, condition: Condition, seed: int) -> Corpus:
         """Shards and embeddings of a condition; its records depend on the seed."""
-        path = self._make(
-            f"{condition.name}-{seed}", lambda place: self._write(place, condition, seed)
-        )
-        table = np.load(path / "kinds.npz")
-        return Corpus(path=path / "corpus", kind=table["kind"], group=table["group"])
+
+        def write(place: Path) -> None:
+            records = training_records(self.data, condition, self.preset.size, seed)
+            self._write(place, records, seed)
+
+        return Corpus.read(self._make(f"{condition.name}-{seed}", write))
+
+    def chosen(self, condition: Condition, seed: int, choice: str, share: float) -> Corpus:
+        """What a baseline leaves of a condition's corpus."""
+        known, read = self._known(condition, seed, share)
+
+        def write(place: Path) -> None:
+            left = CHOICES[choice](known)
+            records = [r for r, stays in zip(known.records, left, strict=True) if stays]
+            self._write(place, records, seed)
+            (place / "prepared.json").write_text(json.dumps(sum(read)))
+
+        name = f"{condition.name}-{seed}-{choice}-{share}"
+        return Corpus.read(self._make(name, write))
+
+    def _known(self, condition: Condition, seed: int, share: float) -> tuple[Known, list[int]]:
+        """What baselines may look at, and the tokens that looking takes, once it is done."""
+        corpus, read = self.corpus(condition, seed), list[int]()
+        records = {
+            record["id"]: record
+            for record in training_records(self.data, condition, self.preset.size, seed)
+        }
+        samples = iter_corpus(corpus.path, 0, corpus_size(corpus.path))
+        mine = [records[sample["id"]] for sample in samples]
+        store = EmbeddingStore(corpus.path / "embeddings.zarr")
+        rows = store.read(0, store.shape[0]).embedding.astype(np.float32)
+        norms = np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+        def difficulty() -> NDArray[np.float64]:
+            model = self.base_model().to(self.preset.device)
+            ratio, tokens = instruction_difficulty(mine, model, self.tokenizer(), self.preset)
+            read.append(tokens)
+            return ratio
+
+        return Known(
+            records=mine, embeddings=rows / norms, keep=share, instruction_difficulty=difficulty
+        ), read
 
     def reference_store(self, condition: Condition, seed: int) -> Path:
         """Embeddings of a condition's corpus, with the losses of a reference model beside them.
@@ -144,7 +209,9 @@ class Workshop:
     def _pretraining(self) -> list[Record]:
         """Records of all tasks that no run is fine-tuned on, in a random order."""
         limit = self.preset.pretraining_per_task
-        records = [r for name in TASKS for r in split_training(self.data, name, limit=limit)[0]]
+        records = [
+            r for name in PRETRAINING for r in split_training(self.data, name, limit=limit)[0]
+        ]
         random.Random("pretraining order").shuffle(records)
         return records
 
@@ -233,17 +300,15 @@ class Workshop:
         width = self.preset.max_tokens
         return torch.tensor(ids[: len(ids) // width * width]).view(-1, width)
 
-    def _write(self, place: Path, condition: Condition, seed: int) -> None:
-        records = training_records(self.data, condition, self.preset.size, seed)
+    def _write(self, place: Path, records: Sequence[Record], seed: int) -> None:
         with (place / "train.jsonl").open("w") as file:
             for record in records:
                 kept = {name: record[name] for name in ("id", "source", "messages")}
                 file.write(json.dumps(kept) + "\n")
-        self.tokenizer()
         corpus = place / "corpus"
         _command(
             convert,
-            *(place / "train.jsonl", corpus, "--tokenizer", self.place / "tokenizer"),
+            *(place / "train.jsonl", corpus, "--tokenizer", self._tokenizer_path()),
             *("--max-length", self.preset.max_tokens, "--seed", seed),
             *("--shard-bytes", self.preset.shard_bytes, "--quiet"),
         )
@@ -256,6 +321,18 @@ class Workshop:
         )
 
 
+def _adapted(path: Path, lora: bool) -> Any:
+    """A pretrained model, with new adapters on all its linear layers if these are trained."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if not lora:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
 def groups_of_copies(ids: Sequence[str]) -> list[int]:
     """(n,) position of the record that each is a copy of; its own, if it was copied; else -1.
 
@@ -266,11 +343,11 @@ def groups_of_copies(ids: Sequence[str]) -> list[int]:
     """
     kinds, names = zip(*(identity.split(":", 1) for identity in ids), strict=True)
     records = [
-        {"first": name, "copy": name.rsplit("-", 1)[0]}.get(kind)
+        {"first": name, **dict.fromkeys(COPIES, name.rsplit("-", 1)[0])}.get(kind)
         for kind, name in zip(kinds, names, strict=True)
     ]
     place: dict[str, int] = {}
-    for wanted in ("first", "copy"):
+    for wanted in ("first", *COPIES):
         for number, (kind, record) in enumerate(zip(kinds, records, strict=True)):
             if kind == wanted and record is not None:
                 place.setdefault(record, number)
@@ -288,19 +365,3 @@ def _alone(path: Path) -> Iterator[None]:
 def _command(tool: Any, *arguments: object) -> None:
     if tool.main([str(argument) for argument in arguments]):
         raise SlapStreamError(f"{tool.__name__} must succeed, got an error; see above.")
-
-
-def encoded(
-    records: Sequence[Record], tokenizer: Any, max_tokens: int
-) -> list[tuple[str, dict[str, list[Any]]]]:
-    """(source, tokens) of records, those that are cut before the answer left out."""
-    result: list[tuple[str, dict[str, list[Any]]]] = []
-    for record in records:
-        tokens = encode(tokenizer, record["messages"], max_length=max_tokens)
-        if any(tokens.supervised[1:]):
-            row: dict[str, list[Any]] = {
-                "input_ids": tokens.input_ids,
-                "supervised": tokens.supervised,
-            }
-            result.append((record["source"], row))
-    return result

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from tools.bench.selection.corpora import encoded
 from tools.bench.selection.schedule import Preset
+from tools.bench.selection.scoring import encoded
 from tools.bench.selection.tasks import Record
 
 GENERATION_BATCH = 64

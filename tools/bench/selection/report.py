@@ -88,7 +88,7 @@ def label(row: Row) -> str:
     if row["keep"] not in (0.7, 1.0, "auto"):
         parts.append(f"keep {row['keep']}")
     keep = 1.0 if isinstance(row["keep"], str) else row["keep"]
-    if row["learning_rate"] != PRESETS[row["preset"]].rate_for(keep):
+    if row["learning_rate"] != PRESETS[row["preset"].partition("-")[0]].rate_for(keep):
         parts.append(f"rate {row['learning_rate']}")
     return " ".join([*parts, row["overrides"]]).strip()
 
@@ -111,8 +111,9 @@ def paired(arm: dict[int, Row], other: dict[int, Row], value: str = "loss") -> D
 
 
 def compute(row: Row) -> float:
-    """Tokens through the model, a probe's forward counted as `FORWARD_SHARE` of a step."""
-    return float(row["tokens"] * (1.0 + FORWARD_SHARE * row["probed"] / row["samples"]))
+    """Tokens through the model, a forward alone counted as `FORWARD_SHARE` of a step."""
+    probed = row["tokens"] * row["probed"] / row["samples"]
+    return float(row["tokens"] + FORWARD_SHARE * (probed + row.get("prepared", 0)))
 
 
 def selecting(row: Row) -> float:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slap_stream.errors import ConfigError, CorpusError
+from tools.bench.selection.copies import near_copy
+from tools.bench.selection.dirt import add_mixed, shuffle_targets
 
 Record = dict[str, Any]
 
@@ -20,6 +23,8 @@ COPY_SHARE, SHUFFLED_SHARE = 0.2, 0.2
 # Near-copies are of this share of the records, so that each copied record has many copies.
 COPIED_RECORDS = 0.015
 SHINGLE_WORDS = 8
+# Sentences in other languages that answers are replaced with.
+FOREIGN = 2_000
 # Of the training files, one record in so many is for the tokenizer and the base model alone.
 ONE_FOR_PRETRAINING_IN = 4
 
@@ -46,14 +51,18 @@ TASKS = {
         Task(name="sgd", max_characters=300, cut_turns=True),
         Task(name="tatoeba", max_characters=200),
         Task(name="gsm8k", max_characters=400),
+        Task(name="alpaca_en", max_characters=400),
     )
 }
+# What the small model's tokenizer and weights come from.
+PRETRAINING = ("t0_50k", "sgd", "tatoeba", "gsm8k")
 
 # Shares of the tasks in the benchmark's mixtures.
 MIXTURES: dict[str, dict[str, float]] = {
     "balanced": {"t0_50k": 0.4, "sgd": 0.225, "tatoeba": 0.225, "gsm8k": 0.15},
     "imbalanced": {"t0_50k": 0.65, "sgd": 0.2, "tatoeba": 0.1, "gsm8k": 0.05},
     "questions": {"t0_50k": 0.6, "gsm8k": 0.4},
+    "five": dict.fromkeys(TASKS, 0.2),
 } | {name: {name: 1.0} for name in TASKS}
 
 
@@ -65,17 +74,19 @@ class Condition:
         mixture: Name in `MIXTURES`.
         copies: Whether near-duplicates are added, `COPY_SHARE` of the result.
         shuffled: Whether targets are shuffled within their source, `SHUFFLED_SHARE` of the result.
+        mixed: Percentage that is dirty in one of the ways of `dirt.MIXED`, in equal parts.
     """
 
     mixture: str
     copies: bool = False
     shuffled: bool = False
+    mixed: int = 0
 
     @property
     def name(self) -> str:
-        """Such as `imbalanced+copies+shuffled`."""
+        """Such as `imbalanced+copies+shuffled` or `five+mixed30`."""
         parts = [self.mixture, *(part for part in ("copies", "shuffled") if getattr(self, part))]
-        return "+".join(parts)
+        return "+".join([*parts, *([f"mixed{self.mixed}"] if self.mixed else [])])
 
     @classmethod
     def of(cls, name: str) -> Condition:
@@ -85,10 +96,13 @@ class Condition:
             ValueError: If there is no such mixture or dirt.
         """
         mixture, *dirt = name.split("+")
+        mixed = re.fullmatch(r"mixed([1-9]\d?)", dirt[0]) if len(dirt) == 1 else None
+        if mixture in MIXTURES and mixed:
+            return cls(mixture=mixture, mixed=int(mixed[1]))
         if mixture not in MIXTURES or not set(dirt) <= {"copies", "shuffled"}:
             raise ConfigError(
                 f"condition must be one of {', '.join(MIXTURES)}, with +copies or +shuffled or "
-                f"both, got {name!r}."
+                f"both, or with +mixed and a percentage, got {name!r}."
             )
         return cls(mixture=mixture, copies="copies" in dirt, shuffled="shuffled" in dirt)
 
@@ -110,7 +124,12 @@ def read_task(data: Path, task: Task, part: str) -> Iterator[Record]:
                 messages = _first_turns(messages, task.max_characters)
             size = sum(len(turn["content"]) for turn in messages)
             if messages and size <= task.max_characters:
-                yield {"id": record["id"], "source": task.name, "messages": messages}
+                yield {
+                    "id": record["id"],
+                    "source": task.name,
+                    "messages": messages,
+                    "template": record["source"],
+                }
 
 
 def split_training(
@@ -186,7 +205,7 @@ def training_records(data: Path, condition: Condition, size: int, seed: int) -> 
 
     Returns:
         Records with `id`, `source`, `messages`, and `kind`: `clean`, `shuffled`, `first` (the
-        record that near-copies were made of) or `copy`. Ids carry the kind.
+        record that near-copies were made of), `copy`, or one of `dirt.MIXED`. Ids carry the kind.
     """
     rng = random.Random(f"{condition.name} {seed}")
     records: list[Record] = []
@@ -211,6 +230,11 @@ def training_records(data: Path, condition: Condition, size: int, seed: int) -> 
             record["kind"] = "first"
         copies = total - len(records)
         records += [near_copy(firsts[n % len(firsts)], n, rng) for n in range(copies)]
+    if condition.mixed:
+        sentences, _ = split_training(data, "tatoeba", limit=FOREIGN)
+        # "Translate Afrikaans to English: ..."
+        foreign = [r["messages"][0]["content"].partition(": ")[2] for r in sentences]
+        records = add_mixed(records, condition.mixed / 100, foreign, rng)
     if condition.shuffled:
         for name in MIXTURES[condition.mixture]:
             mine = [r for r in records if r["source"] == name and r["kind"] == "clean"]
@@ -219,82 +243,3 @@ def training_records(data: Path, condition: Condition, size: int, seed: int) -> 
     for record in records:
         record["id"] = f"{record['kind']}:{record['id']}"
     return records
-
-
-def shuffle_targets(records: Sequence[Record], rng: random.Random) -> None:
-    """Give each of the records the answers of another of them, where these differ."""
-    order = list(range(len(records)))
-    rng.shuffle(order)
-    answers = [_answers(record) for record in records]
-    for mine, theirs in zip(order, order[1:] + order[:1], strict=True):
-        if answers[mine] != answers[theirs]:
-            records[mine]["messages"] = _with_answers(records[mine]["messages"], answers[theirs])
-            records[mine]["kind"] = "shuffled"
-
-
-def _answers(record: Record) -> list[str]:
-    return [turn["content"] for turn in record["messages"] if turn["role"] == "assistant"]
-
-
-def _with_answers(messages: list[dict[str, str]], answers: list[str]) -> list[dict[str, str]]:
-    """The same questions with other answers, from the first on, as many as are needed."""
-    result, given = [], 0
-    for turn in messages:
-        if turn["role"] == "assistant":
-            turn = {"role": "assistant", "content": answers[given % len(answers)]}
-            given += 1
-        result.append(turn)
-    return result
-
-
-def near_copy(record: Record, number: int, rng: random.Random) -> Record:
-    """The same record with a few small edits of its questions, such as editors and scrapes make."""
-    messages = []
-    for turn in record["messages"]:
-        content = turn["content"]
-        if turn["role"] != "assistant" or rng.random() < 0.2:
-            for _ in range(rng.randint(1, 2)):
-                content = rng.choice(_EDITS)(content, rng)
-        messages.append({"role": turn["role"], "content": content})
-    return {
-        "id": f"{record['id']}-{number}",
-        "source": record["source"],
-        "messages": messages,
-        "kind": "copy",
-    }
-
-
-def _drop_word(text: str, rng: random.Random) -> str:
-    words = text.split(" ")
-    if len(words) > 3:
-        del words[rng.randrange(len(words))]
-    return " ".join(words)
-
-
-def _swap_words(text: str, rng: random.Random) -> str:
-    words = text.split(" ")
-    if len(words) > 2:
-        at = rng.randrange(len(words) - 1)
-        words[at], words[at + 1] = words[at + 1], words[at]
-    return " ".join(words)
-
-
-def _lower(text: str, rng: random.Random) -> str:
-    return text[:1].lower() + text[1:]
-
-
-def _end(text: str, rng: random.Random) -> str:
-    return text.rstrip(" .!?") + rng.choice(["", ".", "!", " ."])
-
-
-def _double_space(text: str, rng: random.Random) -> str:
-    return text.replace(" ", "  ", 1)
-
-
-_EDITS: tuple[Callable[[str, random.Random], str], ...] = (
-    _drop_word,
-    _swap_words,
-    _lower,
-    _end,
-    _double_space,
-)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,10 +21,12 @@ from slap_stream import (
 from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.shards.opening import one_at_a_time
 from slap_stream.text.collate import ChatCollator
-from tools.bench.selection.corpora import KINDS, Corpus, Workshop, encoded
+from tools.bench.selection.corpora import KINDS, Corpus, Workshop
 from tools.bench.selection.generation import generation_scores
 from tools.bench.selection.schedule import Arm, Preset, RunKey, config_of, rate
-from tools.bench.selection.tasks import Condition
+from tools.bench.selection.scoring import encoded, options_of, rank_classification
+from tools.bench.selection.subsets import auc
+from tools.bench.selection.tasks import MIXTURES, Condition, split_training
 
 Batch = dict[str, torch.Tensor]
 EVALUATION_BATCH = 64
@@ -41,14 +44,17 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
         the loader's metrics.
     """
     preset, condition = workshop.preset, Condition.of(key.condition)
-    corpus = workshop.corpus(condition, key.seed)
+    whole = workshop.corpus(condition, key.seed)
+    corpus = whole
+    if arm.choice is not None:
+        corpus = workshop.chosen(condition, key.seed, arm.choice, arm.share)
     tokenizer = workshop.tokenizer()
     heldout = _heldout_batches(workshop, condition, tokenizer)
-    dataset = _open_dataset(corpus, preset)
+    dataset, store = _open_dataset(corpus, preset), _store(workshop, corpus, arm, key)
     loader = SlapDataLoader(
         dataset,
         batch_size=preset.batch_size,
-        embeddings=_store(workshop, corpus, arm, key),
+        embeddings=store,
         config=config_of(arm, key.keep, key.seed),
         collate_fn=ChatCollator(tokenizer),
     )
@@ -57,46 +63,39 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=key.learning_rate, weight_decay=0.01)
     probe = LearnabilityProbe(model, loader, optimizer=optimizer) if arm.probe else None
 
-    offered = np.bincount(corpus.kind, minlength=len(KINDS)) * preset.epochs
+    offered = np.bincount(whole.kind, minlength=len(KINDS)) * preset.epochs
     trained = np.zeros(len(corpus.kind), np.int64)
     curve = [(0, _mean(_evaluate(model, heldout, preset)))]
-    seconds = {"train": 0.0, "compose": 0.0, "probe": 0.0}
+    seconds = dict.fromkeys(("train", "compose", "probe"), 0.0)
     tokens = samples = steps = shown = 0
     targets = _target_batches(workshop, condition, tokenizer) if arm.target else []
     due = [part / preset.evaluations for part in range(1, preset.evaluations)]
-    for epoch in range(preset.epochs):
-        batches = iter(loader)
-        while True:
+    most = len(whole.kind) // preset.batch_size * preset.epochs if arm.equal_steps else None
+    for done, batch in _batches(loader, preset.epochs, most, seconds):
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = key.learning_rate * rate(done)
+        weights = loader.loss_weights(batch["sample_id"]) if arm.probe else None
+        losses, count = _step(model, optimizer, batch, preset, weights)
+        tokens += count
+        seconds["train"] += time.perf_counter() - began
+        trained[batch["sample_id"].numpy()] += 1
+        samples += len(losses)
+        if probe is not None:
             began = time.perf_counter()
-            batch = next(batches, None)
-            seconds["compose"] += time.perf_counter() - began
-            if batch is None:
-                break
-            done = (epoch + loader.progress) / preset.epochs
-            began = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = key.learning_rate * rate(done)
-            weights = loader.loss_weights(batch["sample_id"]) if arm.probe else None
-            losses, count = _step(model, optimizer, batch, preset, weights)
-            tokens += count
-            seconds["train"] += time.perf_counter() - began
-            trained[batch["sample_id"].numpy()] += 1
-            samples += len(losses)
-            if probe is not None:
-                began = time.perf_counter()
-                loader.observe(batch["sample_id"], losses)
-                if targets and steps % TARGET_EVERY == 0:
-                    loader.sampler.set_target(probe.mean_sketch(targets))
-                    shown += TARGET_SIZE
-                probe.step()
-                steps += 1
-                seconds["probe"] += time.perf_counter() - began
-            if due and done >= due[0]:
-                due.pop(0)
-                curve.append((samples, _mean(_evaluate(model, heldout, preset))))
+            loader.observe(batch["sample_id"], losses)
+            if targets and steps % TARGET_EVERY == 0:
+                loader.sampler.set_target(probe.mean_sketch(targets))
+                shown += TARGET_SIZE
+            probe.step()
+            steps += 1
+            seconds["probe"] += time.perf_counter() - began
+        if due and done >= due[0]:
+            due.pop(0)
+            curve.append((samples, _mean(_evaluate(model, heldout, preset))))
     final = _evaluate(model, heldout, preset)
     curve.append((samples, _mean(final)))
-    copied = corpus.group >= 0
+    copied = whole.group >= 0
     return {
         **key.to_dict(),
         "heldout": final,
@@ -109,12 +108,65 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
         "trained": {
             kind: int(trained[corpus.kind == number].sum()) for number, kind in enumerate(KINDS)
         },
-        "copied_records": len(np.unique(corpus.group[copied])),
+        "copied_records": len(np.unique(whole.group[copied])),
         "tokens": tokens,
+        "prepared": corpus.prepared,
+        "auc": _mismatch_auc(store, corpus),
+        "ranked": _ranked(workshop, condition, model, tokenizer),
         "probed": shown + int(loader.metrics().get("probe_samples", 0.0)),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "metrics": {name: round(value, 4) for name, value in loader.metrics().items()},
     }
+
+
+def _batches(
+    loader: SlapDataLoader, epochs: int, most: int | None, seconds: dict[str, float]
+) -> Iterator[tuple[float, Batch]]:
+    """Batches of so many epochs, or so many batches, each with the share of the run then done."""
+    taken = 0
+    for epoch in itertools.count():
+        if epoch == epochs and most is None:
+            return
+        batches = iter(loader)
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            seconds["compose"] += time.perf_counter() - began
+            if batch is None:
+                break
+            taken += 1
+            yield ((epoch + loader.progress) / epochs if most is None else taken / most), batch
+            if taken == most:
+                return
+
+
+def _mismatch_auc(store: Any, corpus: Corpus) -> dict[str, float]:
+    """How well the store's column tells each kind of dirt from what is clean."""
+    if "mismatch" not in store.feature_names:
+        return {}
+    column = [*store.feature_names].index("mismatch")
+    suspect = store.read(0, store.shape[0]).feature[:, column].astype(np.float64)
+    found = {
+        kind: auc(suspect, corpus.is_of((kind,)), corpus.is_of(("clean",)))
+        for kind in KINDS
+        if kind != "clean"
+    }
+    return {kind: round(value, 3) for kind, value in found.items() if not np.isnan(value)}
+
+
+def _ranked(
+    workshop: Workshop, condition: Condition, model: Any, tokenizer: Any
+) -> dict[str, float]:
+    """Percentage of held-out records whose answer is the likeliest of its template's, by task."""
+    preset, result = workshop.preset, {}
+    for task in set(preset.ranked) & set(MIXTURES[condition.mixture]):
+        known, other = split_training(workshop.data, task)
+        held = [r for r in workshop.heldout(condition.mixture) if r["source"] == task]
+        options = options_of([*known, *other])
+        share, count = rank_classification(held, options, model, tokenizer, preset)
+        if count:
+            result[task] = share
+    return result
 
 
 def _open_dataset(corpus: Corpus, preset: Preset) -> StreamingDataset:
@@ -126,7 +178,7 @@ def _open_dataset(corpus: Corpus, preset: Preset) -> StreamingDataset:
 def _store(workshop: Workshop, corpus: Corpus, arm: Arm, key: RunKey) -> Any:
     """The corpus's embeddings; an oracle's say what is so instead of what is likely."""
     if arm.reference:
-        return workshop.reference_store(Condition.of(key.condition), key.seed)
+        return EmbeddingStore(workshop.reference_store(Condition.of(key.condition), key.seed))
     store = EmbeddingStore(corpus.path / "embeddings.zarr")
     if not arm.knows:
         return store
