@@ -8,6 +8,7 @@ head.py           where the output head is, and how a model is called quietly
 readout.py        losses and gradients of a batch, from one forward
 fused.py          losses of a training forward whose output has no logits
 packing.py        batches without padding: whose tokens are whose, and are samples kept apart
+sink.py           gradients on their way into sketches and second moment
 measurements.py   other numbers of a sample's logits, for policies that ask for them
 sketch.py         TensorSketch of a sample's gradient
 second_moment.py  our approximation of the Hessian: Adam's second moment, factored

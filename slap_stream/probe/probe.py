@@ -27,13 +27,13 @@ from slap_stream.probe.head import find_head, head_weight, quiet, reshard, to_de
 from slap_stream.probe.packing import count_samples
 from slap_stream.probe.readout import (
     CausalReader,
-    GradientSink,
     LossFn,
     LossFnReader,
     Reader,
     per_sample_loss,
 )
 from slap_stream.probe.second_moment import HasState, SecondMoment, read_factors
+from slap_stream.probe.sink import GradientSink
 from slap_stream.probe.sketch import TensorSketch
 from slap_stream.types import IGNORED_LABEL, Float32Array, FloatArray, IntArray, State
 

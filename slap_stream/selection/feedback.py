@@ -12,7 +12,7 @@ from slap_stream.core.kernels import weigh
 from slap_stream.core.rng import Purpose, uniforms
 from slap_stream.core.saved import Saved
 from slap_stream.selection.awaiting import Awaiting
-from slap_stream.selection.loss_model import LossModel
+from slap_stream.selection.loss_model import LOG_LENGTH, LossModel
 from slap_stream.selection.moments import Moments
 from slap_stream.selection.policies.base import Policy
 from slap_stream.selection.pool import Pool
@@ -185,6 +185,10 @@ class LaneFeedback:
             p = weigh(x, self._model.prediction[:1])[:, 0].astype(np.float64)
             sums = [len(p), p.sum(), losses.sum(), p @ p, losses @ losses, p @ losses]
             self.agreement += np.asarray(sums, np.float64)
+
+    def latest_lengths(self, count: int) -> Float32Array:
+        """(count, batch) log lengths of the samples of the `count` batches composed last."""
+        return np.stack([a.x[:, LOG_LENGTH] for a in self.awaiting_trained.latest(count)])
 
     def _drawn(self, ids: IntArray) -> BoolArray:
         """(n,) who of (n,) samples is learnt from; does not depend on which come together."""

@@ -21,7 +21,6 @@ from slap_stream.selection.awaiting import (
     find_questions,
 )
 from slap_stream.selection.lane import Lane
-from slap_stream.selection.loss_model import LOG_LENGTH
 from slap_stream.selection.metrics import count_lanes, shards_needed
 from slap_stream.selection.order import ShardTable
 from slap_stream.selection.policies.registry import make_policy
@@ -227,8 +226,7 @@ class SlapSampler:
 
     def latest_lengths(self, count: int) -> FloatArray:
         """(count, batch_size) log lengths of the samples of the `count` batches composed last."""
-        lanes = (lane.feedback.awaiting_trained.latest(count) for lane in self.lanes)
-        rows = [[asked.x[:, LOG_LENGTH] for asked in lane] for lane in lanes]
+        rows = [lane.feedback.latest_lengths(count) for lane in self.lanes]
         return np.concatenate(rows, axis=1, dtype=np.float64)
 
     def observe(self, ids: ArrayLike, losses: ArrayLike) -> None:
@@ -306,9 +304,8 @@ class SlapSampler:
         Raises:
             FeedbackError: If it has another shape or is not finite.
         """
-        target = (
-            None if sketch is None else check_sketches(sketch, (self.config.advanced.sketch_dim,))
-        )
+        shape = (self.config.advanced.sketch_dim,)
+        target = None if sketch is None else check_sketches(sketch, shape)
         if target is not None and not np.isfinite(target).all():
             raise FeedbackError("sketch must be finite, got NaN or infinity; keep the last one.")
         self._aim(target)
@@ -345,8 +342,7 @@ class SlapSampler:
         return np.concatenate([np.zeros(0, np.int64), *ids])
 
     def statistics(self) -> list[State]:
-        """Sums of this rank's lanes since the last refresh, and the batches that each can still
-        fill; plain arrays, only reads."""
+        """Sums of this rank's lanes since the last refresh, and batches left; only reads."""
         return self._refreshes.statistics()
 
     def merge(self, statistics_in_lane_order: Sequence[State]) -> None:
