@@ -89,7 +89,7 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         args = self.default_arguments(given.get("model")) if args is None else copy.copy(args)
         check_arguments(args)
         self._slap_config = grouped_by_length(check_config(slap_config), args)
-        given, embeddings = with_training_set(given, embeddings, corpus, args)
+        given, embeddings = self.with_training_set(given, embeddings, corpus, args)
         if given.get("train_dataset") is not None:
             check_dataset(given["train_dataset"], embeddings, args)
         # The loader itself knows where to go on; batches skipped by the Trainer would be lost.
@@ -119,6 +119,12 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
     def default_arguments(self, model: Any) -> TrainingArguments:
         """Settings of a Trainer that is given none."""
         return TrainingArguments("tmp_trainer")
+
+    def with_training_set(
+        self, given: dict[str, Any], embeddings: Any, corpus: Any, args: TrainingArguments
+    ) -> tuple[dict[str, Any], Any]:
+        """The arguments with a training set that can be streamed, and its embeddings."""
+        return with_training_set(given, embeddings, corpus, args)
 
     def construct(self, given: dict[str, Any]) -> None:
         """Make the Trainer that is mixed with, of what it is given by name; called once.

@@ -32,7 +32,13 @@ class RecordCollator(ChatCollator):
 
 
 def with_training_set(
-    given: Mapping[str, Any], embeddings: Any, corpus: str | Path | None, args: TrainingArguments
+    given: Mapping[str, Any],
+    embeddings: Any,
+    corpus: str | Path | None,
+    args: TrainingArguments,
+    *,
+    tokenise: bool = True,
+    collate: bool = True,
 ) -> tuple[dict[str, Any], Any]:
     """A Trainer's arguments with a training set that can be streamed, and its embeddings.
 
@@ -46,6 +52,9 @@ def with_training_set(
         embeddings: The training set's, if the caller has made them.
         corpus: Where corpora are made; None means `_slap_corpus` in the Trainer's output_dir.
         args: The Trainer's settings.
+        tokenise: Whether samples are tokenised where there is a tokenizer; else its template is
+            looked for when they are collated.
+        collate: Whether a collator is made where none is given.
 
     Raises:
         TypeError: If the training set is of no known kind.
@@ -54,7 +63,7 @@ def with_training_set(
     """
     given = dict(given)
     dataset = given.get("train_dataset")
-    tokenizer, max_length = _tokenizer(given), None
+    tokenizer, max_length = _tokenizer(given) if tokenise else None, None
     if tokenizer is not None:
         max_length = _max_length(given, args, tokenizer)
     if dataset is not None and not _streams(dataset):
@@ -65,7 +74,8 @@ def with_training_set(
             f"corpus must be None with a {type(dataset).__name__} as train_dataset, got "
             f"{str(corpus)!r}; it is where a dataset of another kind is converted to."
         )
-    if given.get("data_collator") is None and tokenizer is not None and _holds_chats(dataset):
+    wanted = collate and given.get("data_collator") is None
+    if wanted and tokenizer is not None and _holds_chats(dataset):
         given["data_collator"] = RecordCollator(tokenizer, max_length=max_length)
     return given, embeddings
 

@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from slap_stream.errors import ConfigError
 from slap_stream.integrations.mixin import SlapMixin
+from slap_stream.integrations.training_set import with_training_set
 from slap_stream.text.collate import ChatCollator
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,9 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
     Args:
         model: As for `SFTTrainer`, a model's name or path included.
         args: As for `SFTTrainer`, `SFTConfig` or None.
-        train_dataset: A `StreamingDataset`.
+        train_dataset: As for `SlapTrainer`: a `datasets.Dataset` or `IterableDataset`, a path, what
+            `prepare` returned, or a `StreamingDataset`.
+        corpus: As for `SlapTrainer`.
         eval_dataset: As for `SFTTrainer`: no streaming set.
         embeddings: The training set's, as for `SlapDataLoader`.
         slap_config: Settings; default `SlapConfig()`. `probe_fraction=0` switches the probe off.
@@ -58,7 +61,7 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         **options: Everything else that `SFTTrainer` takes.
 
     Raises:
-        TypeError: If the training set is not a `StreamingDataset`.
+        TypeError: If the training set is of no known kind.
         ConfigError: If settings contradict each other, or one of them cannot be honoured.
     """
 
@@ -67,18 +70,25 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         name = model if isinstance(model, str) else model.config.name_or_path
         return SFTConfig(f"{name.split('/')[-1]}-SFT")
 
-    def construct(self, given: dict[str, Any]) -> None:
-        """Make the SFTTrainer, which looks at the first sample of its training set and prepares all
-        of them: it gets the first one alone, ready."""
-        dataset, collate = given.get("train_dataset"), given.get("data_collator")
-        args, by_chat = given["args"], collate is None or isinstance(collate, ChatCollator)
-        check_arguments(args, collate)
+    def with_training_set(
+        self, given: dict[str, Any], embeddings: Any, corpus: Any, args: TrainingArguments
+    ) -> tuple[dict[str, Any], Any]:
+        """As of the mixin; the collator is made here, once TRL has given it its template."""
+        check_arguments(args, given.get("data_collator"))
         if given.get("formatting_func") is not None:
             raise ConfigError(
                 "formatting_func must be None, got a function; records are read as they are: "
                 "format them before slap-convert, or in a data_collator."
             )
         check_evaluation(given.get("eval_dataset"))
+        later = getattr(args, "chat_template_path", None) or getattr(args, "eos_token", None)
+        return with_training_set(given, embeddings, corpus, args, tokenise=not later, collate=False)
+
+    def construct(self, given: dict[str, Any]) -> None:
+        """Make the SFTTrainer, which looks at the first sample of its training set and prepares all
+        of them: it gets the first one alone, ready."""
+        dataset, collate = given.get("train_dataset"), given.get("data_collator")
+        args, by_chat = given["args"], collate is None or isinstance(collate, ChatCollator)
         if dataset is not None:
             sample = dataset[0]
             if by_chat:

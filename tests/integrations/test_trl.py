@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -465,3 +466,30 @@ def test_a_training_set_is_asked_for(folder: Path, tmp_path: Path) -> None:  # n
         make(folder, tmp_path, options={"train_dataset": None})
     with pytest.raises(TypeError, match=r"must be a streaming.StreamingDataset, got list"):
         make(folder, tmp_path, options={"train_dataset": [{"input_ids": [1]}]})
+
+
+def test_a_dataset_is_trained_on_as_it_is(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    turns = [
+        {
+            "prompt": [{"role": "user", "content": f"What is {n} and {n}?"}],
+            "completion": [{"role": "assistant", "content": f"It is {2 * n}."}],
+        }
+        for n in range(80)
+    ]
+    trainer = make(
+        folder,
+        tmp_path / "run",
+        config=NO_PROBE,
+        options={
+            "train_dataset": Dataset.from_list(turns),
+            "eval_dataset": Dataset.from_list(turns[:4]),
+            "embeddings": None,
+        },
+        num_train_epochs=1,
+    )
+    trainer.train()
+    assert len(trainer.losses) == int(NO_PROBE.keep * 80 / BATCH)
+    (batch, *_) = trainer.get_train_dataloader()
+    said = tokenizer().decode(batch["labels"][0][batch["labels"][0] >= 0])
+    assert said.startswith("It is ")
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
