@@ -65,13 +65,11 @@ class Scores:
 
     Attributes:
         loss: (n,) loss, own where known, else predicted.
-        excess: (n,) loss beyond what the length explains.
-        rank: (n,) rank of the excess inside the stratum, in [0, 1].
+        rank: (n,) rank inside the stratum of the loss beyond what the length explains, in [0, 1].
         mismatch: (n,) probability that the target belongs to another prompt.
     """
 
     loss: FloatArray
-    excess: FloatArray
     rank: FloatArray
     mismatch: FloatArray
 
@@ -129,11 +127,9 @@ class Yardsticks:
         predicted, excess = self._predict(x)
         known = np.isfinite(own_loss)
         surprise = np.where(known, own_loss - predicted, 0.0)
-        excess = excess + surprise
         return Scores(
             loss=np.where(known, own_loss, predicted),
-            excess=excess,
-            rank=self._ranks.rank(excess, stratum),
+            rank=self._ranks.rank(excess + surprise, stratum),
             mismatch=self._mismatches(x),
         )
 

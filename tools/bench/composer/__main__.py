@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from statistics import median_high
 from typing import Any
 
 from slap_stream import Advanced, SlapConfig
@@ -111,9 +112,9 @@ def speed(arguments: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]
     result = measured(given, "first_batch")
     runs = [measured(given, "speed") for _ in range(arguments.repeats)]
     parts = [run.pop("parts_ms_per_batch") for run in runs]
-    result |= {name: _middle([run[name] for run in runs]) for name in runs[0]}
+    result |= {name: median_high([run[name] for run in runs]) for name in runs[0]}
     result["parts_ms_per_batch"] = {
-        name: _middle([part.get(name, 0.0) for part in parts]) for name in parts[0]
+        name: median_high([part.get(name, 0.0) for part in parts]) for name in parts[0]
     }
     for name, value in result.items():
         if isinstance(value, float):
@@ -122,10 +123,6 @@ def speed(arguments: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]
     for part, value in result["parts_ms_per_batch"].items():
         print(f"  {part:58} {value:6.2f}")
     return result
-
-
-def _middle(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def memory(arguments: argparse.Namespace, given: Sequence[str]) -> dict[str, Any]:
