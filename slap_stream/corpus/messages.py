@@ -130,6 +130,12 @@ def read_message(turn: Mapping[str, Any], unused: set[str]) -> Message | None:
     Raises:
         RecordDropped: If it cannot be used.
     """
+    # Nearly all turns are like this, and there are many.
+    if len(turn) == 2:
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        known = _ROLES.get(role) if isinstance(role, str) else None
+        if known is not None and isinstance(content, str) and content.strip():
+            return {"role": known, "content": content}
     # The call is not part of the content: what would be left is another conversation.
     if turn.get("tool_calls") or turn.get("function_call"):
         raise RecordDropped(DropReason.TOOL_CALL)

@@ -30,6 +30,7 @@ _PROMPTS = ("instruction", "prompt", "question", "query")
 _ANSWERS = ("output", "completion", "response", "answer")
 _CONTEXTS = ("input", "context")
 _SYSTEMS = ("system", "system_prompt")
+_BESIDE = (*_SYSTEMS, "history", "tools")
 # Fields of rows that hold one message of a conversation each, as OpenAssistant's do.
 _OF_A_TREE = ("role", "parent_id")
 
@@ -40,9 +41,7 @@ COLUMNS = (
     *_CONTEXTS,
     *_ANSWERS,
     "text",
-    *_SYSTEMS,
-    "history",
-    "tools",
+    *_BESIDE,
     *_OF_A_TREE,
 )
 """Fields that are looked at, besides the one that names the source."""
@@ -163,6 +162,8 @@ def _add_to_conversation(
     fields: Mapping[str, Any], shape: Sequence[str], messages: list[Message]
 ) -> set[str]:
     """Put in what stands beside a conversation and belongs to it; the names of these fields."""
+    if not any(is_given(fields.get(name)) for name in _BESIDE):
+        return set()
     history = fields.get("history")
     if is_given(history):
         messages[:0] = _history(history, shape)
@@ -178,7 +179,7 @@ def _add_to_conversation(
         if messages[0].get("tools", tools) != tools:
             raise RecordDropped(DropReason.BAD_TOOLS, "two lists that differ")
         messages[0]["tools"] = tools
-    return {*_SYSTEMS, "history", "tools"}
+    return set(_BESIDE)
 
 
 def _history(history: Any, shape: Sequence[str]) -> list[Message]:

@@ -132,6 +132,7 @@ SAID = [
     *("<think>\nhm\n</think>\n\nyes", "<think>no", "call </tool_call>", "assistant\n", "   "),
 ]
 said = st.sampled_from(SAID)
+lengths = st.none() | st.none() | st.integers(1, 60)
 
 
 @st.composite
@@ -158,8 +159,8 @@ def test_learnt_are_exactly_the_assistants_turns_and_their_ends(family: str) -> 
     template, twin = FAMILIES[family]
 
     @settings(max_examples=60, deadline=None)
-    @given(dialogues(family in READS_REASONING), st.sampled_from(list(TOKENIZERS)))
-    def law(messages: list[Message], spelling: str) -> None:
+    @given(dialogues(family in READS_REASONING), st.sampled_from(list(TOKENIZERS)), lengths)
+    def law(messages: list[Message], spelling: str, length: int | None) -> None:
         tokenizer = TOKENIZERS[spelling]
         tokenizer.chat_template = template
         pieces = twin(messages)
@@ -170,10 +171,11 @@ def test_learnt_are_exactly_the_assistants_turns_and_their_ends(family: str) -> 
         if family in LOSES_EMPTY:
             assume(all(m["content"].strip() for m in messages))
         ids, labels = wanted_labels(tokenizer, spelling, pieces)
-        encoded = encode(tokenizer, messages)
-        assert tokenizer.decode(encoded.input_ids) == tokenizer.decode(ids)
-        assert encoded.input_ids == ids
-        assert encoded.supervised == labels
+        encoded = encode(tokenizer, messages, max_length=length)
+        assert tokenizer.decode(encoded.input_ids) == tokenizer.decode(ids[:length])
+        assert encoded.input_ids == ids[:length]
+        assert encoded.supervised == labels[:length]
+        assert encoded.truncated == (length is not None and len(ids) > length)
 
     law()
 

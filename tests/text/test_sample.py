@@ -1,0 +1,21 @@
+"""Prompt and target of one sample, for whoever embeds it."""
+
+from __future__ import annotations
+
+import pytest
+
+from slap_stream.errors import CorpusError
+from slap_stream.text.sample import from_messages
+
+ASKED = {"role": "user", "content": "hi"}
+
+
+def test_the_target_is_what_is_learnt() -> None:
+    wrong = {"role": "assistant", "content": "no", "train": False}
+    right = {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
+    sample = from_messages([ASKED, wrong, ASKED, right], "web")
+    assert sample.target == "hm\nyes"
+    assert sample.prompt == "hi\nno\nhi"
+    assert sample.length == 3  # 11 characters
+    with pytest.raises(CorpusError, match="weight of a turn must be true, false, 0 or 1, got 2"):
+        from_messages([ASKED, {"role": "assistant", "content": "no", "weight": 2}], None)
