@@ -148,8 +148,8 @@ def test_the_same_dataset_is_known_again_and_another_is_not() -> None:
         (DatasetDict(validation=None), r"dataset\['validation'\]"),
         (Dataset.from_dict({"text": []}), "dataset must hold at least one row, got 0"),
         (
-            Dataset.from_dict({"question": ["a"], "answer": ["b"]}),
-            r"known shapes, got \['question', 'answer'\]; rename_column\(\) or map\(\) to one of",
+            Dataset.from_dict({"headline": ["a"], "body": ["b"]}),
+            r"known shapes, got \['headline', 'body'\]; rename_column\(\) or map\(\) to one of",
         ),
         (
             Dataset.from_dict({"input_ids": [[1]], "labels": [[1]]}),
