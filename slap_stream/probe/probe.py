@@ -26,13 +26,13 @@ from slap_stream.core.saved import Saved
 from slap_stream.probe.head import find_head, head_weight, quiet, reshard, to_device, unwrap
 from slap_stream.probe.readout import (
     CausalReader,
-    GradientSink,
     LossFn,
     LossFnReader,
     Reader,
     per_sample_loss,
 )
 from slap_stream.probe.second_moment import HasState, SecondMoment, read_factors
+from slap_stream.probe.sink import GradientSink
 from slap_stream.probe.sketch import TensorSketch
 from slap_stream.types import IGNORED_LABEL, Float32Array, FloatArray, IntArray, State
 
