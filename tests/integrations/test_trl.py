@@ -61,8 +61,8 @@ class Recording(SlapSFTTrainer):
         self.losses.append(float(loss))
         return loss
 
-    def sample_losses(self, outputs: Any, labels: Any) -> Any:
-        self.samples.append(super().sample_losses(outputs, labels))
+    def sample_losses(self, *given: Any) -> Any:
+        self.samples.append(super().sample_losses(*given))
         return self.samples[-1]
 
 
