@@ -41,6 +41,7 @@ class TrainingForward:
         self._outputs: list[Any] = []
         self._hidden: list[Tensor] = []
         self._num_items: Any = None
+        self._own_loss: Tensor | None = None
         self._checked = False
 
     @contextmanager
@@ -57,6 +58,10 @@ class TrainingForward:
         def leave(_: nn.Module, __: Any, output: Any) -> None:
             if torch.is_grad_enabled():
                 self._outputs.append(output)
+                loss = entry(output, "loss")
+                if isinstance(loss, Tensor) and not self._checked:
+                    # As it is now: with several ranks the Trainer multiplies it in place.
+                    self._own_loss = loss.detach().clone()
 
         self._model, self._num_items = model, num_items
         handle = model.register_forward_hook(leave)
@@ -66,7 +71,8 @@ class TrainingForward:
         finally:
             handle.remove()
             # Tensors of a whole batch, which nobody needs until the next one.
-            self._outputs, self._hidden, self._model = [], [], None
+            self._outputs, self._hidden = [], []
+            self._model = self._own_loss = None
 
     @property
     def outputs(self) -> Any:
@@ -135,11 +141,10 @@ class TrainingForward:
         self, outputs: Any, losses: Tensor, labels: Tensor, positions: Tensor | None
     ) -> None:
         """Compare with what the model itself made of the batch."""
-        loss = entry(outputs, "loss")
         # Experts' balance is part of the model's loss, and no sample's.
-        if not isinstance(loss, Tensor) or entry(outputs, "aux_loss") is not None:
+        if self._own_loss is None or entry(outputs, "aux_loss") is not None:
             return
-        own = float(loss)
+        own = float(self._own_loss)
         tokens = supervised_targets(labels, positions)[1].sum(1).to(losses.device)
         total = float((losses * tokens).sum())
         means = [total / max(int(tokens.sum()), 1)]

@@ -13,8 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from slap_stream.probe.head import find_body, find_head, hidden_of, is_compiled, unwrap
+from slap_stream.errors import HeadError
+from slap_stream.probe.head import (
+    find_body,
+    find_head,
+    head_weight,
+    hidden_of,
+    is_compiled,
+    unwrap,
+)
 from slap_stream.probe.readout import CausalReader
 
 
@@ -45,8 +54,16 @@ class FusedLosses(CausalReader):
             (batch,) float32, as of `per_sample_loss`.
 
         Raises:
-            HeadError: If the shapes do not belong together.
+            HeadError: If the shapes do not belong together, or the head's weight is elsewhere.
         """
+        weight = head_weight(self._head)
+        # Sharded by FSDP, or emptied by DeepSpeed until its module is called, which it never is.
+        if weight is not None and (isinstance(weight, DTensor) or not weight.numel()):
+            raise HeadError(
+                "the head's weight must be whole after a forward that does not call it, got a "
+                "sharded one; switch fused losses (use_liger_kernel) off, or the sharding of "
+                "weights."
+            )
         with torch.no_grad():
             return self._read_tokens(hidden, labels, positions, None)[:, 0]
 

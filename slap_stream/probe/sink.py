@@ -1,4 +1,4 @@
-"""Gradients of a batch's tokens, on their way into sketches and the second moment."""
+"""Where token gradients go: sums of them as sketches, and the second moment's next update."""
 
 from __future__ import annotations
 

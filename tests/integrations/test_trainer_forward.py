@@ -115,6 +115,15 @@ class Looking(Trainer):
         return super().compute_loss(model, inputs, *rest, **options)
 
 
+class Scaling(Trainer):
+    """As the stock Trainer does with several ranks: the model's own loss is changed in place."""
+
+    def compute_loss(self, model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *rest, **options)
+        loss *= 4.0
+        return loss
+
+
 def mixed(folder: Path, out: Path, kind: type, *also: type) -> Any:  # noqa: F811
     """A trainer of a class that the mixin is mixed with."""
     plain = make(folder, out, max_steps=1)
@@ -150,9 +159,11 @@ def test_losses_are_of_one_forward_or_of_the_users_making(
     assert trainer.loader.metrics()["observed"] == len(seen) * trainer.args.train_batch_size
 
 
-def test_a_forward_without_gradients_is_none_of_the_training(
+@pytest.mark.parametrize("kind", [Looking, Scaling])
+def test_what_a_trainer_does_besides_is_none_of_the_feedback(
     folder: Path,  # noqa: F811
     tmp_path: Path,
+    kind: type,
 ) -> None:
     plain = make(folder, tmp_path, config=NO_PROBE, max_steps=1)
     plain.train()
@@ -162,7 +173,7 @@ def test_a_forward_without_gradients_is_none_of_the_training(
             self.seen = super().sample_losses(outputs, labels)
             return self.seen
 
-    trainer = mixed(folder, tmp_path, Looking, Keeping)
+    trainer = mixed(folder, tmp_path, kind, Keeping)
     trainer.train()
     torch.testing.assert_close(trainer.seen, plain.samples[0])
 

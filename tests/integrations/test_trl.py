@@ -62,8 +62,8 @@ class Recording(SlapSFTTrainer):
         self.losses.append(float(loss))
         return loss
 
-    def sample_losses(self, outputs: Any, labels: Any, *positions: Any) -> Any:
-        self.samples.append(super().sample_losses(outputs, labels, *positions))
+    def sample_losses(self, *given: Any) -> Any:
+        self.samples.append(super().sample_losses(*given))
         return self.samples[-1]
 
 

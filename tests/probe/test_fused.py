@@ -55,6 +55,13 @@ def test_states_of_other_tokens_are_refused():
         FusedLosses(model).of(torch.zeros(6, 3, 16), batch["labels"])
 
 
+def test_a_weight_that_is_elsewhere_is_refused():
+    model, batch = make("llama"), batch_of()
+    model.lm_head.weight.data = torch.empty(0)  # as DeepSpeed leaves it
+    with pytest.raises(HeadError, match=r"must be whole .* got a sharded one; switch fused"):
+        FusedLosses(model).of(torch.zeros(*batch["labels"].shape, 16), batch["labels"])
+
+
 class FusedInADict(FusedLlama):
     """A fused loss in a plain dict."""
 
