@@ -53,7 +53,7 @@ def with_training_set(
     """
     given = dict(given)
     dataset = given.get("train_dataset")
-    tokenizer, max_length = _tokenizer(given), None
+    tokenizer, max_length = _tokenizer(given, args), None
     if tokenizer is not None:
         max_length = _max_length(given, args, tokenizer)
     if dataset is not None and not _streams(dataset):
@@ -65,7 +65,11 @@ def with_training_set(
             f"{str(corpus)!r}; it is where a dataset of another kind is converted to."
         )
     if given.get("data_collator") is None and tokenizer is not None and _holds_chats(dataset):
-        given["data_collator"] = RecordCollator(tokenizer, max_length=max_length)
+        given["data_collator"] = RecordCollator(
+            tokenizer,
+            max_length=max_length,
+            pad_to_multiple_of=getattr(args, "pad_to_multiple_of", None),
+        )
     return given, embeddings
 
 
@@ -115,7 +119,10 @@ def _holds_chats(dataset: Any) -> bool:
     )
 
 
-def _tokenizer(given: Mapping[str, Any]) -> Any:
+def _tokenizer(given: Mapping[str, Any], args: TrainingArguments) -> Any:
+    # Settings of TRL, by which the Trainer's constructor will change the tokenizer.
+    if any(getattr(args, name, None) for name in ("chat_template_path", "eos_token")):
+        return None
     # Transformers 4 still takes it by its older name.
     chosen = given.get("processing_class", given.get("tokenizer"))
     if isinstance(chosen, PreTrainedTokenizerBase):
