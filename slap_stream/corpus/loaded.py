@@ -7,6 +7,7 @@ typed values (`Json`) are then as its user sees them.
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -79,13 +80,22 @@ def loaded_fingerprint(dataset: Any) -> list[str | int]:
     The rows of a `Dataset` cannot change: its own fingerprint names them. Of an `IterableDataset`
     only the definition is known (files, functions with their arguments, as for the cache of
     `datasets`), and its first rows, which are read.
+
+    Raises:
+        CorpusError: If the definition of a stream cannot be told from others.
     """
     if loaded_kind(dataset) == "rows":
         return ["rows", str(dataset._fingerprint), len(dataset)]
     from datasets.fingerprint import Hasher
 
-    # A copy, because iterating leaves its marks in the definition.
-    definition = Hasher.hash(copy.deepcopy(dataset)._ex_iterable)
+    try:
+        # A copy, because iterating leaves its marks in the definition.
+        definition = Hasher.hash(copy.deepcopy(dataset)._ex_iterable)
+    except (TypeError, pickle.PicklingError) as error:
+        raise CorpusError(
+            "dataset must have a definition that can be pickled, by which it is known again, got "
+            f"an IterableDataset that has not ({error}); let its function open what it reads."
+        ) from error
     first = [row for _, row in zip(range(_TELLING_ROWS), _stream(dataset), strict=False)]
     return ["stream", definition, Hasher.hash([_known_columns(row) for row in first])]
 

@@ -111,6 +111,8 @@ def prepare(
     from slap_stream.integrations.first_rank import first_rank_first
 
     check_source(dataset)
+    if Path(out).exists() and not Path(out).is_dir():
+        raise CorpusError(f"out must be a directory, got the file {str(out)!r}.")
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(find_tokenizer(tokenizer))
     if max_length is not None:

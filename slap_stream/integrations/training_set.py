@@ -37,7 +37,6 @@ def with_training_set(
     corpus: str | Path | None,
     args: TrainingArguments,
     *,
-    tokenise: bool = True,
     collate: bool = True,
 ) -> tuple[dict[str, Any], Any]:
     """A Trainer's arguments with a training set that can be streamed, and its embeddings.
@@ -52,8 +51,6 @@ def with_training_set(
         embeddings: The training set's, if the caller has made them.
         corpus: Where corpora are made; None means `_slap_corpus` in the Trainer's output_dir.
         args: The Trainer's settings.
-        tokenise: Whether samples are tokenised where there is a tokenizer; else its template is
-            looked for when they are collated.
         collate: Whether a collator is made where none is given.
 
     Raises:
@@ -63,7 +60,7 @@ def with_training_set(
     """
     given = dict(given)
     dataset = given.get("train_dataset")
-    tokenizer, max_length = _tokenizer(given) if tokenise else None, None
+    tokenizer, max_length = _tokenizer(given, args), None
     if tokenizer is not None:
         max_length = _max_length(given, args, tokenizer)
     if dataset is not None and not _streams(dataset):
@@ -74,9 +71,12 @@ def with_training_set(
             f"corpus must be None with a {type(dataset).__name__} as train_dataset, got "
             f"{str(corpus)!r}; it is where a dataset of another kind is converted to."
         )
-    wanted = collate and given.get("data_collator") is None
-    if wanted and tokenizer is not None and _holds_chats(dataset):
-        given["data_collator"] = RecordCollator(tokenizer, max_length=max_length)
+    if collate and given.get("data_collator") is None and tokenizer and _holds_chats(dataset):
+        given["data_collator"] = RecordCollator(
+            tokenizer,
+            max_length=max_length,
+            pad_to_multiple_of=getattr(args, "pad_to_multiple_of", None),
+        )
     return given, embeddings
 
 
@@ -126,7 +126,10 @@ def _holds_chats(dataset: Any) -> bool:
     )
 
 
-def _tokenizer(given: Mapping[str, Any]) -> Any:
+def _tokenizer(given: Mapping[str, Any], args: TrainingArguments) -> Any:
+    # Settings of TRL, by which the Trainer's constructor will change the tokenizer.
+    if any(getattr(args, name, None) for name in ("chat_template_path", "eos_token")):
+        return None
     # Transformers 4 still takes it by its older name.
     chosen = given.get("processing_class", given.get("tokenizer"))
     if isinstance(chosen, PreTrainedTokenizerBase):

@@ -81,8 +81,7 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
                 "format them before slap-convert, or in a data_collator."
             )
         check_evaluation(given.get("eval_dataset"))
-        later = getattr(args, "chat_template_path", None) or getattr(args, "eos_token", None)
-        return with_training_set(given, embeddings, corpus, args, tokenise=not later, collate=False)
+        return with_training_set(given, embeddings, corpus, args, collate=False)
 
     def construct(self, given: dict[str, Any]) -> None:
         """Make the SFTTrainer, which looks at the first sample of its training set and prepares all

@@ -9,7 +9,6 @@ readout.py        losses and gradients of a batch, from one forward
 sink.py           token gradients to sketches, block by block
 fused.py          losses of a training forward whose output has no logits
 packing.py        batches without padding: whose tokens are whose, and are samples kept apart
-sink.py           gradients on their way into sketches and second moment
 measurements.py   other numbers of a sample's logits, for policies that ask for them
 sketch.py         TensorSketch of a sample's gradient
 second_moment.py  our approximation of the Hessian: Adam's second moment, factored

@@ -166,6 +166,15 @@ def test_what_cannot_be_read_as_it_is_is_refused(dataset: Any, message: str) -> 
         check_loaded(dataset)
 
 
+def test_a_stream_that_cannot_be_known_again_is_refused(tmp_path: Path) -> None:
+    opened = numbers(3)
+    stream = IterableDataset.from_generator(numbers, gen_kwargs={"count": 3})
+    stream = stream.map(lambda row: next(opened))
+
+    with pytest.raises(CorpusError, match=r"can be pickled, .* let its function open what it read"):
+        convert(stream, tmp_path / "out")
+
+
 def test_a_stream_of_unknown_columns_is_refused_by_its_first_rows(tmp_path: Path) -> None:
     stream = IterableDataset.from_generator(lambda: iter([{"body": "a"}]))
     with pytest.raises(CorpusError, match=r"got the fields \['body'\] at the start of 'dataset'"):

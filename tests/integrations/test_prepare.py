@@ -258,6 +258,12 @@ def test_shards_of_other_columns_are_refused_with_the_command_that_helps(tmp_pat
         ("s3://bucket/c", {}, CorpusError, r"must be a path on this machine, got 's3://bucket/c'"),
         ("owner/name", {}, CorpusError, r"load_dataset\('owner/name', split='train'\)"),
         ("here", {"max_length": 9}, ConfigError, "max_length must be None without a tokenizer"),
+        (
+            "here",
+            {"out": Path("file")},
+            CorpusError,
+            "out must be a directory, got the file 'file'",
+        ),
         ("here", {"seed": -1}, ConfigError, "seed must be a whole number >= 0, got -1"),
     ],
 )
@@ -271,8 +277,9 @@ def test_wrong_arguments_are_refused_before_anything_is_made(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
+    (tmp_path / "file").touch()
     with pytest.raises(error, match=message):
-        prepare(dataset, tmp_path / "out", **options)
+        prepare(**{"dataset": dataset, "out": tmp_path / "out", **options})
     assert not (tmp_path / "out").exists()
 
 

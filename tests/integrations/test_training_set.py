@@ -52,12 +52,11 @@ def sources(tmp_path: Path) -> dict[str, Any]:
         "pairs": Dataset.from_list(PAIRS),
         "texts": Dataset.from_list([{"text": pair["completion"]} for pair in PAIRS]),
         "stream": IterableDataset.from_generator(lambda: iter(RECORDS)),
-        "path": tmp_path / "lines.jsonl",
-        "name": str(tmp_path / "lines.jsonl"),
+        "path": str(tmp_path / "lines.jsonl"),
     }
 
 
-@pytest.mark.parametrize("form", ["chats", "pairs", "texts", "stream", "path", "name"])
+@pytest.mark.parametrize("form", ["chats", "pairs", "texts", "stream", "path"])
 def test_model_settings_dataset_and_tokenizer_say_it_all(
     folder: Path,  # noqa: F811
     tmp_path: Path,
@@ -158,13 +157,26 @@ def test_samples_are_cut_to_what_the_settings_or_the_tokenizer_say(
     assert max(len(trainer.train_dataset[n]["input_ids"]) for n in range(64)) == 50
     assert trainer.data_collator.max_length == 50
     assert "cut to max_length=50 tokens" in caplog.text
+    # As TRL's settings have it.
     args = arguments(tmp_path)
-    args.max_length = None  # as TRL's settings have it
-    whole = make(
-        folder, tmp_path, Dataset.from_list(RECORDS), processing_class=tokenizer, args=args
-    )
+    args.max_length, args.pad_to_multiple_of = None, 32
+    options = {"processing_class": tokenizer, "args": args}
+    whole = make(folder, tmp_path, Dataset.from_list(RECORDS), **options)
     assert whole.data_collator.max_length is None
+    assert whole.data_collator.pad_to_multiple_of == 32
     assert max(len(whole.train_dataset[n]["input_ids"]) for n in range(64)) > 50
+
+
+def test_what_a_trainer_will_make_of_its_tokenizer_is_waited_for(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    # A setting of TRL's, which is honoured in its constructor.
+    args = arguments(tmp_path)
+    args.chat_template_path = "somewhere"
+    trainer = make(folder, tmp_path, Dataset.from_list(RECORDS), args=args)
+    assert set(trainer.train_dataset[0]) == {"id", "source", "messages"}
+    assert not isinstance(trainer.data_collator, ChatCollator)
 
 
 def test_a_dataset_that_makes_its_own_samples_keeps_the_trainers_collator(

@@ -464,7 +464,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(
 def test_a_training_set_is_asked_for(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     with pytest.raises(ValueError, match="`train_dataset` is required"):
         make(folder, tmp_path, options={"train_dataset": None})
-    with pytest.raises(TypeError, match=r"must be a streaming.StreamingDataset, got list"):
+    with pytest.raises(TypeError, match=r"a streaming.StreamingDataset or a path, got list"):
         make(folder, tmp_path, options={"train_dataset": [{"input_ids": [1]}]})
 
 
