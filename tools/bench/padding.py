@@ -108,11 +108,12 @@ def speeds(model: Any, arms: dict[str, list[Any]], rounds: int, where: str) -> d
     tokens = sum(int((batch["position_ids"] >= 0).sum()) for batch in arms["padding-free"])
     compared = 1 if where == "cpu" else 0
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
-    for name in arms:  # memory is taken, kernels are chosen
-        seconds_of(model, arms[name][:1], where)
+    for batches in arms.values():  # memory is taken, kernels are chosen
+        seconds_of(model, [min(batches, key=lambda batch: batch["input_ids"].numel())], where)
     for _ in range(rounds):
         for name, batches in arms.items():
             taken[name].append(seconds_of(model, batches, where))
+            print("{}: {:.1f} s, {:.1f} s of the cores".format(name, *taken[name][-1]), flush=True)
     first = taken[next(iter(arms))]
     found = {}
     for name, batches in arms.items():
