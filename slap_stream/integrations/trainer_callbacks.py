@@ -59,9 +59,9 @@ class Companion(TrainerCallback):  # type: ignore[misc]  # transformers is not t
         control.should_training_stop = True
         if args.save_strategy == "steps":
             control.should_save = True
-        due = state.global_step >= args.eval_delay and state.global_step % state.eval_steps
-        if args.eval_strategy == "steps" and due:
-            control.should_evaluate = True
+        if args.eval_strategy == "steps" and args.eval_delay <= state.global_step:
+            # If it was due at this step anyway, it has been asked for, or done.
+            control.should_evaluate |= state.global_step % state.eval_steps != 0
 
 
 class HideMetrics(TrainerCallback):  # type: ignore[misc]  # transformers is not typed

@@ -62,7 +62,7 @@ def check_sharding(trainer: Trainer, config: SlapConfig) -> None:
     environment, where the arguments say nothing.
     """
     args, accelerator = trainer.args, trainer.accelerator
-    # transformers has the method since 4.56.
+    # The oldest versions that are supported may not have the method.
     tensor_parallel = trainer.get_tp_size() if hasattr(trainer, "get_tp_size") else 1
     if getattr(accelerator, "parallelism_config", None) is not None or tensor_parallel > 1:
         raise ConfigError(
@@ -109,9 +109,8 @@ def _check_fsdp(plugin: Any) -> None:
         )
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise ConfigError(
-            "fsdp_config['cpu_offload'] must be False, got True; the probe takes "
-            "its device from the model's parameters: shard over more devices, or use "
-            "activation_checkpointing."
+            "fsdp_config['cpu_offload'] must be False, got True; the probe takes its device from "
+            "the model's parameters: shard over more devices, or use activation_checkpointing."
         )
 
 
