@@ -164,7 +164,10 @@ def test_the_quickstart_never_overwrites_what_is_not_its_own(
     assert mine.read_text()
 
 
-def test_the_documentation_is_a_page_for_each_public_name(parts: dict[str, Any]) -> None:
+def test_the_documentation_is_a_page_for_each_public_name(
+    quickstart: tuple[Path, str],  # has loaded the libraries, as that of a newcomer does
+    parts: dict[str, Any],
+) -> None:
     records = list(parts["docstrings"](400, seed=1))
     assert {record["source"] for record in records} == set(parts["LIBRARIES"])
     assert len(records) == len({record["id"] for record in records}) == 400

@@ -54,7 +54,7 @@ class SlapDataLoader(DataLoader[Any]):
 
     With several ranks every one makes a loader, and each gets its part of the global batches.
     Ranks talk to each other when the loader is made, at refreshes and in `state_dict`; all of them
-    must do the same at the same step.
+    must do the same at the same step. Accelerate's `prepare` leaves the batches as they are.
 
     A thread of its own owns the sampler and does in it, one after the other, all that is called
     here. So any thread may call, and an interrupt (Ctrl-C, or torch's when a worker has died) ends

@@ -312,8 +312,9 @@ try:
     kernels._project(np.zeros((1, 1), np.float32), np.zeros((2, 1), np.float32),
                      np.zeros((1, 1), np.float32))
 except IndexError:
-    chosen = ["tests/core/test_kernels.py", "-k", "twin", "--noconftest", "-o", "addopts="]
-    sys.exit(pytest.main([*chosen, "-q", "-p", "no:cacheprovider"]))
+    chosen = ["tests/core/test_kernels.py", "-k", "twin", "--noconftest"]
+    # The suite's options are some of plugins that are not there.
+    sys.exit(pytest.main([*chosen, "-q", "-p", "no:cacheprovider", "-o", "addopts="]))
 sys.exit("an index out of bounds went unnoticed")
 """
 
