@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import TrainingArguments
+from transformers import AutoProcessor, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from slap_stream.errors import ConfigError
@@ -81,6 +81,8 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
                 "format them before slap-convert, or in a data_collator."
             )
         check_evaluation(given.get("eval_dataset"))
+        if given.get("processing_class") is None:
+            given = {**given, "processing_class": _processor(given["model"], args)}
         return with_training_set(given, embeddings, corpus, args, collate=False)
 
     def construct(self, given: dict[str, Any]) -> None:
@@ -134,6 +136,17 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
             pad_to_multiple_of=self.args.pad_to_multiple_of,
             packing="padding_free" if self.args.padding_free else None,
         )
+
+
+def _processor(model: Any, args: TrainingArguments) -> Any:
+    """What SFTTrainer itself would load, but before its corpus is made: that holds token ids."""
+    name = model if isinstance(model, str) else model.config.name_or_path
+    options = getattr(args, "model_init_kwargs", None) or {}
+    return AutoProcessor.from_pretrained(
+        name,
+        revision=options.get("revision", "main") if isinstance(model, str) else "main",
+        trust_remote_code=getattr(args, "trust_remote_code", False),
+    )
 
 
 class FirstRow(Dataset):  # type: ignore[misc]  # datasets is not typed

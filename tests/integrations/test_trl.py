@@ -476,17 +476,17 @@ def test_a_dataset_is_trained_on_as_it_is(folder: Path, tmp_path: Path) -> None:
         }
         for n in range(80)
     ]
-    trainer = make(
-        folder,
-        tmp_path / "run",
-        config=NO_PROBE,
-        options={
-            "train_dataset": Dataset.from_list(turns),
-            "eval_dataset": Dataset.from_list(turns[:4]),
-            "embeddings": None,
-        },
-        num_train_epochs=1,
+    new_model(folder, 0.0).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    # The tokenizer is loaded by the model's name, before the corpus is made.
+    trainer = Recording(
+        str(tmp_path / "model"),
+        args=arguments(tmp_path / "run", num_train_epochs=1),
+        train_dataset=Dataset.from_list(turns),
+        eval_dataset=Dataset.from_list(turns[:4]),
+        slap_config=NO_PROBE,
     )
+    assert "input_ids" in trainer.train_dataset[0]
     trainer.train()
     assert len(trainer.losses) == int(NO_PROBE.keep * 80 / BATCH)
     (batch, *_) = trainer.get_train_dataloader()
