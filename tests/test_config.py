@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import math
 import pickle
@@ -201,4 +202,5 @@ def test_settings_of_running_may_be_others_when_a_run_goes_on() -> None:
 @pytest.mark.parametrize("settings", [SlapConfig, Advanced])
 def test_every_setting_is_documented(settings: type[SlapConfig | Advanced]) -> None:
     for field in dataclasses.fields(settings):
-        assert f"        {field.name}: " in (settings.__doc__ or "")
+        # Python 3.13 leaves the indentation of the source out, earlier ones do not.
+        assert f"\n    {field.name}: " in (inspect.getdoc(settings) or "")
