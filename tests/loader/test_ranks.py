@@ -353,7 +353,7 @@ def test_one_rank_prepares_a_dataset_and_the_others_find_it(results: Results) ->
 
 def test_what_fails_on_one_rank_while_preparing_is_told_to_all(results: Results) -> None:
     found = [result["preparing"] for result in results]
-    assert "got none; left out were empty turn: 3" in found[0]["first fails"]
+    assert "got none; left out were empty turn: text: 3" in found[0]["first fails"]
     for rank in found[1:]:
         assert rank["first fails"].startswith(
             "all ranks must have the corpus, got an error on rank 0 (1 in all): CorpusError: inputs"
