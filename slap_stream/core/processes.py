@@ -75,7 +75,7 @@ def run_jobs(
         ) as executor:
             try:
                 # All processes start here: none is started anew for one that has died.
-                with _script_hidden():
+                with _script_hidden(), _interrupts_held():
                     pending = {
                         executor.submit(_run, work, job, slot, size)
                         for slot, (job, size) in enumerate(zip(jobs, sizes, strict=True))
@@ -123,6 +123,33 @@ def _script_hidden() -> Iterator[None]:
         sys.modules["__main__"] = script
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes that are spawned inside begin with SIGINT held back, until they ignore it; here it
+    is answered at the end.
+
+    Interrupted while they start, they would each print where they were.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    held: list[int] = []
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handler = signal.getsignal(signal.SIGINT)
+    # Another thread may be sent it, and then the main thread's handler is called all the same.
+    ours = threading.current_thread() is threading.main_thread() and handler is not None
+    if ours:
+        signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
+
+
 def _move(bar: tqdm[Any], done: int) -> None:
     bar.update(done - bar.n)
 
@@ -132,6 +159,8 @@ def _start_worker(progress: Any, listener: Connection) -> None:
     _progress = progress
     # Ctrl-C reaches every process of the terminal; the parent alone answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, args=(listener,), daemon=True).start()
 
 

@@ -197,12 +197,17 @@ def test_kill_9_leaves_no_process_and_a_run_that_goes_on(
     assert shards_of(tmp_path / "broken") == shards_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("when", ["workers start", "workers work"])
 def test_ctrl_c_reaches_all_processes_and_the_run_goes_on(
-    tmp_path: Path, two_inputs: list[Path]
+    tmp_path: Path, two_inputs: list[Path], when: str
 ) -> None:
     convert(two_inputs, tmp_path / "whole")
     process = start_script(tmp_path, two_inputs)
-    wait_until(lambda: any((tmp_path / "broken" / ".convert").glob("part-*.json")))
+    if when == "workers start":
+        # The first child keeps count of the semaphores.
+        wait_until(lambda: len(psutil.Process(process.pid).children()) > 1)
+    else:
+        wait_until(lambda: any((tmp_path / "broken" / ".convert").glob("part-*.json")))
     workers = psutil.Process(process.pid).children(recursive=True)
     # To the whole group, as a terminal does.
     os.killpg(process.pid, signal.SIGINT)
