@@ -43,7 +43,7 @@ def run_jobs(
     leaves behind must therefore be fit to be found half done.
 
     Args:
-        work: A module-level function; it and the jobs are pickled.
+        work: A module-level function, not of the script; it and the jobs are pickled.
         jobs: (num_jobs,) independent of each other.
         sizes: (num_jobs,) in the unit of the bar.
         num_workers: Processes.
@@ -53,6 +53,11 @@ def run_jobs(
         WorkerDied: If a worker is killed, by the system for want of memory, say.
     """
     before = int(bar.n)
+    if work.__module__ == "__main__":
+        raise ValueError(
+            f"work must be of a module that workers can import, got {work.__qualname__!r} of the "
+            "script; move it."
+        )
     if num_workers <= 1 or len(jobs) <= 1:
         for job, size in zip(jobs, sizes, strict=True):
             start = before

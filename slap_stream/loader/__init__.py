@@ -8,7 +8,7 @@ pending.py      batches that are composed and not delivered yet
 dealing.py      batches of one optimizer step, dealt by length
 delivery.py     one iteration: pending batches to the training loop
 padding.py      how much of the batches was padding
-prepared.py     a loader that Accelerate has prepared
+accelerated.py  a loader that Accelerate has prepared
 probe_link.py   what a probe asks of a loader and tells it
 ranks.py        what ranks tell each other
 state.py        a checkpoint of all ranks

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from slap_stream.errors import SlapStreamError, WorkerError
+from slap_stream.loader.accelerated import Accelerated
 from slap_stream.loader.pending import PendingBatches
-from slap_stream.loader.prepared import Prepared
 from slap_stream.loader.workers import describe_dead
 from slap_stream.types import IntArray
 
@@ -31,7 +31,7 @@ class Delivery(Iterator[Any]):
         hold_shards: Says which shards are still needed; called before a batch is read.
         count: Takes note of a batch, of how many samples it has, and of the share of the epoch that
             is done after it.
-        prepared: What Accelerate is told of the batches, if it has prepared the loader.
+        accelerated: What Accelerate is told of the batches, if it has prepared the loader.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Delivery(Iterator[Any]):
         is_newest: Callable[[], bool],
         hold_shards: Callable[[], None],
         count: Callable[[Any, int, float], None],
-        prepared: Prepared | None,
+        accelerated: Accelerated | None,
     ) -> None:
         self._batches: Iterator[Any] | None = batches
         self._pending, self._workers = pending, workers
         self._is_newest, self._hold_shards, self._count = is_newest, hold_shards, count
-        self._prepared = prepared
+        self._accelerated = accelerated
 
     def __next__(self) -> Any:
         if not self._is_newest():
@@ -63,16 +63,16 @@ class Delivery(Iterator[Any]):
         try:
             oldest = self._pending.oldest()
             if oldest is None:
-                if self._prepared is not None:
-                    self._prepared.end()
+                if self._accelerated is not None:
+                    self._accelerated.end()
                 raise StopIteration
             self._hold_shards()
             batch = with_ids(next(batches, None), oldest.ids)
             self._count(batch, len(oldest.ids), oldest.progress)
             self._pending.compose_ahead()
             self._pending.delivered = oldest
-            if self._prepared is not None:
-                batch = self._prepared.hand_over(batch, self._pending.finished)
+            if self._accelerated is not None:
+                batch = self._accelerated.hand_over(batch, self._pending.finished)
             return batch
         except BaseException as error:
             self._pending.delivered = before

@@ -15,6 +15,7 @@ from slap_stream.config import SlapConfig
 from slap_stream.core.background import BackgroundThread
 from slap_stream.core.rng import Purpose, generator
 from slap_stream.embeddings.store import open_embeddings
+from slap_stream.loader.accelerated import Accelerated, never_divided
 from slap_stream.loader.checks import (
     batch_size_of,
     check_alignment,
@@ -26,7 +27,6 @@ from slap_stream.loader.checks import (
 from slap_stream.loader.delivery import SAMPLE_ID, Delivery
 from slap_stream.loader.padding import Padding
 from slap_stream.loader.pending import PendingBatches
-from slap_stream.loader.prepared import Prepared, never_divided
 from slap_stream.loader.probe_link import ProbeLink
 from slap_stream.loader.ranks import TIMEOUT_SECONDS, join_ranks
 from slap_stream.loader.state import check_loader_state, whole_state
@@ -166,7 +166,7 @@ class SlapDataLoader(DataLoader[Any]):
         # Which iterator may go on: none from before a new iteration or a loaded state.
         self._iteration = 0
         self._line, self._padding = StatusLine(), Padding()
-        self._prepared: Prepared | None = None
+        self._accelerated: Accelerated | None = None
         super().__init__(
             ShardView(dataset),  # type: ignore[arg-type]  # map-style by duck typing
             batch_sampler=self._pending,  # type: ignore[arg-type]  # arrays, which pickle faster
@@ -203,9 +203,9 @@ class SlapDataLoader(DataLoader[Any]):
         self.generator.manual_seed(int(draws.integers(2**63)))
         batches = super().__iter__()
         self._line.restart()
-        if Prepared.is_due(self):
-            self._prepared = self._prepared or Prepared(SAMPLE_ID)
-            self._prepared.begin()
+        if Accelerated.is_due(self):
+            self._accelerated = self._accelerated or Accelerated(SAMPLE_ID)
+            self._accelerated.begin()
         return Delivery(
             batches,
             self._workers_of(batches),
@@ -213,7 +213,7 @@ class SlapDataLoader(DataLoader[Any]):
             is_newest=lambda: iteration == self._iteration,
             hold_shards=self._hold_shards,
             count=self._count,
-            prepared=self._prepared,
+            accelerated=self._accelerated,
         )
 
     def _count(self, batch: Any, samples: int, progress: float) -> None:

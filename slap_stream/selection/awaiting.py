@@ -70,7 +70,7 @@ class Awaiting:
     """
 
     def __init__(self, depth: int) -> None:
-        self.depth = depth
+        self.depth = self._usual_depth = depth
         self._asked: deque[Asked] = deque(maxlen=depth)
 
     def ask(
@@ -135,7 +135,7 @@ class Awaiting:
         columns = (np.split(column, cuts) for column in (ids, x, open_, weight))
         # All of them, if they were remembered for longer: with a longer lookahead, of which batches
         # are still to be delivered.
-        self.depth = max(self.depth, len(sizes))
+        self.depth = max(self._usual_depth, len(sizes))
         self._asked = deque(maxlen=self.depth)
         if len(sizes):
             for step, *parts in zip(steps.tolist(), *columns, strict=True):

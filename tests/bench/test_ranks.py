@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
-import pytest
 
 from tools.bench import ranks as bench_ranks
 
 
-def test_ranks_are_compared_and_exchange_in_processes(capfd: pytest.CaptureFixture[str]) -> None:
+def test_ranks_are_compared_and_exchange_in_processes() -> None:
     small = ["--dim", "8", "--features", "1", "--lane-batch", "8", "--steps", "64"]
-    assert bench_ranks.main([*small, "--ranks", "2", "--lanes", "2"]) == 0
-    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    # As a script, whose functions worker processes cannot find.
+    command = [sys.executable, "-m", "tools.bench.ranks", *small, "--ranks", "2", "--lanes", "2"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
     for name in ("composing", "refreshing", "together"):
         median, low, high = result[f"ratio_{name}"]
         assert 0 < low <= median <= high

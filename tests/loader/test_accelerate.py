@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState, PartialState
+from transformers import BatchEncoding
 
 from tests.helpers.recipes_run import Accelerated
 from tests.laws import config_of
@@ -82,6 +84,21 @@ def test_batches_come_on_the_accelerators_device(
     assert batch["number"].device.type == "meta"
     assert batch["text"][0].startswith("word")
     # They are what comes back, and stay where they are read.
+    assert batch["sample_id"].device.type == "cpu"
+
+
+def test_ids_stay_also_in_a_batch_that_moves_itself(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collate(samples: list[Any]) -> BatchEncoding:
+        return BatchEncoding({"number": torch.tensor([sample["number"] for sample in samples])})
+
+    loader = make(corpus)
+    loader.collate_fn = collate
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("meta"))
+    batch = next(iter(accelerator.prepare(loader)))
+    assert batch["number"].device.type == "meta"
     assert batch["sample_id"].device.type == "cpu"
 
 

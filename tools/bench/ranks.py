@@ -255,4 +255,7 @@ def measure(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    # Worker processes look for `run_rank` in a module that they can import.
+    from tools.bench import ranks
+
+    raise SystemExit(ranks.main())

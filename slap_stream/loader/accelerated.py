@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any, TypeVar
 
 # What Accelerate sets on all that it has prepared, and leaves as it is where it finds it.
@@ -18,7 +19,7 @@ def never_divided(kind: type[_Loader]) -> type[_Loader]:
     return kind
 
 
-class Prepared:
+class Accelerated:
     """What Accelerate's own loaders do for a training loop besides dividing.
 
     Batches are moved to its device, and it is told which is an epoch's last: its `accumulate` then
@@ -63,7 +64,13 @@ class Prepared:
         from accelerate.utils import send_to_device
 
         self.end_of_dataloader = is_last
-        return send_to_device(batch, self._device, skip_keys=self._ids_name)
+        if not isinstance(batch, MutableMapping):
+            return send_to_device(batch, self._device)
+        # Not by `skip_keys`, which is not heeded where a batch moves itself (transformers').
+        ids = batch.pop(self._ids_name)
+        moved = send_to_device(batch, self._device)
+        moved[self._ids_name] = ids
+        return moved
 
     def end(self) -> None:
         """The epoch has no more batches."""
