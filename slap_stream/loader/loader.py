@@ -403,7 +403,6 @@ class SlapDataLoader(DataLoader[Any]):
         probe = check_loader_state(
             state,
             index_digests=self._digests,
-            global_batch=sampler.batch_size * sampler.world_size,
             num_samples=sampler.table.num_samples,
         )
         if probe is not None:

@@ -56,7 +56,7 @@ def whole_state(
 
 
 def check_loader_state(
-    state: Any, *, index_digests: Sequence[str], global_batch: int, num_samples: int
+    state: Any, *, index_digests: Sequence[str], num_samples: int
 ) -> State | None:
     """Refuse a state that is of another version or dataset, or whose pending batches were cut; the
     sampler and the probe check their own parts.
@@ -64,7 +64,6 @@ def check_loader_state(
     Args:
         state: What a loader's `state_dict` gave.
         index_digests: Of each stream's index.
-        global_batch: Samples of a batch over all ranks.
         num_samples: Samples of the dataset.
 
     Returns:
@@ -75,7 +74,7 @@ def check_loader_state(
     """
     saved = Saved(state)
     saved.check_version(STATE_VERSION)
-    saved.part("sampler")
+    run = saved.part("sampler").part("run")
     digests = saved.sequence("index_digests")
     if len(digests) != len(index_digests) or not all(
         isinstance(one, str) and one == other
@@ -87,6 +86,8 @@ def check_loader_state(
         )
     saved.number("progress", least=0.0, most=1.0)
     pending = saved.sequence("pending")
+    # Of another size the sampler refuses it, with all that differs.
+    global_batch = run.whole("global_batch", least=1)
     batches = Saved({str(place): ids for place, ids in enumerate(pending)}, "state.pending")
     for place in range(len(pending)):
         batches.wholes(str(place), global_batch, below=num_samples)

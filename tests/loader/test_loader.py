@@ -432,6 +432,15 @@ def test_refusals_name_the_cause(corpus: Path, tmp_path: Path) -> None:
         next(iter(make(corpus, collate_fn=list)))
 
 
+def test_a_state_of_another_batch_size_is_refused_as_such(corpus: Path) -> None:
+    loader = make(corpus)
+    next(iter(loader))
+    half = StreamingDataset(local=str(corpus), batch_size=BATCH // 2)
+    other = make(corpus, dataset=half, batch_size=BATCH // 2)
+    with pytest.raises(StateError, match=f"global_batch: {BATCH} -> {BATCH // 2}"):
+        other.load_state_dict(loader.state_dict())
+
+
 def test_a_state_of_another_dataset_is_refused(corpus: Path, tmp_path: Path) -> None:
     state = make(corpus).state_dict()
     other = make(write_corpus(tmp_path / "other", first=1))
