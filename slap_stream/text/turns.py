@@ -92,7 +92,9 @@ def find_turns(tokenizer: Any, messages: Sequence[Message]) -> Turns:
     tools = messages[0].get("tools")
     template = template_of(tokenizer, tools)
     marked = _mark_generation(template)
-    writer = Writer(tokenizer, template if marked is None else marked, tools)
+    writer = Writer(
+        tokenizer=tokenizer, template=template if marked is None else marked, tools=tools
+    )
     shown = [_shown(message, template) for message in messages]
     if tools and "tools" not in template:
         raise _unwritten("tools")
@@ -100,7 +102,7 @@ def find_turns(tokenizer: Any, messages: Sequence[Message]) -> Turns:
     text, marks = _written(writer, shown, template)
     if marked is not None:
         spans = _blocks(marks, learnt, [message["role"] for message in messages])
-        return _close_block(tokenizer, text, marks, spans, last_is_learnt=learnt[-1])
+        return _close_block(text, marks, spans, last_is_learnt=learnt[-1])
 
     style = find_style(writer)
     events = _events(marks)
@@ -150,14 +152,14 @@ def _written(writer: Writer, shown: Sequence[Message], template: str) -> tuple[s
         raise TurnsError(
             f"messages must be at most {MAX_OWNERS}, got {len(shown)}.", "too many messages"
         )
+    text = writer.plain(shown, template)
+    if _RESERVED.search(text):
+        raise TurnsError(
+            "messages must not hold the noncharacters U+FDD0 to U+FDD3, which mark turns here; "
+            "remove them from the corpus.",
+            "noncharacters",
+        )
     for inside in (False, True):
-        text = writer.plain(shown, template)
-        if _RESERVED.search(text):
-            raise TurnsError(
-                "messages must not hold the noncharacters U+FDD0 to U+FDD3, which mark turns "
-                "here; remove them from the corpus.",
-                "noncharacters",
-            )
         found, marks = writer.marked(shown, inside=inside)
         if found == text:
             return text, marks
@@ -210,7 +212,7 @@ def _blocks(marks: Sequence[Mark], learnt: Sequence[bool], roles: Sequence[str])
 
 
 def _close_block(
-    tokenizer: Any, text: str, marks: Sequence[Mark], spans: list[Span], *, last_is_learnt: bool
+    text: str, marks: Sequence[Mark], spans: list[Span], *, last_is_learnt: bool
 ) -> Turns:
     """Find out if the last block ends its turn."""
     open_ended = False
