@@ -74,6 +74,32 @@ def is_learnt(message: Message) -> bool:
     return all(message.get(name) in (None, 1) for name in LEARN_FIELDS)
 
 
+def tools_of(messages: Sequence[Message]) -> Any:
+    """The tools of a conversation, from a turn before its first answer; None for none.
+
+    A template is given tools for the whole conversation, so those that come later, or that change,
+    would be shown where they were not known yet.
+
+    Raises:
+        TurnsError: If lists differ, or the only one stands later.
+    """
+    tools, answered = None, False
+    for message in messages:
+        answered = answered or message["role"] == "assistant"
+        own = message.get("tools")
+        if not own or own == tools:
+            continue
+        if tools is not None or answered:
+            which = "a list after the first answer" if tools is None else "two lists that differ"
+            raise TurnsError(
+                f"tools of a conversation must be one list before its first answer, got {which}; "
+                "put those of all turns on the first message.",
+                which,
+            )
+        tools = own
+    return tools
+
+
 def find_turns(tokenizer: Any, messages: Sequence[Message]) -> Turns:
     """Write a conversation as text and find what is to be learnt in it.
 
@@ -83,13 +109,14 @@ def find_turns(tokenizer: Any, messages: Sequence[Message]) -> Turns:
 
     Args:
         tokenizer: A Hugging Face tokenizer; without a chat template it gets the default one.
-        messages: With a turn of role `assistant`. The first may hold `tools`.
+        messages: With a turn of role `assistant`. One before it may hold `tools`.
 
     Raises:
         ConfigError: If the tokenizer can mark no end of a turn.
-        TurnsError: If the template refuses the messages, or a turn cannot be located.
+        TurnsError: If the template refuses the messages, a turn cannot be located, or tools stand
+            where they cannot be used.
     """
-    tools = messages[0].get("tools")
+    tools = tools_of(messages)
     template = template_of(tokenizer, tools)
     marked = _mark_generation(template)
     writer = Writer(

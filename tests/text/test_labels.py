@@ -325,6 +325,19 @@ def test_tools_are_written_and_calls_are_learnt() -> None:
     assert written.startswith(f"<|im_start|>system\n{json.dumps(tools)}<|im_end|>")
 
 
+def test_tools_of_any_turn_before_the_first_answer_are_written_and_others_refused() -> None:
+    tools, system = [{"name": "area"}], turn("system", "x")
+    first = [system | {"tools": tools}, ASKED, turn("assistant", "y")]
+    BYTE_LEVEL.chat_template = TOOLS
+    wanted = encode(BYTE_LEVEL, first)
+    assert encode(BYTE_LEVEL, [system, ASKED | {"tools": tools}, first[2]]) == wanted
+    assert encode(BYTE_LEVEL, [*first[:2], first[2] | {"tools": tools}]) == wanted
+    with pytest.raises(CorpusError, match="one list before its first answer, got two lists that d"):
+        encode(BYTE_LEVEL, [*first, ASKED | {"tools": [{"name": "volume"}]}])
+    with pytest.raises(CorpusError, match="got a list after the first answer; put those of all tu"):
+        encode(BYTE_LEVEL, [ASKED, first[2], ASKED | {"tools": tools}])
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
