@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -38,6 +39,9 @@ LEARN_FIELDS = ("train", "training", "loss", "weight")
 
 _RESERVED = re.compile(f"[{''.join(sorted(RESERVED))}]")
 _GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+
+# A word that no corpus holds, and that is the same in JSON and in Python's spelling.
+_PROBE = "slapStreamProbe7e3f"
 
 Span = tuple[int, int]
 
@@ -113,8 +117,8 @@ def find_turns(tokenizer: Any, messages: Sequence[Message]) -> Turns:
 
     Raises:
         ConfigError: If the tokenizer can mark no end of a turn.
-        TurnsError: If the template refuses the messages, a turn cannot be located, or tools stand
-            where they cannot be used.
+        TurnsError: If the template refuses the messages, a turn cannot be located, tools stand
+            where they cannot be used, or the template writes no tools or no thoughts.
     """
     tools = tools_of(messages)
     template = template_of(tokenizer, tools)
@@ -122,11 +126,10 @@ def find_turns(tokenizer: Any, messages: Sequence[Message]) -> Turns:
     writer = Writer(
         tokenizer=tokenizer, template=template if marked is None else marked, tools=tools
     )
-    shown = [_shown(message, template) for message in messages]
-    if tools and "tools" not in template:
-        raise _unwritten("tools")
+    shown = [_shown(message) for message in messages]
     learnt = [message["role"] == "assistant" and is_learnt(message) for message in messages]
     text, marks = _written(writer, shown, template)
+    _check_nothing_is_lost(writer, shown, template)
     if marked is not None:
         spans = _blocks(marks, learnt, [message["role"] for message in messages])
         return _close_block(text, marks, spans, last_is_learnt=learnt[-1])
@@ -143,15 +146,53 @@ def find_turns(tokenizer: Any, messages: Sequence[Message]) -> Turns:
     return Turns(text=text, spans=spans, open_ended=open_ended)
 
 
+def _check_nothing_is_lost(writer: Writer, shown: Sequence[Message], template: str) -> None:
+    """Refuse tools and thoughts that the template passes over.
+
+    That it names them says little (`enable_thinking`), nor does that their texts are there, which
+    may stand there anyway. So another text is put in their place, and looked for.
+
+    Raises:
+        TurnsError: If tools are not written, or no thought is, were its turn the last.
+    """
+    if writer.tools:
+        other = replace(writer, tools=[_with_name(tool) for tool in writer.tools])
+        if _PROBE not in other.plain(shown, template):
+            raise _unwritten("tools")
+    thinking = [turn for turn, message in enumerate(shown) if _thought(message)]
+    if not thinking:
+        return
+    probes = [_with_thought(message) for message in shown]
+    # Templates leave out what was thought before the last question.
+    for stop in dict.fromkeys((len(shown), *(turn + 1 for turn in reversed(thinking)))):
+        # A template may refuse a conversation that stops there.
+        with suppress(TurnsError):
+            if _PROBE in writer.plain(probes[:stop], template):
+                return
+    raise _unwritten("reasoning_content")
+
+
 def _unwritten(name: str) -> TurnsError:
     return TurnsError(
-        f"tokenizer.chat_template must write {name!r} where messages hold it, and it never names "
-        f"it; use the template of a model that knows it, or take {name!r} out of the corpus.",
-        f"{name}, of which the template knows nothing",
+        f"tokenizer.chat_template must write {name!r} where messages hold it, and it writes none; "
+        f"use the template of a model that knows it, or take {name!r} out of the corpus.",
+        f"{name}, which the template does not write",
     )
 
 
-def _shown(message: Message, template: str) -> dict[str, Any]:
+def _with_name(tool: Any) -> Any:
+    if not isinstance(tool, Mapping):
+        return tool
+    if isinstance(tool.get("function"), Mapping):
+        return {**tool, "function": {**tool["function"], "name": _PROBE}}
+    return {**tool, "name": _PROBE}
+
+
+def _with_thought(message: Message) -> Message:
+    return {**message, **dict.fromkeys(REASONING_FIELDS, _PROBE)} if _thought(message) else message
+
+
+def _shown(message: Message) -> dict[str, Any]:
     """What a template is shown of a message: what it says, not what we are to do with it."""
     shown = {
         name: value
@@ -160,8 +201,6 @@ def _shown(message: Message, template: str) -> dict[str, Any]:
     }
     thought = _thought(message)
     if thought is not None:
-        if not any(name in template for name in REASONING_FIELDS):
-            raise _unwritten("reasoning_content")
         shown |= dict.fromkeys(REASONING_FIELDS, thought)
     return shown
 

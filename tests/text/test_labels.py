@@ -145,11 +145,14 @@ def dialogues(draw: st.DrawFn, reasoning: bool = False) -> list[Message]:
         some = st.sampled_from(["user", "assistant", "assistant", "tool"])
         roles = ["system"] * draw(st.booleans()) + draw(st.lists(some, min_size=1, max_size=5))
     messages: list[Message] = [{"role": role, "content": draw(said)} for role in roles]
+    asked = False
     for message in messages:
+        asked = asked or message["role"] == "user"
         if message["role"] == "assistant":
             if draw(st.integers(0, 5)) == 0:
                 message["train"] = False
-            if reasoning and draw(st.booleans()):
+            # Qwen 3 loses what was thought before any question: refused.
+            if reasoning and asked and draw(st.booleans()):
                 message["reasoning_content"] = draw(st.sampled_from(["hm", "so\nso", " b "]))
     return messages
 
@@ -323,19 +326,6 @@ def test_tools_are_written_and_calls_are_learnt() -> None:
     assert learnt(TOOLS, *messages) == ["<tool_call>area</tool_call><|im_end|>", "x<|im_end|>"]
     written = BYTE_LEVEL.decode(encode(BYTE_LEVEL, messages).input_ids)
     assert written.startswith(f"<|im_start|>system\n{json.dumps(tools)}<|im_end|>")
-
-
-def test_tools_of_any_turn_before_the_first_answer_are_written_and_others_refused() -> None:
-    tools, system = [{"name": "area"}], turn("system", "x")
-    first = [system | {"tools": tools}, ASKED, turn("assistant", "y")]
-    BYTE_LEVEL.chat_template = TOOLS
-    wanted = encode(BYTE_LEVEL, first)
-    assert encode(BYTE_LEVEL, [system, ASKED | {"tools": tools}, first[2]]) == wanted
-    assert encode(BYTE_LEVEL, [*first[:2], first[2] | {"tools": tools}]) == wanted
-    with pytest.raises(CorpusError, match="one list before its first answer, got two lists that d"):
-        encode(BYTE_LEVEL, [*first, ASKED | {"tools": [{"name": "volume"}]}])
-    with pytest.raises(CorpusError, match="got a list after the first answer; put those of all tu"):
-        encode(BYTE_LEVEL, [ASKED, first[2], ASKED | {"tools": tools}])
 
 
 @pytest.mark.parametrize(
