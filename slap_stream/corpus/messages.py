@@ -49,7 +49,7 @@ class DropReason(StrEnum):
     UNKNOWN_ROLE = "unknown role"
     NOT_TEXT = "content that is not text"
     TOOL_CALL = "tool call of the assistant"
-    BAD_TOOLS = "tools that are not a list of objects"
+    BAD_TOOLS = "tools that are not one list of objects"
     BAD_WEIGHT = "turn that is neither to be learnt nor not"
     BAD_HISTORY = "history that is not pairs of texts before a prompt"
     TWO_SYSTEMS = "two system texts that differ"
@@ -120,8 +120,8 @@ def from_json(text: str, reason: DropReason) -> Any:
         raise RecordDropped(reason, "text that is not JSON") from error
 
 
-def read_message(turn: Mapping[str, Any], unused: set[str]) -> Message | None:
-    """A turn as a message, None for a system turn that says nothing.
+def read_message(turn: Mapping[str, Any], unused: set[str]) -> Message:
+    """A turn as a message with its `tools`; only a system turn may say nothing.
 
     Args:
         turn: As it was read.
@@ -150,9 +150,7 @@ def read_message(turn: Mapping[str, Any], unused: set[str]) -> Message | None:
         raise RecordDropped(DropReason.UNKNOWN_ROLE, given)
     content_field = _first_given(turn, CONTENT_FIELDS)
     content = "" if content_field is None else text_of(turn[content_field])
-    if not content.strip():
-        if role == "system":
-            return None
+    if not content.strip() and role != "system":
         raise RecordDropped(DropReason.EMPTY_TURN, role)
     message: Message = {"role": role, "content": content}
     used = {role_field, content_field}

@@ -16,6 +16,8 @@ from slap_stream.corpus.messages import (
     read_turns,
     text_of,
 )
+from slap_stream.text.template import TurnsError
+from slap_stream.text.turns import tools_of
 
 KNOWN_SHAPES = (
     "messages: [{role, content}, ...]",
@@ -86,7 +88,8 @@ def normalise(fields: Any, *, source_field: str | None = "source") -> Record:
 
     Roles are brought to system, developer, user, assistant and tool; system turns without content
     are left out. Of the shapes that fit, the first in `KNOWN_SHAPES` counts. `system`, `history`
-    and `tools` of a record become part of its messages. Other fields are not used, and named.
+    and `tools` of a record become part of its messages; tools, also those of a turn before the
+    first answer, of the first one. Other fields are not used, and named.
 
     Args:
         fields: A record as it was read.
@@ -105,12 +108,14 @@ def normalise(fields: Any, *, source_field: str | None = "source") -> Record:
     if shape == ("text",):
         messages = _document(fields)
     else:
-        messages = [
-            message
-            for turn in _turns(fields, shape)
-            if (message := read_message(turn, unused)) is not None
-        ]
+        messages = [read_message(turn, unused) for turn in _turns(fields, shape)]
+        tools = _take_tools(fields, messages)
+        messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
         used |= _add_to_conversation(fields, shape, messages)
+        if tools and messages and messages[0]["role"] != "text":
+            messages[0]["tools"] = tools
+        elif tools:
+            unused.add("tools of a document")
     _check_roles(messages)
     unused |= {str(name) for name, value in fields.items() if is_given(value) and name not in used}
     return Record(
@@ -174,12 +179,23 @@ def _add_to_conversation(
         raise RecordDropped(DropReason.TWO_SYSTEMS)
     if beside and not own:
         messages.insert(0, {"role": "system", "content": beside.pop()})
-    tools = read_tools(fields.get("tools"))
-    if tools and messages:
-        if messages[0].get("tools", tools) != tools:
-            raise RecordDropped(DropReason.BAD_TOOLS, "two lists that differ")
-        messages[0]["tools"] = tools
     return set(_BESIDE)
+
+
+def _take_tools(fields: Mapping[str, Any], messages: Sequence[Message]) -> Any:
+    """Remove from the turns their tools, and give the one list of turns and record.
+
+    Before system turns that say nothing are left out, and others are put in front.
+    """
+    beside = {"role": "system", "tools": read_tools(fields.get("tools"))}
+    try:
+        tools = tools_of([beside, *messages])
+    except TurnsError as error:
+        raise RecordDropped(DropReason.BAD_TOOLS, error.short) from error
+    if tools:
+        for message in messages:
+            message.pop("tools", None)
+    return tools
 
 
 def _history(history: Any, shape: Sequence[str]) -> list[Message]:
@@ -193,9 +209,7 @@ def _history(history: Any, shape: Sequence[str]) -> list[Message]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise RecordDropped(DropReason.BAD_HISTORY, f"a {type(pair).__name__}")
         for role, text in zip(("user", "assistant"), pair, strict=True):
-            message = read_message({"role": role, "content": text}, set())
-            assert message is not None  # only system turns may be empty
-            messages.append(message)
+            messages.append(read_message({"role": role, "content": text}, set()))
     return messages
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 EXPORTS = {
     "chat": ("Encoded", "encode"),
     "template": ("REASONING_FIELDS", "TurnsError"),
-    "turns": ("LEARN_FIELDS", "is_learnt"),
+    "turns": ("LEARN_FIELDS", "is_learnt", "tools_of"),
     "collate": ("ChatCollator",),
     "sample": ("TextSample", "from_messages", "from_text", "from_tokens"),
 }

@@ -47,7 +47,7 @@ def encode(
     would never learn to stop. A template's `{% generation %}` marks are used where they stand.
 
     A turn may say `train: false` or `weight: 0`: it is read and not learnt. `reasoning_content`,
-    and `tools` on the first message, are given to a template that knows them.
+    and `tools` on a message before the first answer, are given to a template that writes them.
 
     A token that holds characters of a turn is supervised. An answer that begins with blanks may
     share its first token with the header ("\\n\\n", where a prompt at inference ends in "\\n"):

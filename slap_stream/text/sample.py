@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from slap_stream.text.turns import is_learnt
+from slap_stream.text.turns import is_learnt, tools_of
 
 CHARACTERS_PER_TOKEN = 4
 _TOLD = ("reasoning_content", "content")
@@ -19,7 +20,7 @@ class TextSample:
     """One sample as the encoders see it.
 
     Attributes:
-        prompt: What the model is given; of plain text, its first half.
+        prompt: What the model is given, tools too; of plain text, its first half.
         target: What the model is trained to say; of plain text, its second half.
         length: Tokens if the corpus is tokenised, else characters / 4, rounded up; at least one.
         source: Name of its source, or None if the corpus has none.
@@ -60,11 +61,14 @@ def _characters(count: int) -> int:
 
 def from_messages(messages: Sequence[Mapping[str, Any]], source: str | None) -> TextSample:
     """A sample from chat turns: those of the assistant that are learnt are the target, with what
-    it thinks; the others are the prompt.
+    it thinks; the tools, as JSON, and the others are the prompt.
     """
     if len(messages) == 1 and messages[0]["role"] == "text":
         return from_text(messages[0]["content"], source)
     told: dict[bool, list[str]] = {False: [], True: []}
+    if tools := tools_of(messages):
+        # Spelt as most templates spell them.
+        told[False].append(json.dumps(tools, ensure_ascii=False, default=str))
     for turn in messages:
         learnt = turn["role"] == "assistant" and is_learnt(turn)
         told[learnt] += [turn[name] for name in _TOLD if turn.get(name)]

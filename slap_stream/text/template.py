@@ -57,6 +57,7 @@ class TurnsError(CorpusError):
 
 
 def not_located(why: str) -> TurnsError:
+    """The error of a template that hides where a turn lies, for what it does."""
     return TurnsError(
         f"tokenizer.chat_template must write each turn of the assistant where it can be located; "
         f"{why}: add {{% generation %}} marks to the template.",
@@ -81,7 +82,7 @@ def template_of(tokenizer: Any, tools: Any = None) -> str:
     return DEFAULT_CHAT_TEMPLATE
 
 
-@dataclass(frozen=True, kw_only=False, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Writer:
     """A template and all that it writes besides messages."""
 
@@ -152,7 +153,7 @@ def find_style(writer: Writer) -> Style:
     # A tokenizer may be given other special tokens, or further ones, at any time.
     key = (writer.template, repr(writer.tokenizer.special_tokens_map), len(writer.tokenizer))
     if key not in known:
-        known[key] = _try_out(Writer(writer.tokenizer, writer.template))
+        known[key] = _try_out(Writer(tokenizer=writer.tokenizer, template=writer.template))
     return known[key]
 
 

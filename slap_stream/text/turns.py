@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -38,6 +39,9 @@ LEARN_FIELDS = ("train", "training", "loss", "weight")
 
 _RESERVED = re.compile(f"[{''.join(sorted(RESERVED))}]")
 _GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+
+# A word that no corpus holds, and that is the same in JSON and in Python's spelling.
+_PROBE = "slapStreamProbe7e3f"
 
 Span = tuple[int, int]
 
@@ -74,6 +78,32 @@ def is_learnt(message: Message) -> bool:
     return all(message.get(name) in (None, 1) for name in LEARN_FIELDS)
 
 
+def tools_of(messages: Sequence[Message]) -> Any:
+    """The tools of a conversation, from a turn before its first answer; None for none.
+
+    A template is given tools for the whole conversation, so those that come later, or that change,
+    would be shown where they were not known yet.
+
+    Raises:
+        TurnsError: If lists differ, or the only one stands later.
+    """
+    tools, answered = None, False
+    for message in messages:
+        answered = answered or message["role"] == "assistant"
+        own = message.get("tools")
+        if not own or own == tools:
+            continue
+        if tools is not None or answered:
+            which = "a list after the first answer" if tools is None else "two lists that differ"
+            raise TurnsError(
+                f"tools of a conversation must be one list before its first answer, got {which}; "
+                "put those of all turns on the first message.",
+                which,
+            )
+        tools = own
+    return tools
+
+
 def find_turns(tokenizer: Any, messages: Sequence[Message]) -> Turns:
     """Write a conversation as text and find what is to be learnt in it.
 
@@ -83,24 +113,26 @@ def find_turns(tokenizer: Any, messages: Sequence[Message]) -> Turns:
 
     Args:
         tokenizer: A Hugging Face tokenizer; without a chat template it gets the default one.
-        messages: With a turn of role `assistant`. The first may hold `tools`.
+        messages: With a turn of role `assistant`. One before it may hold `tools`.
 
     Raises:
         ConfigError: If the tokenizer can mark no end of a turn.
-        TurnsError: If the template refuses the messages, or a turn cannot be located.
+        TurnsError: If the template refuses the messages, a turn cannot be located, tools stand
+            where they cannot be used, or the template writes no tools or no thoughts.
     """
-    tools = messages[0].get("tools")
+    tools = tools_of(messages)
     template = template_of(tokenizer, tools)
     marked = _mark_generation(template)
-    writer = Writer(tokenizer, template if marked is None else marked, tools)
-    shown = [_shown(message, template) for message in messages]
-    if tools and "tools" not in template:
-        raise _unwritten("tools")
+    writer = Writer(
+        tokenizer=tokenizer, template=template if marked is None else marked, tools=tools
+    )
+    shown = [_shown(message) for message in messages]
     learnt = [message["role"] == "assistant" and is_learnt(message) for message in messages]
     text, marks = _written(writer, shown, template)
+    _check_nothing_is_lost(writer, shown, template)
     if marked is not None:
         spans = _blocks(marks, learnt, [message["role"] for message in messages])
-        return _close_block(tokenizer, text, marks, spans, last_is_learnt=learnt[-1])
+        return _close_block(text, marks, spans, last_is_learnt=learnt[-1])
 
     style = find_style(writer)
     events = _events(marks)
@@ -114,15 +146,53 @@ def find_turns(tokenizer: Any, messages: Sequence[Message]) -> Turns:
     return Turns(text=text, spans=spans, open_ended=open_ended)
 
 
+def _check_nothing_is_lost(writer: Writer, shown: Sequence[Message], template: str) -> None:
+    """Refuse tools and thoughts that the template passes over.
+
+    That it names them says little (`enable_thinking`), nor does that their texts are there, which
+    may stand there anyway. So another text is put in their place, and looked for.
+
+    Raises:
+        TurnsError: If tools are not written, or no thought is, were its turn the last.
+    """
+    if writer.tools:
+        other = replace(writer, tools=[_with_name(tool) for tool in writer.tools])
+        if _PROBE not in other.plain(shown, template):
+            raise _unwritten("tools")
+    thinking = [turn for turn, message in enumerate(shown) if _thought(message)]
+    if not thinking:
+        return
+    probes = [_with_thought(message) for message in shown]
+    # Templates leave out what was thought before the last question.
+    for stop in dict.fromkeys((len(shown), *(turn + 1 for turn in reversed(thinking)))):
+        # A template may refuse a conversation that stops there.
+        with suppress(TurnsError):
+            if _PROBE in writer.plain(probes[:stop], template):
+                return
+    raise _unwritten("reasoning_content")
+
+
 def _unwritten(name: str) -> TurnsError:
     return TurnsError(
-        f"tokenizer.chat_template must write {name!r} where messages hold it, and it never names "
-        f"it; use the template of a model that knows it, or take {name!r} out of the corpus.",
-        f"{name}, of which the template knows nothing",
+        f"tokenizer.chat_template must write {name!r} where messages hold it, and it writes none; "
+        f"use the template of a model that knows it, or take {name!r} out of the corpus.",
+        f"{name}, which the template does not write",
     )
 
 
-def _shown(message: Message, template: str) -> dict[str, Any]:
+def _with_name(tool: Any) -> Any:
+    if not isinstance(tool, Mapping):
+        return tool
+    if isinstance(tool.get("function"), Mapping):
+        return {**tool, "function": {**tool["function"], "name": _PROBE}}
+    return {**tool, "name": _PROBE}
+
+
+def _with_thought(message: Message) -> Message:
+    return {**message, **dict.fromkeys(REASONING_FIELDS, _PROBE)} if _thought(message) else message
+
+
+def _shown(message: Message) -> dict[str, Any]:
     """What a template is shown of a message: what it says, not what we are to do with it."""
     shown = {
         name: value
@@ -131,8 +201,6 @@ def _shown(message: Message, template: str) -> dict[str, Any]:
     }
     thought = _thought(message)
     if thought is not None:
-        if not any(name in template for name in REASONING_FIELDS):
-            raise _unwritten("reasoning_content")
         shown |= dict.fromkeys(REASONING_FIELDS, thought)
     return shown
 
@@ -150,14 +218,14 @@ def _written(writer: Writer, shown: Sequence[Message], template: str) -> tuple[s
         raise TurnsError(
             f"messages must be at most {MAX_OWNERS}, got {len(shown)}.", "too many messages"
         )
+    text = writer.plain(shown, template)
+    if _RESERVED.search(text):
+        raise TurnsError(
+            "messages must not hold the noncharacters U+FDD0 to U+FDD3, which mark turns here; "
+            "remove them from the corpus.",
+            "noncharacters",
+        )
     for inside in (False, True):
-        text = writer.plain(shown, template)
-        if _RESERVED.search(text):
-            raise TurnsError(
-                "messages must not hold the noncharacters U+FDD0 to U+FDD3, which mark turns "
-                "here; remove them from the corpus.",
-                "noncharacters",
-            )
         found, marks = writer.marked(shown, inside=inside)
         if found == text:
             return text, marks
@@ -210,7 +278,7 @@ def _blocks(marks: Sequence[Mark], learnt: Sequence[bool], roles: Sequence[str])
 
 
 def _close_block(
-    tokenizer: Any, text: str, marks: Sequence[Mark], spans: list[Span], *, last_is_learnt: bool
+    text: str, marks: Sequence[Mark], spans: list[Span], *, last_is_learnt: bool
 ) -> Turns:
     """Find out if the last block ends its turn."""
     open_ended = False

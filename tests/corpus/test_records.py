@@ -26,6 +26,8 @@ WRONG = {**HI[1], "train": False}
 IMAGE = {"type": "image", "text": ""}
 TEXT = {"type": "text", "text": "hi"}
 BAD_TOOLS = DropReason.BAD_TOOLS
+TOOLS = [{"a": 1}]
+WITH_TOOLS = [{**HI[0], "tools": TOOLS}, HI[1]]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,15 @@ BAD_TOOLS = DropReason.BAD_TOOLS
         ({"messages": HI, "tools": [{"a": 1}]}, [{**HI[0], "tools": [{"a": 1}]}, HI[1]]),
         ({"messages": HI, "tools": '[{"a": 1}]'}, [{**HI[0], "tools": [{"a": 1}]}, HI[1]]),
         ({"messages": HI, "tools": "[]", "history": [], "system": ""}, HI),
+        # Tools of a turn, which may not be the first one that is kept.
+        ({"messages": [{"role": "system", "content": "", "tools": TOOLS}, *HI]}, WITH_TOOLS),
+        ({"messages": WITH_TOOLS, "system": "be kind"}, [{**SYSTEM, "tools": TOOLS}, *HI]),
+        ({"messages": [SYSTEM, *WITH_TOOLS]}, [{**SYSTEM, "tools": TOOLS}, *HI]),
+        ({"messages": [*WITH_TOOLS, *WITH_TOOLS], "tools": TOOLS}, [*WITH_TOOLS, *HI]),
+        (
+            {"prompt": WITH_TOOLS[:1], "response": "yo", "history": [["hi", "yo"]]},
+            [*WITH_TOOLS, *HI],
+        ),
         # Fields of a turn.
         *(
             ({"messages": [HI[0], {**HI[1], name: "hm"}]}, [HI[0], THOUGHT])
@@ -156,6 +167,9 @@ def test_known_shapes_become_messages(
             {"messages": [{**HI[0], "tools": [{}]}, HI[1]], "tools": [{"a": 1}]},
             DropReason.BAD_TOOLS,
         ),
+        ({"messages": [*HI, *WITH_TOOLS]}, BAD_TOOLS),
+        ({"messages": [HI[0], {**HI[1], "tools": TOOLS}]}, BAD_TOOLS),
+        ({"messages": [*WITH_TOOLS, {**HI[0], "tools": [{}]}, HI[1]]}, BAD_TOOLS),
         ({"messages": [{"role": "user", "content": [IMAGE, TEXT]}, HI[1]]}, DropReason.NOT_TEXT),
         (
             {"messages": [{"role": "user", "content": [{**TEXT, "image": "x"}]}, HI[1]]},
@@ -190,6 +204,8 @@ def test_labels_come_from_the_record() -> None:
         ({"messages": HI, "source": 0.5}, "nor a whole number: float"),
         ({"messages": [HI[0], {**HI[1], "weight": 0.5}]}, "nor not: turn with the weight 0.5"),
         ({"messages": [{"role": "user", "content": " "}]}, "empty turn: user"),
+        ({"messages": [*HI, *WITH_TOOLS]}, "of objects: a list after the first answer"),
+        ({"messages": WITH_TOOLS, "tools": [{}]}, "of objects: two lists that differ"),
     ],
 )
 def test_a_reason_names_the_value_that_is_to_blame(fields: dict[str, Any], shown: str) -> None:
@@ -214,6 +230,10 @@ def test_a_reason_names_the_value_that_is_to_blame(fields: dict[str, Any], shown
         ({"messages": [{**HI[0], "weight": 0, "train": False, "reasoning": None}, HI[1]]}, ()),
         ({"messages": [{**HI[0], "reasoning": "hm"}, HI[1]]}, ("reasoning of a turn",)),
         ({"messages": [HI[0], {**THOUGHT, "reasoning": "hu"}]}, ("reasoning of a turn",)),
+        (
+            {"messages": [{"role": "text", "content": "a", "tools": TOOLS}]},
+            ("tools of a document",),
+        ),
     ],
 )
 def test_fields_that_are_not_used_are_named(

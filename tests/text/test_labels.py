@@ -145,11 +145,14 @@ def dialogues(draw: st.DrawFn, reasoning: bool = False) -> list[Message]:
         some = st.sampled_from(["user", "assistant", "assistant", "tool"])
         roles = ["system"] * draw(st.booleans()) + draw(st.lists(some, min_size=1, max_size=5))
     messages: list[Message] = [{"role": role, "content": draw(said)} for role in roles]
+    asked = False
     for message in messages:
+        asked = asked or message["role"] == "user"
         if message["role"] == "assistant":
             if draw(st.integers(0, 5)) == 0:
                 message["train"] = False
-            if reasoning and draw(st.booleans()):
+            # Qwen 3 loses what was thought before any question: refused.
+            if reasoning and asked and draw(st.booleans()):
                 message["reasoning_content"] = draw(st.sampled_from(["hm", "so\nso", " b "]))
     return messages
 

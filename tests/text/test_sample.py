@@ -19,3 +19,14 @@ def test_the_target_is_what_is_learnt() -> None:
     assert sample.length == 3  # 11 characters
     with pytest.raises(CorpusError, match="weight of a turn must be true, false, 0 or 1, got 2"):
         from_messages([ASKED, {"role": "assistant", "content": "no", "weight": 2}], None)
+
+
+def test_tools_are_part_of_the_prompt() -> None:
+    tools = [{"name": "größe", "description": "x" * 4000}]
+    said = {"role": "assistant", "content": "yes"}
+    sample = from_messages([ASKED | {"tools": tools}, said], None)
+    written = f'[{{"name": "größe", "description": "{"x" * 4000}"}}]'
+    assert sample.prompt == f"{written}\nhi"
+    assert sample.target == "yes"
+    assert sample.length == -(-(len(written) + 5) // 4)
+    assert from_messages([ASKED | {"tools": []}, said], None).prompt == "hi"
