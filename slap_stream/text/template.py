@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from slap_stream.errors import ConfigError, CorpusError
 from slap_stream.text.traced import Mark, traced, unmark
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -79,7 +83,18 @@ def template_of(tokenizer: Any, tools: Any = None) -> str:
             "tokenizer must have a chat_template or an eos_token, got neither; "
             "without them nothing marks the end of a turn."
         )
+    _tell_of_default()
     return DEFAULT_CHAT_TEMPLATE
+
+
+@cache
+def _tell_of_default() -> None:
+    """Once a process: a model that is asked in another format later has not learnt to answer."""
+    logger.warning(
+        "the tokenizer has no chat_template: turns are written as %r; put the one that you will "
+        "generate with on the tokenizer, or slap_stream.text.chat.DEFAULT_CHAT_TEMPLATE.",
+        "<|user|>\n...\n<|assistant|>\n...",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

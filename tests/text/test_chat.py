@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from slap_stream.errors import ConfigError, CorpusError, SlapStreamError
+from slap_stream.text import template as chat_template
 from slap_stream.text.chat import DEFAULT_CHAT_TEMPLATE, encode
 from slap_stream.text.collate import ChatCollator
 
@@ -239,6 +240,15 @@ def test_a_plain_document_is_learnt_whole_and_ended() -> None:
     encoded = encode(tokenizer, [turn("text", "The quick brown fox")])
     assert tokenizer.decode(encoded.input_ids) == "The quick brown fox<|im_end|>"
     assert all(encoded.supervised)
+
+
+def test_a_tokenizer_without_template_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = byte_level(None)
+    chat_template._tell_of_default.cache_clear()
+    for _ in range(2):
+        encode(tokenizer, [turn("user", "Hi."), turn("assistant", "Yes.")])
+    [record] = caplog.records
+    assert "has no chat_template: turns are written as '<|user|>" in record.getMessage()
 
 
 def test_a_template_that_ends_no_turn_is_ended() -> None:
