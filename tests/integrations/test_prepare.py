@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from filelock import FileLock
 
 from slap_stream import ChatCollator, SlapDataLoader, convert, embed, prepare
-from slap_stream.corpus import shuffle
+from slap_stream.corpus import shuffle, tokenising
 from slap_stream.embeddings.store import EmbeddingStore
 from slap_stream.errors import AlignmentError, ConfigError, CorpusError
 from slap_stream.integrations import prepare as module
@@ -294,6 +294,35 @@ def test_a_tokenizer_that_does_not_come_back_is_refused(tmp_path: Path, chats: D
     with pytest.raises(ConfigError, match=r"after save_pretrained .*got a Forgetful that is not"):
         prepare(chats, tmp_path, tokenizer=tokenizer)
     assert not list(tmp_path.glob("corpus-*/"))
+
+
+def test_a_tokenizer_that_another_process_has_kept_meanwhile_is_taken(
+    tmp_path: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, tokenizer = tokenising.load_tokenizer, byte_tokenizer()
+
+    def meanwhile(name: str) -> Any:
+        path = Path(name)
+        if path.name.startswith(".tokenizer-"):
+            tokenizer.save_pretrained(tmp_path / path.name.split(".")[1])
+        return load(name)
+
+    monkeypatch.setattr(tokenising, "load_tokenizer", meanwhile)
+    assert prepare(chats, tmp_path, tokenizer=tokenizer, num_workers=1).num_samples == 40
+    assert len(list(tmp_path.glob("tokenizer-*"))) == 1
+    assert not list(tmp_path.glob(".tokenizer-*"))
+
+
+def test_a_tokenizer_that_cannot_be_kept_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        tokenising.keep_tokenizer(byte_tokenizer(), tmp_path / "tokenizer-x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stream_is_left_as_it_was(tmp_path: Path) -> None:
