@@ -289,6 +289,18 @@ class _Work:
                 report.num_samples,
                 self.max_length,
             )
+        if report.unused:
+            fields = sorted(report.unused.items(), key=lambda item: (-item[1], item[0]))
+            logger.warning(
+                "fields that are not used, with the number of records that have them: %s",
+                ", ".join(f"{name} ({count})" for name, count in fields),
+            )
+        if report.shared:
+            logger.warning(
+                "%d answers share their first token with the header before them, which the model "
+                "never says alone; they are learnt",
+                report.shared,
+            )
 
     def _embed(self, corpus: Path, store: Path) -> None:
         columns = corpus_columns(corpus)

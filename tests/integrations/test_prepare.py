@@ -219,6 +219,32 @@ def test_records_that_are_left_out_are_told(
     assert "1 of the records are left out: no assistant turn, as in dataset[3]" in caplog.text
 
 
+@pytest.mark.parametrize("form", ["dataset", "stream"])
+def test_what_is_not_used_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str
+) -> None:
+    rows = [{"messages": turns("a", "b"), "images": ["a.png"], "grade": n} for n in range(3)]
+    rows[0]["images"] = None
+    dataset = Dataset.from_list(rows)
+    prepare(dataset if form == "dataset" else dataset.to_iterable_dataset(), tmp_path)
+    # Columns of a dataset that is loaded are counted, and not read.
+    images = 3 if form == "dataset" else 2
+    assert caplog.messages == [
+        "fields that are not used, with the number of records that have them: "
+        f"grade (3), images ({images})"
+    ]
+
+
+def test_answers_that_share_a_token_with_the_header_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["\n\n"])
+    rows = [{"messages": turns("a", said)} for said in ("yes", "\nyes")]
+    prepare(Dataset.from_list(rows), tmp_path, tokenizer=tokenizer)
+    assert "1 answers share their first token with the header before them" in caplog.text
+
+
 def test_shards_are_taken_as_they_are(
     tmp_path: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
