@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from slap_stream.corpus.messages import RecordDropped
+from slap_stream.corpus.messages import DropReason, RecordDropped, is_given
 from slap_stream.corpus.records import normalise
 from slap_stream.errors import ConfigError, CorpusError
 from slap_stream.integrations.prepare import Prepared, check_source, is_shards, prepare
@@ -21,6 +21,8 @@ from slap_stream.text.collate import ChatCollator
 CORPUS_FOLDER = "_slap_corpus"
 # Where a tokenizer knows of no limit it names a number beyond all of them.
 _NO_LIMIT = 1 << 24
+# Fields beside `messages` that belong to a conversation.
+_BESIDE = ("system", "system_prompt", "history", "tools")
 
 
 class RecordCollator(ChatCollator):
@@ -151,11 +153,19 @@ def _max_length(given: Mapping[str, Any], args: TrainingArguments, tokenizer: An
 
 
 def _as_sample(sample: Mapping[str, Any]) -> Mapping[str, Any]:
-    if "messages" in sample or {"input_ids", "supervised"} <= sample.keys():
+    if {"input_ids", "supervised"} <= sample.keys():
         return sample
+    # An id only names the record in the collator's errors: it may be whatever it is.
+    fields = {name: value for name, value in sample.items() if name != "id"}
+    named = {name: sample[name] for name in sample.keys() - fields.keys()}
     try:
-        return {"messages": normalise(sample).messages}
+        return {**named, "messages": normalise(fields, source_field=None).messages}
     except RecordDropped as dropped:
+        # No corpus holds calls of tools, but the collator learns them where the template does.
+        # What stands beside them would be lost.
+        beside = [name for name in _BESIDE if is_given(sample.get(name))]
+        if dropped.reason is DropReason.TOOL_CALL and "messages" in sample and not beside:
+            return sample
         raise CorpusError(
             f"samples must be records that can be used, got the fields {sorted(sample)!r}, left "
             f"out for: {dropped.reason}; leave such records out of the evaluation set."

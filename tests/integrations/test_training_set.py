@@ -198,6 +198,50 @@ def test_an_evaluation_set_of_other_records_is_refused() -> None:
         RecordCollator(byte_tokenizer())([{"body": "a"}])
 
 
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "same"),
+    [
+        (
+            {"messages": [Q, A], "system": "s", "tools": [{"name": "f"}], "id": 1.5, "source": {}},
+            [{"role": "system", "content": "s", "tools": [{"name": "f"}]}, Q, A],
+        ),
+        ({"messages": None, "text": "a b"}, [{"role": "text", "content": "a b"}]),
+        (
+            {"messages": [{"role": "human", "content": "q"}, {"role": "gpt", "content": "r"}]},
+            [Q, A],
+        ),
+        ({"messages": {"role": ["user", "assistant"], "content": ["q", "r"]}}, [Q, A]),
+        # Known to the collator alone.
+        ({"messages": [Q, CALL, {"role": "tool", "content": "t"}, A]}, None),
+    ],
+    ids=["beside", "no messages", "other roles", "struct of lists", "tool call"],
+)
+def test_an_evaluation_record_is_read_as_one_to_train_on(
+    row: dict[str, Any], same: list[dict[str, Any]] | None
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | length }} tools{% endif %}{% for m in messages %}<{{ m.role }}>"
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.name }}{% endfor %}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    expected = ChatCollator(tokenizer)([row if same is None else {"messages": same}])
+    batch = RecordCollator(tokenizer)([row])
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        name: value.tolist() for name, value in expected.items()
+    }
+
+
+def test_what_stands_beside_tool_calls_is_not_lost_in_silence() -> None:
+    row = {"messages": [Q, CALL, {"role": "tool", "content": "t"}, A], "tools": [{"name": "f"}]}
+    with pytest.raises(CorpusError, match="left out for: tool call of the assistant; leave such"):
+        RecordCollator(byte_tokenizer())([row])
+
+
 CHATS = Dataset.from_list(RECORDS)
 
 
