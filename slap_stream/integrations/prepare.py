@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,30 +110,22 @@ def prepare(
     # Loads torch, which those who only import this need not wait for.
     from slap_stream.integrations.first_rank import first_rank_first
 
-    check_source(dataset)
-    if Path(out).exists() and not Path(out).is_dir():
-        raise CorpusError(f"out must be a directory, got the file {str(out)!r}.")
-    if isinstance(tokenizer, str | Path):
-        tokenizer = load_tokenizer(find_tokenizer(tokenizer))
-    if max_length is not None:
-        if tokenizer is None:
-            raise ConfigError(
-                f"max_length must be None without a tokenizer, got {max_length!r}; it counts "
-                "tokens."
-            )
-        max_length = require_whole("max_length", max_length, 2)
-    work = _Work(
-        dataset=dataset,
-        out=Path(out),
-        tokenizer=tokenizer,
-        max_length=max_length,
-        encoder=encoder,
-        seed=require_whole("seed", seed, 0),
-        source_field=source_field,
-        num_workers=num_workers,
-        progress=progress,
-    )
-    return first_rank_first(work.begin, work.follow)[1]
+    def work() -> _Work:
+        asked = _Work(
+            dataset=dataset,
+            out=Path(out),
+            tokenizer=tokenizer,
+            max_length=max_length,
+            encoder=encoder,
+            seed=seed,
+            source_field=source_field,
+            num_workers=num_workers,
+            progress=progress,
+        )
+        return asked.checked()
+
+    # Checked in there: a rank that fails before would keep the others waiting.
+    return first_rank_first(lambda: work().begin(), lambda begun: work().follow(begun))[1]
 
 
 def check_source(dataset: Any, name: str = "dataset", *, besides: str = "") -> None:
@@ -187,6 +179,24 @@ class _Work:
     source_field: str | None
     num_workers: int | None
     progress: bool | None
+
+    def checked(self) -> _Work:
+        """The same with its tokenizer loaded; wrong arguments are refused before all else."""
+        check_source(self.dataset)
+        if self.out.exists() and not self.out.is_dir():
+            raise CorpusError(f"out must be a directory, got the file {str(self.out)!r}.")
+        tokenizer, max_length = self.tokenizer, self.max_length
+        if isinstance(tokenizer, str | Path):
+            tokenizer = load_tokenizer(find_tokenizer(tokenizer))
+        if max_length is not None:
+            if tokenizer is None:
+                raise ConfigError(
+                    f"max_length must be None without a tokenizer, got {max_length!r}; it counts "
+                    "tokens."
+                )
+            max_length = require_whole("max_length", max_length, 2)
+        seed = require_whole("seed", self.seed, 0)
+        return replace(self, tokenizer=tokenizer, max_length=max_length, seed=seed)
 
     def begin(self) -> tuple[str, Prepared]:
         """On the first rank: the name of the corpus, and the corpus."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from slap_stream.corpus.messages import DropReason, RecordDropped, is_given
 from slap_stream.corpus.records import normalise
 from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.integrations.first_rank import first_rank_first
 from slap_stream.integrations.prepare import Prepared, check_source, is_shards, prepare
 from slap_stream.shards.index import corpus_columns
 from slap_stream.shards.opening import is_stock, open_local
@@ -91,7 +93,8 @@ def _open(
     max_length: int | None,
 ) -> tuple[Any, Any]:
     if not isinstance(dataset, Prepared):
-        check_source(dataset, "train_dataset", besides=", a streaming.StreamingDataset")
+        # On all ranks: one that has not what the others have would keep them waiting.
+        first_rank_first(partial(_check, dataset), lambda _: _check(dataset))
         if is_shards(dataset) and embeddings is not None:
             return open_local(Path(dataset), args.per_device_train_batch_size), embeddings
     if embeddings is not None:
@@ -111,6 +114,10 @@ def _open(
             progress=not args.disable_tqdm,
         )
     return dataset.dataset(args.per_device_train_batch_size), dataset.embeddings
+
+
+def _check(dataset: Any) -> None:
+    check_source(dataset, "train_dataset", besides=", a streaming.StreamingDataset")
 
 
 def _streams(dataset: Any) -> bool:
