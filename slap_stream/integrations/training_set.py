@@ -64,17 +64,14 @@ def with_training_set(
     """
     given = dict(given)
     dataset = given.get("train_dataset")
+    if dataset is not None and corpus is not None:
+        _check_corpus(dataset, embeddings, corpus)
     tokenizer, max_length = _tokenizer(given, args), None
     if tokenizer is not None:
         max_length = _max_length(given, args, tokenizer)
     if dataset is not None and not _streams(dataset):
         dataset, embeddings = _open(dataset, embeddings, corpus, args, tokenizer, max_length)
         given["train_dataset"] = dataset
-    elif dataset is not None and corpus is not None:
-        raise ConfigError(
-            f"corpus must be None with a {type(dataset).__name__} as train_dataset, got "
-            f"{str(corpus)!r}; it is where a dataset of another kind is converted to."
-        )
     if collate and given.get("data_collator") is None and tokenizer and _holds_chats(dataset):
         given["data_collator"] = RecordCollator(
             tokenizer,
@@ -114,6 +111,20 @@ def _open(
             progress=not args.disable_tqdm,
         )
     return dataset.dataset(args.per_device_train_batch_size), dataset.embeddings
+
+
+def _check_corpus(dataset: Any, embeddings: Any, corpus: str | Path) -> None:
+    """Refuse a folder for corpora beside a training set of which nothing is made."""
+    kind = None
+    if _streams(dataset) or isinstance(dataset, Prepared):
+        kind = f"a {type(dataset).__name__}"
+    elif is_shards(dataset) and embeddings is not None:
+        kind = "MDS shards and their embeddings"
+    if kind is not None:
+        raise ConfigError(
+            f"corpus must be None with {kind} as train_dataset, got {str(corpus)!r}; it is where "
+            "a dataset of another kind is converted to."
+        )
 
 
 def _check(dataset: Any) -> None:

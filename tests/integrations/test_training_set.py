@@ -280,9 +280,14 @@ def test_wrong_arguments_are_refused_before_anything_is_made(
 
 
 def test_a_folder_for_a_corpus_that_is_there_is_refused(folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    dataset = StreamingDataset(local=str(folder / "corpus"), batch_size=BATCH)
-    with pytest.raises(ConfigError, match="corpus must be None with a StreamingDataset as train_d"):
-        make(folder, tmp_path, dataset, embeddings="e.zarr", corpus="here")
+    corpus = folder / "corpus"
+    for kind, dataset, embeddings in (
+        ("a StreamingDataset", StreamingDataset(local=str(corpus), batch_size=BATCH), "e.zarr"),
+        ("a Prepared", prepare(corpus, tmp_path), None),
+        ("MDS shards and their embeddings", corpus, corpus / "embeddings.zarr"),
+    ):
+        with pytest.raises(ConfigError, match=f"corpus must be None with {kind} as train_dataset"):
+            make(folder, tmp_path, dataset, embeddings=embeddings, corpus="here")
 
 
 def test_a_trainer_that_pushes_its_folder_leaves_the_corpus_out() -> None:
