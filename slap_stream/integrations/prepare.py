@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 # Part of every name: what another version would make of the same is another corpus.
 _VERSION = 1
 _HASHING = "hashing"
+_SOURCE_FIELD = "source"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +69,7 @@ def prepare(
     max_length: int | None = None,
     encoder: str = _HASHING,
     seed: int = 0,
-    source_field: str | None = "source",
+    source_field: str | None = _SOURCE_FIELD,
     num_workers: int | None = None,
     progress: bool | None = None,
 ) -> Prepared:
@@ -95,10 +96,11 @@ def prepare(
         out: Directory for this and other corpora; made if it is not there.
         tokenizer: A Hugging Face tokenizer, or its path or name. The corpus then holds its tokens,
             with a mask of what is learnt; None keeps messages.
-        max_length: Tokens kept of a record, from its start; None keeps all.
+        max_length: Tokens kept of a record, from its start; None keeps all, as it must of shards.
         encoder: As for `embed`.
         seed: Of the shuffle.
-        source_field: Field that names a record's source; None: all are one source.
+        source_field: Field that names a record's source; None: all are one source. Shards have
+            theirs already.
         num_workers: Processes; None means as many as are useful.
         progress: Whether to show bars on stderr; None means if that is a terminal.
 
@@ -186,6 +188,16 @@ class _Work:
         if self.out.exists() and not self.out.is_dir():
             raise CorpusError(f"out must be a directory, got the file {str(self.out)!r}.")
         tokenizer, max_length = self.tokenizer, self.max_length
+        if is_shards(self.dataset):
+            for name, value, default in (
+                ("max_length", max_length, None),
+                ("source_field", self.source_field, _SOURCE_FIELD),
+            ):
+                if value != default:
+                    raise ConfigError(
+                        f"{name} must be {default!r} for MDS shards, got {value!r}; they are left "
+                        "as they are: give it to slap-convert, which makes them."
+                    )
         if isinstance(tokenizer, str | Path):
             tokenizer = load_tokenizer(find_tokenizer(tokenizer))
         if max_length is not None:
@@ -221,7 +233,11 @@ class _Work:
 
     def _name(self) -> str:
         if is_shards(self.dataset):
-            return f"embeddings-{file_digest(Path(self.dataset) / INDEX_NAME)[:16]}"
+            name = f"embeddings-{file_digest(Path(self.dataset) / INDEX_NAME)[:16]}"
+            if self.tokenizer is None or "input_ids" not in corpus_columns(Path(self.dataset)):
+                return name
+            # The texts that are embedded are what this one makes of the tokens.
+            return f"{name}-{tokenizer_fingerprint(self.tokenizer)[:8]}"
         told = {
             "version": _VERSION,
             "dataset": [entry.fingerprint() for entry in find_inputs([self.dataset])],

@@ -106,7 +106,8 @@ def _open(
             dataset,
             Path(args.output_dir) / CORPUS_FOLDER if corpus is None else corpus,
             tokenizer=tokenizer,
-            max_length=max_length,
+            # Shards are as long as they are; the collator cuts what it is given.
+            max_length=None if is_shards(dataset) else max_length,
             # As the Trainer's own bars are.
             progress=not args.disable_tqdm,
         )

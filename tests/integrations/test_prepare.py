@@ -267,6 +267,41 @@ def test_shards_are_taken_as_they_are(
         prepare(tmp_path / "others", tmp_path / "out")
 
 
+def test_embeddings_of_shards_of_tokens_are_those_of_their_tokenizer(
+    tmp_path: Path, chats: Dataset
+) -> None:
+    tokenizer, other = byte_tokenizer(), byte_tokenizer()
+    other.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    convert(chats, tmp_path / "shards", tokenizer=tmp_path / "tokenizer")
+    first = prepare(tmp_path / "shards", tmp_path / "out", tokenizer=other)
+    second = prepare(tmp_path / "shards", tmp_path / "out", tokenizer=tokenizer)
+    assert not second.found
+    assert first.embeddings != second.embeddings
+    assert prepare(tmp_path / "shards", tmp_path / "out", tokenizer=other).found
+    # No text of theirs hangs on a tokenizer.
+    convert(chats, tmp_path / "texts")
+    assert not prepare(tmp_path / "texts", tmp_path / "out", tokenizer=other).found
+    assert prepare(tmp_path / "texts", tmp_path / "out", tokenizer=tokenizer).found
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"max_length": 9}, "max_length must be None for MDS shards, got 9; they are left as"),
+        ({"source_field": None}, "source_field must be 'source' for MDS shards, got None; they"),
+        ({"source_field": "origin"}, "source_field must be 'source' for MDS shards, got 'origin'"),
+    ],
+)
+def test_what_changes_nothing_about_shards_is_refused(
+    tmp_path: Path, chats: Dataset, option: dict[str, Any], message: str
+) -> None:
+    convert(chats, tmp_path / "shards", num_workers=1)
+    with pytest.raises(ConfigError, match=message):
+        prepare(tmp_path / "shards", tmp_path / "out", tokenizer=byte_tokenizer(), **option)
+    assert not (tmp_path / "out").exists()
+
+
 def test_shards_of_other_columns_are_refused_with_the_command_that_helps(tmp_path: Path) -> None:
     with open_writer(tmp_path / "shards", {"body": "str"}, shard_bytes=1000) as writer:
         writer.write({"body": "a text"})

@@ -167,6 +167,13 @@ def test_samples_are_cut_to_what_the_settings_or_the_tokenizer_say(
     assert max(len(whole.train_dataset[n]["input_ids"]) for n in range(64)) > 50
 
 
+def test_shards_are_cut_by_the_collator(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 50
+    trainer = make(folder, tmp_path, folder / "corpus", processing_class=tokenizer)
+    assert trainer.data_collator.max_length == 50
+
+
 def test_what_a_trainer_will_make_of_its_tokenizer_is_waited_for(
     folder: Path,  # noqa: F811
     tmp_path: Path,
