@@ -122,7 +122,10 @@ def row_group_bytes(path: Path) -> list[int]:
 
 
 def other_columns(piece: Piece, columns: Sequence[str]) -> list[str]:
-    """Columns of a table that are not among these; none of lines, whose fields are all read."""
+    """Columns of a table or a dataset that are not among these.
+
+    None of lines and of a stream, whose fields are all read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -133,6 +136,8 @@ def other_columns(piece: Piece, columns: Sequence[str]) -> list[str]:
         elif piece.kind == "arrow":
             with pa.memory_map(piece.path) as source, pa.ipc.open_stream(source) as batches:
                 names = batches.schema.names
+        elif piece.kind == "rows":
+            names = piece.dataset.column_names
     return sorted(set(names) - set(columns))
 
 

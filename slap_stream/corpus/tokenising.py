@@ -109,7 +109,13 @@ def keep_tokenizer(tokenizer: Any, folder: Path) -> str:
                 f"{type(tokenizer).__name__} that is not; use one that AutoTokenizer loads as you "
                 "want it."
             )
-        unfinished.replace(folder)
+        try:
+            unfinished.replace(folder)
+        except OSError:
+            shutil.rmtree(unfinished)
+            # Two corpora with one tokenizer, made at once: whoever comes second has the same.
+            if not folder.is_dir():
+                raise
     return str(folder)
 
 

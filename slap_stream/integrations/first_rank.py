@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from slap_stream.errors import CorpusError
 
@@ -14,22 +15,35 @@ _Found = TypeVar("_Found")
 # A corpus may take hours, in which the training's own groups would give up; should the first rank
 # die, its connections end, and so does the waiting.
 _PATIENCE = timedelta(days=30)
+MEETING = default_pg_timeout
+"""How long ranks wait for one that has not come yet."""
 
 
 def first_rank_first(first: Callable[[], _Found], others: Callable[[_Found], _Found]) -> _Found:
     """Let the first rank work, then the others with what it found; all ranks call this.
 
-    Where torch.distributed is not initialised, every process is a first one.
+    Where torch.distributed is not initialised, every process is a first one. What may fail on one
+    rank and not on others belongs in here: a rank that does not come lets the others wait.
 
     Args:
         first: What the first rank does; what it returns is pickled.
         others: What each other rank does afterwards.
 
     Raises:
-        CorpusError: On every rank, if one of them has failed; on that one, what it has raised.
+        CorpusError: On every rank, if one of them has failed (on that one, what it has raised); or
+            if one never comes.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return first()
+    # Made first, because the patient group would wait patiently for a rank that never comes.
+    try:
+        meeting = dist.new_group(timeout=MEETING, backend="gloo")
+    except RuntimeError as error:
+        raise CorpusError(
+            f"all ranks must come to prepare their dataset, got an error on waiting for them: "
+            f"{error}; see what the others say."
+        ) from error
+    dist.destroy_process_group(meeting)
     group = dist.new_group(timeout=_PATIENCE, backend="gloo")
     try:
         return _in_turn(first, others, group)

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 # Part of every name: what another version would make of the same is another corpus.
 _VERSION = 1
 _HASHING = "hashing"
+_SOURCE_FIELD = "source"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +69,7 @@ def prepare(
     max_length: int | None = None,
     encoder: str = _HASHING,
     seed: int = 0,
-    source_field: str | None = "source",
+    source_field: str | None = _SOURCE_FIELD,
     num_workers: int | None = None,
     progress: bool | None = None,
 ) -> Prepared:
@@ -95,10 +96,11 @@ def prepare(
         out: Directory for this and other corpora; made if it is not there.
         tokenizer: A Hugging Face tokenizer, or its path or name. The corpus then holds its tokens,
             with a mask of what is learnt; None keeps messages.
-        max_length: Tokens kept of a record, from its start; None keeps all.
+        max_length: Tokens kept of a record, from its start; None keeps all, as it must of shards.
         encoder: As for `embed`.
         seed: Of the shuffle.
-        source_field: Field that names a record's source; None: all are one source.
+        source_field: Field that names a record's source; None: all are one source. Shards have
+            theirs already.
         num_workers: Processes; None means as many as are useful.
         progress: Whether to show bars on stderr; None means if that is a terminal.
 
@@ -110,30 +112,22 @@ def prepare(
     # Loads torch, which those who only import this need not wait for.
     from slap_stream.integrations.first_rank import first_rank_first
 
-    check_source(dataset)
-    if Path(out).exists() and not Path(out).is_dir():
-        raise CorpusError(f"out must be a directory, got the file {str(out)!r}.")
-    if isinstance(tokenizer, str | Path):
-        tokenizer = load_tokenizer(find_tokenizer(tokenizer))
-    if max_length is not None:
-        if tokenizer is None:
-            raise ConfigError(
-                f"max_length must be None without a tokenizer, got {max_length!r}; it counts "
-                "tokens."
-            )
-        max_length = require_whole("max_length", max_length, 2)
-    work = _Work(
-        dataset=dataset,
-        out=Path(out),
-        tokenizer=tokenizer,
-        max_length=max_length,
-        encoder=encoder,
-        seed=require_whole("seed", seed, 0),
-        source_field=source_field,
-        num_workers=num_workers,
-        progress=progress,
-    )
-    return first_rank_first(work.begin, work.follow)[1]
+    def work() -> _Work:
+        asked = _Work(
+            dataset=dataset,
+            out=Path(out),
+            tokenizer=tokenizer,
+            max_length=max_length,
+            encoder=encoder,
+            seed=seed,
+            source_field=source_field,
+            num_workers=num_workers,
+            progress=progress,
+        )
+        return asked.checked()
+
+    # Checked in there: a rank that fails before would keep the others waiting.
+    return first_rank_first(lambda: work().begin(), lambda begun: work().follow(begun))[1]
 
 
 def check_source(dataset: Any, name: str = "dataset", *, besides: str = "") -> None:
@@ -188,6 +182,34 @@ class _Work:
     num_workers: int | None
     progress: bool | None
 
+    def checked(self) -> _Work:
+        """The same with its tokenizer loaded; wrong arguments are refused before all else."""
+        check_source(self.dataset)
+        if self.out.exists() and not self.out.is_dir():
+            raise CorpusError(f"out must be a directory, got the file {str(self.out)!r}.")
+        tokenizer, max_length = self.tokenizer, self.max_length
+        if is_shards(self.dataset):
+            for name, value, default in (
+                ("max_length", max_length, None),
+                ("source_field", self.source_field, _SOURCE_FIELD),
+            ):
+                if value != default:
+                    raise ConfigError(
+                        f"{name} must be {default!r} for MDS shards, got {value!r}; they are left "
+                        "as they are: give it to slap-convert, which makes them."
+                    )
+        if isinstance(tokenizer, str | Path):
+            tokenizer = load_tokenizer(find_tokenizer(tokenizer))
+        if max_length is not None:
+            if tokenizer is None:
+                raise ConfigError(
+                    f"max_length must be None without a tokenizer, got {max_length!r}; it counts "
+                    "tokens."
+                )
+            max_length = require_whole("max_length", max_length, 2)
+        seed = require_whole("seed", self.seed, 0)
+        return replace(self, tokenizer=tokenizer, max_length=max_length, seed=seed)
+
     def begin(self) -> tuple[str, Prepared]:
         """On the first rank: the name of the corpus, and the corpus."""
         name = self._name()
@@ -211,7 +233,11 @@ class _Work:
 
     def _name(self) -> str:
         if is_shards(self.dataset):
-            return f"embeddings-{file_digest(Path(self.dataset) / INDEX_NAME)[:16]}"
+            name = f"embeddings-{file_digest(Path(self.dataset) / INDEX_NAME)[:16]}"
+            if self.tokenizer is None or "input_ids" not in corpus_columns(Path(self.dataset)):
+                return name
+            # The texts that are embedded are what this one makes of the tokens.
+            return f"{name}-{tokenizer_fingerprint(self.tokenizer)[:8]}"
         told = {
             "version": _VERSION,
             "dataset": [entry.fingerprint() for entry in find_inputs([self.dataset])],
@@ -288,6 +314,18 @@ class _Work:
                 report.truncated,
                 report.num_samples,
                 self.max_length,
+            )
+        if report.unused:
+            fields = sorted(report.unused.items(), key=lambda item: (-item[1], item[0]))
+            logger.warning(
+                "fields that are not used, with the number of records that have them: %s",
+                ", ".join(f"{name} ({count})" for name, count in fields),
+            )
+        if report.shared:
+            logger.warning(
+                "%d answers share their first token with the header before them, which the model "
+                "never says alone; they are learnt",
+                report.shared,
             )
 
     def _embed(self, corpus: Path, store: Path) -> None:

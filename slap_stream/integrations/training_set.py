@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from slap_stream.corpus.messages import RecordDropped
+from slap_stream.corpus.messages import DropReason, RecordDropped, is_given
 from slap_stream.corpus.records import normalise
 from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.integrations.first_rank import first_rank_first
 from slap_stream.integrations.prepare import Prepared, check_source, is_shards, prepare
 from slap_stream.shards.index import corpus_columns
 from slap_stream.shards.opening import is_stock, open_local
@@ -21,6 +23,8 @@ from slap_stream.text.collate import ChatCollator
 CORPUS_FOLDER = "_slap_corpus"
 # Where a tokenizer knows of no limit it names a number beyond all of them.
 _NO_LIMIT = 1 << 24
+# Fields beside `messages` that belong to a conversation.
+_BESIDE = ("system", "system_prompt", "history", "tools")
 
 
 class RecordCollator(ChatCollator):
@@ -60,17 +64,14 @@ def with_training_set(
     """
     given = dict(given)
     dataset = given.get("train_dataset")
+    if dataset is not None and corpus is not None:
+        _check_corpus(dataset, embeddings, corpus)
     tokenizer, max_length = _tokenizer(given, args), None
     if tokenizer is not None:
         max_length = _max_length(given, args, tokenizer)
     if dataset is not None and not _streams(dataset):
         dataset, embeddings = _open(dataset, embeddings, corpus, args, tokenizer, max_length)
         given["train_dataset"] = dataset
-    elif dataset is not None and corpus is not None:
-        raise ConfigError(
-            f"corpus must be None with a {type(dataset).__name__} as train_dataset, got "
-            f"{str(corpus)!r}; it is where a dataset of another kind is converted to."
-        )
     if collate and given.get("data_collator") is None and tokenizer and _holds_chats(dataset):
         given["data_collator"] = RecordCollator(
             tokenizer,
@@ -89,7 +90,8 @@ def _open(
     max_length: int | None,
 ) -> tuple[Any, Any]:
     if not isinstance(dataset, Prepared):
-        check_source(dataset, "train_dataset", besides=", a streaming.StreamingDataset")
+        # On all ranks: one that has not what the others have would keep them waiting.
+        first_rank_first(partial(_check, dataset), lambda _: _check(dataset))
         if is_shards(dataset) and embeddings is not None:
             return open_local(Path(dataset), args.per_device_train_batch_size), embeddings
     if embeddings is not None:
@@ -104,11 +106,30 @@ def _open(
             dataset,
             Path(args.output_dir) / CORPUS_FOLDER if corpus is None else corpus,
             tokenizer=tokenizer,
-            max_length=max_length,
+            # Shards are as long as they are; the collator cuts what it is given.
+            max_length=None if is_shards(dataset) else max_length,
             # As the Trainer's own bars are.
             progress=not args.disable_tqdm,
         )
     return dataset.dataset(args.per_device_train_batch_size), dataset.embeddings
+
+
+def _check_corpus(dataset: Any, embeddings: Any, corpus: str | Path) -> None:
+    """Refuse a folder for corpora beside a training set of which nothing is made."""
+    kind = None
+    if _streams(dataset) or isinstance(dataset, Prepared):
+        kind = f"a {type(dataset).__name__}"
+    elif is_shards(dataset) and embeddings is not None:
+        kind = "MDS shards and their embeddings"
+    if kind is not None:
+        raise ConfigError(
+            f"corpus must be None with {kind} as train_dataset, got {str(corpus)!r}; it is where "
+            "a dataset of another kind is converted to."
+        )
+
+
+def _check(dataset: Any) -> None:
+    check_source(dataset, "train_dataset", besides=", a streaming.StreamingDataset")
 
 
 def _streams(dataset: Any) -> bool:
@@ -151,11 +172,19 @@ def _max_length(given: Mapping[str, Any], args: TrainingArguments, tokenizer: An
 
 
 def _as_sample(sample: Mapping[str, Any]) -> Mapping[str, Any]:
-    if "messages" in sample or {"input_ids", "supervised"} <= sample.keys():
+    if {"input_ids", "supervised"} <= sample.keys():
         return sample
+    # An id only names the record in the collator's errors: it may be whatever it is.
+    fields = {name: value for name, value in sample.items() if name != "id"}
+    named = {name: sample[name] for name in sample.keys() - fields.keys()}
     try:
-        return {"messages": normalise(sample).messages}
+        return {**named, "messages": normalise(fields, source_field=None).messages}
     except RecordDropped as dropped:
+        # No corpus holds calls of tools, but the collator learns them where the template does.
+        # What stands beside them would be lost.
+        beside = [name for name in _BESIDE if is_given(sample.get(name))]
+        if dropped.reason is DropReason.TOOL_CALL and "messages" in sample and not beside:
+            return sample
         raise CorpusError(
             f"samples must be records that can be used, got the fields {sorted(sample)!r}, left "
             f"out for: {dropped.reason}; leave such records out of the evaluation set."

@@ -17,6 +17,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ from transformers import TrainingArguments
 from slap_stream import LearnabilityProbe, SlapDataLoader, per_sample_loss
 from slap_stream.corpus.convert import convert as corpus_convert
 from slap_stream.errors import ConfigError, CorpusError, ExchangeError, StateError
+from slap_stream.integrations import first_rank
 from slap_stream.integrations import prepare as preparation
+from slap_stream.integrations.training_set import with_training_set
 from slap_stream.integrations.transformers import SlapTrainer
 from slap_stream.loader import ranks as distributed
 from tests.helpers.tiny_models import VOCABULARY, llama
@@ -424,6 +427,20 @@ def preparing(run: Run) -> dict[str, Any]:
         # Made on the second node, as its disk does not show it.
         folder = run.out / f"other{node}"
         found["others differ"] = error_of(lambda: preparation.prepare(other, folder))
+        lines = run.out / ("lines.jsonl" if node == 0 else "not_on_this_node.jsonl")
+        if run.rank == 0:
+            lines.write_text('{"text": "a"}\n')
+        missing = run.out / f"missing{node}"
+        found["not there"] = error_of(lambda: preparation.prepare(lines, missing))
+        settings = TrainingArguments(str(run.out / "trainer"), use_cpu=True, report_to=[])
+        given = {"train_dataset": lines}
+        found["trainer"] = error_of(lambda: with_training_set(given, None, missing, settings))
+        # The last of all: those who did not come would not know the others' next groups.
+        patch.setattr(first_rank, "MEETING", timedelta(seconds=1))
+        began = time.monotonic()
+        if run.rank:
+            found["not come"] = error_of(lambda: preparation.prepare(dataset, run.out / "none"))
+        found["not come seconds"] = time.monotonic() - began
     return found
 
 

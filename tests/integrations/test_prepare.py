@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from filelock import FileLock
 
 from slap_stream import ChatCollator, SlapDataLoader, convert, embed, prepare
-from slap_stream.corpus import shuffle
+from slap_stream.corpus import shuffle, tokenising
 from slap_stream.embeddings.store import EmbeddingStore
 from slap_stream.errors import AlignmentError, ConfigError, CorpusError
 from slap_stream.integrations import prepare as module
@@ -219,6 +219,32 @@ def test_records_that_are_left_out_are_told(
     assert "1 of the records are left out: no assistant turn, as in dataset[3]" in caplog.text
 
 
+@pytest.mark.parametrize("form", ["dataset", "stream"])
+def test_what_is_not_used_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str
+) -> None:
+    rows = [{"messages": turns("a", "b"), "images": ["a.png"], "grade": n} for n in range(3)]
+    rows[0]["images"] = None
+    dataset = Dataset.from_list(rows)
+    prepare(dataset if form == "dataset" else dataset.to_iterable_dataset(), tmp_path)
+    # Columns of a dataset that is loaded are counted, and not read.
+    images = 3 if form == "dataset" else 2
+    assert caplog.messages == [
+        "fields that are not used, with the number of records that have them: "
+        f"grade (3), images ({images})"
+    ]
+
+
+def test_answers_that_share_a_token_with_the_header_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["\n\n"])
+    rows = [{"messages": turns("a", said)} for said in ("yes", "\nyes")]
+    prepare(Dataset.from_list(rows), tmp_path, tokenizer=tokenizer)
+    assert "1 answers share their first token with the header before them" in caplog.text
+
+
 def test_shards_are_taken_as_they_are(
     tmp_path: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +265,41 @@ def test_shards_are_taken_as_they_are(
     shutil.copytree(own.embeddings, tmp_path / "others" / "embeddings.zarr")
     with pytest.raises(AlignmentError, match="run slap-embed on this dataset again"):
         prepare(tmp_path / "others", tmp_path / "out")
+
+
+def test_embeddings_of_shards_of_tokens_are_those_of_their_tokenizer(
+    tmp_path: Path, chats: Dataset
+) -> None:
+    tokenizer, other = byte_tokenizer(), byte_tokenizer()
+    other.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    convert(chats, tmp_path / "shards", tokenizer=tmp_path / "tokenizer")
+    first = prepare(tmp_path / "shards", tmp_path / "out", tokenizer=other)
+    second = prepare(tmp_path / "shards", tmp_path / "out", tokenizer=tokenizer)
+    assert not second.found
+    assert first.embeddings != second.embeddings
+    assert prepare(tmp_path / "shards", tmp_path / "out", tokenizer=other).found
+    # No text of theirs hangs on a tokenizer.
+    convert(chats, tmp_path / "texts")
+    assert not prepare(tmp_path / "texts", tmp_path / "out", tokenizer=other).found
+    assert prepare(tmp_path / "texts", tmp_path / "out", tokenizer=tokenizer).found
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"max_length": 9}, "max_length must be None for MDS shards, got 9; they are left as"),
+        ({"source_field": None}, "source_field must be 'source' for MDS shards, got None; they"),
+        ({"source_field": "origin"}, "source_field must be 'source' for MDS shards, got 'origin'"),
+    ],
+)
+def test_what_changes_nothing_about_shards_is_refused(
+    tmp_path: Path, chats: Dataset, option: dict[str, Any], message: str
+) -> None:
+    convert(chats, tmp_path / "shards", num_workers=1)
+    with pytest.raises(ConfigError, match=message):
+        prepare(tmp_path / "shards", tmp_path / "out", tokenizer=byte_tokenizer(), **option)
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_of_other_columns_are_refused_with_the_command_that_helps(tmp_path: Path) -> None:
@@ -294,6 +355,35 @@ def test_a_tokenizer_that_does_not_come_back_is_refused(tmp_path: Path, chats: D
     with pytest.raises(ConfigError, match=r"after save_pretrained .*got a Forgetful that is not"):
         prepare(chats, tmp_path, tokenizer=tokenizer)
     assert not list(tmp_path.glob("corpus-*/"))
+
+
+def test_a_tokenizer_that_another_process_has_kept_meanwhile_is_taken(
+    tmp_path: Path, chats: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, tokenizer = tokenising.load_tokenizer, byte_tokenizer()
+
+    def meanwhile(name: str) -> Any:
+        path = Path(name)
+        if path.name.startswith(".tokenizer-"):
+            tokenizer.save_pretrained(tmp_path / path.name.split(".")[1])
+        return load(name)
+
+    monkeypatch.setattr(tokenising, "load_tokenizer", meanwhile)
+    assert prepare(chats, tmp_path, tokenizer=tokenizer, num_workers=1).num_samples == 40
+    assert len(list(tmp_path.glob("tokenizer-*"))) == 1
+    assert not list(tmp_path.glob(".tokenizer-*"))
+
+
+def test_a_tokenizer_that_cannot_be_kept_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        tokenising.keep_tokenizer(byte_tokenizer(), tmp_path / "tokenizer-x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stream_is_left_as_it_was(tmp_path: Path) -> None:

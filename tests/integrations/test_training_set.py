@@ -167,6 +167,13 @@ def test_samples_are_cut_to_what_the_settings_or_the_tokenizer_say(
     assert max(len(whole.train_dataset[n]["input_ids"]) for n in range(64)) > 50
 
 
+def test_shards_are_cut_by_the_collator(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 50
+    trainer = make(folder, tmp_path, folder / "corpus", processing_class=tokenizer)
+    assert trainer.data_collator.max_length == 50
+
+
 def test_what_a_trainer_will_make_of_its_tokenizer_is_waited_for(
     folder: Path,  # noqa: F811
     tmp_path: Path,
@@ -196,6 +203,50 @@ def test_a_dataset_that_makes_its_own_samples_keeps_the_trainers_collator(
 def test_an_evaluation_set_of_other_records_is_refused() -> None:
     with pytest.raises(CorpusError, match=r"got the fields \['body'\], left out for: unknown sh"):
         RecordCollator(byte_tokenizer())([{"body": "a"}])
+
+
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "same"),
+    [
+        (
+            {"messages": [Q, A], "system": "s", "tools": [{"name": "f"}], "id": 1.5, "source": {}},
+            [{"role": "system", "content": "s", "tools": [{"name": "f"}]}, Q, A],
+        ),
+        ({"messages": None, "text": "a b"}, [{"role": "text", "content": "a b"}]),
+        (
+            {"messages": [{"role": "human", "content": "q"}, {"role": "gpt", "content": "r"}]},
+            [Q, A],
+        ),
+        ({"messages": {"role": ["user", "assistant"], "content": ["q", "r"]}}, [Q, A]),
+        # Known to the collator alone.
+        ({"messages": [Q, CALL, {"role": "tool", "content": "t"}, A]}, None),
+    ],
+    ids=["beside", "no messages", "other roles", "struct of lists", "tool call"],
+)
+def test_an_evaluation_record_is_read_as_one_to_train_on(
+    row: dict[str, Any], same: list[dict[str, Any]] | None
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | length }} tools{% endif %}{% for m in messages %}<{{ m.role }}>"
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.name }}{% endfor %}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    expected = ChatCollator(tokenizer)([row if same is None else {"messages": same}])
+    batch = RecordCollator(tokenizer)([row])
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        name: value.tolist() for name, value in expected.items()
+    }
+
+
+def test_what_stands_beside_tool_calls_is_not_lost_in_silence() -> None:
+    row = {"messages": [Q, CALL, {"role": "tool", "content": "t"}, A], "tools": [{"name": "f"}]}
+    with pytest.raises(CorpusError, match="left out for: tool call of the assistant; leave such"):
+        RecordCollator(byte_tokenizer())([row])
 
 
 CHATS = Dataset.from_list(RECORDS)
@@ -236,9 +287,14 @@ def test_wrong_arguments_are_refused_before_anything_is_made(
 
 
 def test_a_folder_for_a_corpus_that_is_there_is_refused(folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    dataset = StreamingDataset(local=str(folder / "corpus"), batch_size=BATCH)
-    with pytest.raises(ConfigError, match="corpus must be None with a StreamingDataset as train_d"):
-        make(folder, tmp_path, dataset, embeddings="e.zarr", corpus="here")
+    corpus = folder / "corpus"
+    for kind, dataset, embeddings in (
+        ("a StreamingDataset", StreamingDataset(local=str(corpus), batch_size=BATCH), "e.zarr"),
+        ("a Prepared", prepare(corpus, tmp_path), None),
+        ("MDS shards and their embeddings", corpus, corpus / "embeddings.zarr"),
+    ):
+        with pytest.raises(ConfigError, match=f"corpus must be None with {kind} as train_dataset"):
+            make(folder, tmp_path, dataset, embeddings=embeddings, corpus="here")
 
 
 def test_a_trainer_that_pushes_its_folder_leaves_the_corpus_out() -> None:

@@ -362,3 +362,16 @@ def test_what_fails_on_one_rank_while_preparing_is_told_to_all(results: Results)
         assert "got an error on rank 2 (2 in all): CorpusError: dataset" in rank["others differ"]
     for rank in found[2:]:
         assert "dataset must be the same on all ranks, got another" in rank["others differ"]
+    # What is looked at before anything is made counts, too.
+    for call, name in (("not there", "dataset"), ("trainer", "train_dataset")):
+        assert found[0][call] == found[1][call]
+        assert f"got an error on rank 2 (2 in all): CorpusError: {name} must" in found[0][call]
+        for rank in found[2:]:
+            assert rank[call].startswith(f"{name} must exist, got ")
+
+
+def test_a_rank_that_never_comes_is_not_waited_for_with_patience(results: Results) -> None:
+    found = [result["preparing"] for result in results]
+    for rank in found[1:]:
+        assert rank["not come"].startswith("all ranks must come to prepare their dataset, got an")
+        assert rank["not come seconds"] < 60
