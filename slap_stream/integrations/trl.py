@@ -49,7 +49,7 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
 
     Args:
         model: As for `SFTTrainer`, a model's name or path included.
-        args: As for `SFTTrainer`, `SFTConfig` or None.
+        args: As for `SFTTrainer`: an `SFTConfig`, `TrainingArguments`, which become one, or None.
         train_dataset: As for `SlapTrainer`: a `datasets.Dataset` or `IterableDataset`, a path, what
             `prepare` returned, or a `StreamingDataset`.
         corpus: As for `SlapTrainer`.
@@ -65,10 +65,17 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         ConfigError: If settings contradict each other, or one of them cannot be honoured.
     """
 
-    def default_arguments(self, model: Any) -> TrainingArguments:
-        """As `SFTTrainer`'s."""
-        name = model if isinstance(model, str) else model.config.name_or_path
-        return SFTConfig(f"{name.split('/')[-1]}-SFT")
+    def settings(self, args: Any, model: Any) -> TrainingArguments:
+        """An `SFTConfig`, made of other settings as `SFTTrainer` does it, but before the corpus is:
+        their `max_length` cuts its records, and what is set for the constructor is set on it."""
+        if args is None:
+            return SFTConfig(f"{_name(model).split('/')[-1]}-SFT")
+        if isinstance(args, SFTConfig) or not isinstance(args, TrainingArguments):
+            return super().settings(args, model)
+        # to_dict hides a token of the hub. The older name of another is one of transformers 4.
+        own = {**args.to_dict(), "hub_token": args.hub_token}
+        own.pop("push_to_hub_token", None)
+        return SFTConfig(**own)
 
     def with_training_set(
         self, given: dict[str, Any], embeddings: Any, corpus: Any, args: TrainingArguments
@@ -138,12 +145,16 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         )
 
 
+def _name(model: Any) -> str:
+    name: str = model if isinstance(model, str) else model.config.name_or_path
+    return name
+
+
 def _processor(model: Any, args: TrainingArguments) -> Any:
     """What SFTTrainer itself would load, but before its corpus is made: that holds token ids."""
-    name = model if isinstance(model, str) else model.config.name_or_path
     options = getattr(args, "model_init_kwargs", None) or {}
     return AutoProcessor.from_pretrained(
-        name,
+        _name(model),
         revision=options.get("revision", "main") if isinstance(model, str) else "main",
         trust_remote_code=getattr(args, "trust_remote_code", False),
     )

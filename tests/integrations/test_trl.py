@@ -339,19 +339,53 @@ def test_a_name_of_a_model_and_no_arguments_are_enough(
     monkeypatch.chdir(tmp_path)
     # By default TRL trains in bf16, and refuses a machine without an accelerator.
     on_cpu = partial(trl.SFTConfig, bf16=False, use_cpu=True)
-    monkeypatch.setattr("slap_stream.integrations.trl.SFTConfig", on_cpu)
-    trainer = SlapSFTTrainer(
-        str(folder / "model"),
-        train_dataset=streaming(folder),
-        embeddings=folder / "corpus" / "embeddings.zarr",
-    )
+    with monkeypatch.context() as patched:
+        patched.setattr("slap_stream.integrations.trl.SFTConfig", on_cpu)
+        trainer = SlapSFTTrainer(
+            str(folder / "model"),
+            train_dataset=streaming(folder),
+            embeddings=folder / "corpus" / "embeddings.zarr",
+        )
     assert isinstance(trainer.args, trl.SFTConfig)
     assert trainer.args.output_dir == "model-SFT"
     assert trainer.training_collator.max_length == 1024
-    plain = TrainingArguments(str(tmp_path), per_device_train_batch_size=BATCH, use_cpu=True)
-    held_out = Dataset.from_list([streaming(folder)[0]])
-    trainer = make(folder, tmp_path, options={"args": plain, "eval_dataset": held_out})
+
+
+@pytest.mark.filterwarnings("ignore:group_by_length:FutureWarning")
+def test_plain_arguments_become_trls_before_the_corpus_is_cut(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
+    if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:
+        grouped = {"group_by_length": True}
+    plain = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=BATCH,
+        hub_token="secret",
+        **on_a_cpu(max_steps=1),
+        **grouped,
+    )
+    turns = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": "y" * 1500}]] * 20
+    # A prompt that fills 1024 tokens would be refused by the collator, in mid-training.
+    turns += [[{"role": "user", "content": "x" * 1500}, {"role": "assistant", "content": "y"}]] * 20
+    trainer = make(
+        folder,
+        tmp_path,
+        config=NO_PROBE,
+        options={
+            "args": plain,
+            "train_dataset": Dataset.from_dict({"messages": turns}),
+            "embeddings": None,
+        },
+    )
     assert isinstance(trainer.args, trl.SFTConfig)
+    assert trainer.args.hub_token == "secret"
+    assert len(trainer.train_dataset) == 20
+    assert len(trainer.train_dataset[0]["input_ids"]) == trainer.args.max_length == 1024
+    # Off for the constructor, and on again for evaluation sets: in the settings that TRL keeps.
+    assert all(getattr(trainer.args, name) == value for name, value in grouped.items())
+    assert all(getattr(plain, name) == value for name, value in grouped.items())
 
 
 def test_the_page_runs_as_it_stands(
