@@ -26,8 +26,8 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "shuffle_dataset": (False, "the sampler composes the batches, and slap-convert shuffles"),
     "truncation_mode": ("keep_start", "records are cut at their end"),
 }
-# What TRL reads of a record, and ChatCollator does not.
-_UNREAD = ("image", "images", "tools", "chat_template_kwargs")
+# What TRL reads of a record, and neither slap-convert nor ChatCollator does.
+_UNREAD = ("image", "images", "chat_template_kwargs")
 
 
 class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not typed
@@ -88,6 +88,7 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
                 "format them before slap-convert, or in a data_collator."
             )
         check_evaluation(given.get("eval_dataset"))
+        check_columns(given.get("train_dataset"))
         if given.get("processing_class") is None:
             given = {**given, "processing_class": _processor(given["model"], args)}
         return with_training_set(given, embeddings, corpus, args, collate=False)
@@ -220,6 +221,25 @@ def check_arguments(args: Any, collate: Any) -> None:
             )
 
 
+def check_columns(dataset: Any) -> None:
+    """Refuse a dataset with columns that TRL would read, and that are lost when it is converted."""
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return
+    columns = _columns(dataset)
+    for name in _UNREAD:
+        if name in columns:
+            raise ConfigError(
+                f"train_dataset must hold no {name!r}, got the columns {columns!r}; text alone is "
+                f"kept of it: leave them out by remove_columns({name!r}), or give shards that hold "
+                "them (a StreamingDataset) and a data_collator that reads them."
+            )
+
+
+def _columns(dataset: Dataset | IterableDataset) -> list[str]:
+    # A stream may not know them before its first row.
+    return list(dataset.column_names or next(iter(dataset), {}))
+
+
 def check_record(sample: Mapping[str, Any], args: Any) -> None:
     """Refuse records that ChatCollator does not read, or not as TRL does."""
     columns = sorted(sample)
@@ -229,11 +249,13 @@ def check_record(sample: Mapping[str, Any], args: Any) -> None:
             f"{columns!r}; slap-convert makes them of texts, prompts and completions, or give a "
             "data_collator that reads yours."
         )
-    for name in _UNREAD:
+    # Tools are read where slap-convert puts them, and not in a column of their own.
+    for name in (*_UNREAD, "tools"):
         if sample.get(name) is not None:
+            also = ", and tools on the first of the messages" if name == "tools" else ""
             raise ConfigError(
                 f"train_dataset must hold no {name!r}, got the columns {columns!r}; ChatCollator "
-                "reads text alone: give a data_collator that reads it."
+                f"reads text alone{also}: give a data_collator that reads it."
             )
     roles = {message["role"] for message in sample.get("messages", ())}
     if getattr(args, "assistant_only_loss", False) and roles == {"text"}:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from streaming import StreamingDataset
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast, TrainingArguments
@@ -460,7 +460,7 @@ def test_a_collator_of_another_kind_makes_labels_of_any_records(
         ({"completion_only_loss": False}, {}, "completion_only_loss must be True or None, got F"),
         ({}, {"formatting_func": str}, "formatting_func must be None, got a function; records"),
         ({}, {"train_dataset": Texts}, r"must hold 'messages', .* columns \['text'\]; slap-conv"),
-        ({}, {"train_dataset": WithTools}, "must hold no 'tools', .* give a data_collator that"),
+        ({}, {"train_dataset": WithTools}, "no 'tools', .* tools on the first of the messages: g"),
         (
             {"assistant_only_loss": True},
             {"train_dataset": Documents},
@@ -527,3 +527,37 @@ def test_a_dataset_is_trained_on_as_it_is(folder: Path, tmp_path: Path) -> None:
     said = tokenizer().decode(batch["labels"][0][batch["labels"][0] >= 0])
     assert said.startswith("It is ")
     assert np.isfinite(trainer.evaluate()["eval_loss"])
+
+
+CHAT = [{"role": "user", "content": "How much?"}, {"role": "assistant", "content": "Two."}]
+
+
+def on_rows(rows: Any, folder: Path, out: Path, *, options: Any = None, **settings: Any) -> Any:  # noqa: F811
+    """A trainer on records that are prepared."""
+    given = {"train_dataset": rows, "embeddings": None, **(options or {})}
+    return make(folder, out, config=NO_PROBE, options=given, **settings)
+
+
+@pytest.mark.parametrize("name", ["image", "images", "chat_template_kwargs"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_columns_that_conversion_would_lose_are_refused(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    name: str,
+    streamed: bool,
+) -> None:
+    rows = [{"messages": CHAT, name: {"a": "b"}} for _ in range(BATCH)]
+    whole = Dataset.from_list(rows)
+    dataset = IterableDataset.from_generator(lambda: iter(rows)) if streamed else whole
+    message = rf"must hold no '{name}', got the columns \['messages', .* remove_columns\('{name}'\)"
+    with pytest.raises(ConfigError, match=message):
+        on_rows(dataset, folder, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tools_of_a_dataset_are_trained_with(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    knowing = tokenizer()
+    knowing.chat_template = "{% if tools %}{{ tools[0].name }}{% endif %}" + DEFAULT_CHAT_TEMPLATE
+    rows = Dataset.from_list([{"messages": CHAT, "tools": [{"name": "weigh"}]}] * 20)
+    trainer = on_rows(rows, folder, tmp_path, options={"processing_class": knowing})
+    assert knowing.decode(trainer.train_dataset[0]["input_ids"]).startswith("weigh")
