@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -12,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from slap_stream.errors import ConfigError
 from slap_stream.integrations.mixin import SlapMixin
+from slap_stream.integrations.prepare import is_shards
 from slap_stream.integrations.training_set import with_training_set
 from slap_stream.text.collate import ChatCollator
 
@@ -28,6 +30,8 @@ _FIXED: dict[str, tuple[Any, str]] = {
 }
 # What TRL reads of a record, and neither slap-convert nor ChatCollator does.
 _UNREAD = ("image", "images", "chat_template_kwargs")
+# What TRL reads rather than a text, where it is there.
+_CHATS = frozenset({"messages", "conversations", "prompt"})
 
 
 class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not typed
@@ -89,6 +93,7 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
             )
         check_evaluation(given.get("eval_dataset"))
         check_columns(given.get("train_dataset"))
+        given = {**given, "train_dataset": with_texts(given.get("train_dataset"), args)}
         if given.get("processing_class") is None:
             given = {**given, "processing_class": _processor(given["model"], args)}
         return with_training_set(given, embeddings, corpus, args, collate=False)
@@ -233,6 +238,35 @@ def check_columns(dataset: Any) -> None:
                 f"kept of it: leave them out by remove_columns({name!r}), or give shards that hold "
                 "them (a StreamingDataset) and a data_collator that reads them."
             )
+
+
+def with_texts(dataset: Any, args: Any) -> Any:
+    """A dataset whose texts, if it is they that count, have the column that slap-convert reads.
+
+    Raises:
+        ConfigError: If `dataset_text_field` names no column of it, or no column can be renamed.
+    """
+    field = getattr(args, "dataset_text_field", "text")
+    if field == "text":
+        return dataset
+    if isinstance(dataset, str | Path) and not is_shards(dataset):
+        raise ConfigError(
+            f"dataset_text_field must be 'text' with files, got {field!r}; hand over what "
+            "datasets.load_dataset() makes of them, or leave it out if they hold chats."
+        )
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return dataset
+    columns = _columns(dataset)
+    if _CHATS & set(columns):
+        return dataset
+    if field not in columns:
+        raise ConfigError(
+            f"dataset_text_field must be a column of train_dataset, got {field!r}; it has "
+            f"{columns!r}."
+        )
+    # The others might make a record of another shape, or hold another text.
+    kept = [name for name in ("id", "source") if name in columns and name != field]
+    return dataset.select_columns([field, *kept]).rename_column(field, "text")
 
 
 def _columns(dataset: Dataset | IterableDataset) -> list[str]:

@@ -561,3 +561,34 @@ def test_tools_of_a_dataset_are_trained_with(folder: Path, tmp_path: Path) -> No
     rows = Dataset.from_list([{"messages": CHAT, "tools": [{"name": "weigh"}]}] * 20)
     trainer = on_rows(rows, folder, tmp_path, options={"processing_class": knowing})
     assert knowing.decode(trainer.train_dataset[0]["input_ids"]).startswith("weigh")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_texts_are_of_the_column_that_is_named(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    streamed: bool,
+) -> None:
+    rows = [{"text": "wrong", "output": "wrong", "body": "right", "source": "s"} for _ in range(20)]
+    rows = [{**row, "instruction": f"wrong {n}"} for n, row in enumerate(rows)]
+    whole = Dataset.from_list(rows)
+    dataset = IterableDataset.from_generator(lambda: iter(rows)) if streamed else whole
+    trainer = on_rows(dataset, folder, tmp_path, dataset_text_field="body")
+    sample = trainer.train_dataset[0]
+    assert tokenizer().decode(sample["input_ids"]).startswith("right")
+    assert sample["source"] == "s"
+
+
+def test_a_column_of_texts_must_be_there_unless_there_are_chats(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    texts = Dataset.from_list([{"text": "a"}] * 20)
+    with pytest.raises(ConfigError, match=r"must be a column of train_dataset, got 'body'; it has"):
+        on_rows(texts, folder, tmp_path, dataset_text_field="body")
+    with pytest.raises(ConfigError, match="must be 'text' with files, got 'body'; hand over what"):
+        on_rows(str(folder / "data.jsonl"), folder, tmp_path, dataset_text_field="body")
+    # As in TRL, the field is of no account then.
+    chats = Dataset.from_list([{"messages": CHAT, "body": "wrong"}] * 20)
+    trainer = on_rows(chats, folder, tmp_path, dataset_text_field="body")
+    assert "How much?" in tokenizer().decode(trainer.train_dataset[0]["input_ids"])
