@@ -115,11 +115,13 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
                         "completions, makes both the assistant's"
                     )
             given = {**given, "train_dataset": first_row(sample if by_chat else None)}
-        # What TRL has prepared it collates itself.
+        # What TRL has prepared it collates itself; without padding it knows of no other collator.
         prepared = not (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset")
-        if by_chat and prepared:
+        if by_chat and (prepared or getattr(args, "padding_free", False)):
             given = {**given, "data_collator": None}
         super().construct(given)
+        if collate is not None and not prepared:
+            self.data_collator = collate
         self.train_dataset = dataset
         self._collate = self._chat_collator() if collate is None else collate
 

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 CONFIG = config_of(num_lanes=2, lookahead=4, warmup_losses=48, probe_every=4)
 NO_PROBE = config_of(num_lanes=1, lookahead=2, probe_fraction=0.0)
+CHAT = [{"role": "user", "content": "How much?"}, {"role": "assistant", "content": "Two."}]
 
 
 @pytest.fixture(autouse=True)
@@ -427,6 +428,31 @@ def test_without_padding_the_same_is_learnt(folder: Path, tmp_path: Path) -> Non
     assert "attention_mask" not in batch
 
 
+def test_a_collator_without_padding_may_collate_evaluation_sets_too(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    theirs = ChatCollator(tokenizer(), packing="padding_free")
+    options = {
+        "data_collator": theirs,
+        "eval_dataset": Dataset.from_list([{"messages": CHAT}] * 4),
+    }
+    trainer = make(
+        folder,
+        tmp_path,
+        config=NO_PROBE,
+        options=options,
+        padding_free=True,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_steps=1,
+    )
+    assert trainer.training_collator is trainer.data_collator is theirs
+    trainer.train()
+    assert len(trainer.samples) == 1
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+
+
 def collate(samples: list[Any]) -> dict[str, torch.Tensor]:
     """A collator of somebody else's."""
     ids = torch.arange(6 * len(samples)).view(len(samples), 6)
@@ -527,9 +553,6 @@ def test_a_dataset_is_trained_on_as_it_is(folder: Path, tmp_path: Path) -> None:
     said = tokenizer().decode(batch["labels"][0][batch["labels"][0] >= 0])
     assert said.startswith("It is ")
     assert np.isfinite(trainer.evaluate()["eval_loss"])
-
-
-CHAT = [{"role": "user", "content": "How much?"}, {"role": "assistant", "content": "Two."}]
 
 
 def on_rows(rows: Any, folder: Path, out: Path, *, options: Any = None, **settings: Any) -> Any:  # noqa: F811
