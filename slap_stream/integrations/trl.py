@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from slap_stream.integrations.mixin import SlapMixin
 from slap_stream.integrations.prepare import is_shards
 from slap_stream.integrations.training_set import with_training_set
 from slap_stream.text.collate import ChatCollator
+from slap_stream.text.template import DEFAULT_CHAT_TEMPLATE
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
     messages. A `data_collator` of another kind makes the labels by itself, of whatever records.
 
     Evaluation sets are prepared and collated by TRL, and prompt-completion ones evaluated on the
-    completion; whole conversations are evaluated unless `assistant_only_loss=True`.
+    completion: through the chat template, texts too, as they are trained on. Whole conversations
+    are evaluated unless `assistant_only_loss=True`.
 
     Args:
         model: As for `SFTTrainer`, a model's name or path included.
@@ -108,7 +111,7 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
             if by_chat:
                 check_record(sample, args)
                 of_all = not getattr(args, "assistant_only_loss", False)
-                if of_all and given.get("eval_dataset") is not None:
+                if of_all and any(map(_is_whole_chat, _first_rows(given.get("eval_dataset")))):
                     logger.warning(
                         "eval_loss is of all tokens of a conversation, the training loss of the "
                         "assistant's; assistant_only_loss=True, or an eval_dataset of prompts and "
@@ -117,6 +120,11 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
             given = {**given, "train_dataset": first_row(sample if by_chat else None)}
         # What TRL has prepared it collates itself; without padding it knows of no other collator.
         prepared = not (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset")
+        self._by_chat_template = by_chat and prepared
+        if self._by_chat_template:
+            bare = getattr(args, "chat_template_path", None) is None
+            sets = with_turns(given.get("eval_dataset"), given["processing_class"], bare=bare)
+            given = {**given, "eval_dataset": sets}
         if by_chat and (prepared or getattr(args, "padding_free", False)):
             given = {**given, "data_collator": None}
         super().construct(given)
@@ -133,6 +141,8 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
     def evaluate(self, eval_dataset: Any = None, *rest: Any, **options: Any) -> dict[str, float]:
         """As `SFTTrainer`'s."""
         check_evaluation(eval_dataset)
+        if self._by_chat_template:
+            eval_dataset = with_turns(eval_dataset, self.processing_class)
         metrics: dict[str, float] = super().evaluate(eval_dataset, *rest, **options)
         return metrics
 
@@ -310,3 +320,53 @@ def check_evaluation(dataset: Any) -> None:
                 f"{type(one).__name__}; TRL reads no other: of a streaming set make one with "
                 "datasets.Dataset.from_list([dataset[i] for i in range(dataset.num_samples)])."
             )
+
+
+def with_turns(dataset: Any, processor: Any, *, bare: bool = True) -> Any:
+    """Evaluation sets whose prompts and completions are turns, where they are texts.
+
+    TRL would put texts together as they are. As a training set they go through the chat template.
+
+    Args:
+        dataset: As `check_evaluation` lets it pass.
+        processor: Whose template is used; without one ChatCollator's own is, as in training.
+        bare: Whether a processor without template stays so.
+    """
+    if isinstance(dataset, Mapping):
+        return {name: with_turns(one, processor, bare=bare) for name, one in dataset.items()}
+    for row in _first_rows(dataset):
+        pair = all(isinstance(row.get(name), str) for name in ("prompt", "completion"))
+        if not pair or "input_ids" in row:
+            continue
+        lacking = bare and getattr(processor, "chat_template", None) is None
+        return dataset.map(
+            _as_turns, fn_kwargs={"template": DEFAULT_CHAT_TEMPLATE if lacking else None}
+        )
+    return dataset
+
+
+def _as_turns(row: dict[str, Any], template: str | None) -> dict[str, Any]:
+    turns: dict[str, Any] = {
+        name: [{"role": role, "content": row[name]}]
+        for name, role in (("prompt", "user"), ("completion", "assistant"))
+    }
+    if template is not None:
+        turns["chat_template_kwargs"] = {"chat_template": template}
+    return turns
+
+
+def _first_rows(dataset: Any) -> list[Mapping[str, Any]]:
+    """The first row of each evaluation set that has one and shows it to TRL, too."""
+    return [
+        row
+        for one in (dataset.values() if isinstance(dataset, Mapping) else [dataset])
+        # Rows that are made when they are asked for TRL does not prepare.
+        if isinstance(one, IterableDataset)
+        or (isinstance(one, Dataset) and one.format["type"] != "custom")
+        for row in islice(one, 1)
+    ]
+
+
+def _is_whole_chat(row: Mapping[str, Any]) -> bool:
+    chats = row.get("messages") or row.get("conversations")
+    return chats is not None and "prompt" not in row and "input_ids" not in row

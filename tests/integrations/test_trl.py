@@ -615,3 +615,32 @@ def test_a_column_of_texts_must_be_there_unless_there_are_chats(
     chats = Dataset.from_list([{"messages": CHAT, "body": "wrong"}] * 20)
     trainer = on_rows(chats, folder, tmp_path, dataset_text_field="body")
     assert "How much?" in tokenizer().decode(trainer.train_dataset[0]["input_ids"])
+
+
+@pytest.mark.parametrize("template", [DEFAULT_CHAT_TEMPLATE, None], ids=["own", "none"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_pairs_of_texts_are_evaluated_as_they_are_trained_on(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    template: str | None,
+    streamed: bool,
+) -> None:
+    speaking = byte_tokenizer()
+    speaking.chat_template = template
+    rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(20)]
+    pairs = Dataset.from_list(rows)
+    held_out = IterableDataset.from_generator(lambda: iter(rows)) if streamed else pairs
+    options = {"eval_dataset": {"all": held_out}, "processing_class": speaking}
+    trainer = on_rows(pairs, folder, tmp_path, options=options)
+    trained = {tuple(sample["input_ids"]) for sample in trainer.train_dataset}
+    prepared = list(trainer.eval_dataset["all"])
+    assert {tuple(row["input_ids"]) for row in prepared} == trained
+    said = [token for token in prepared[0]["labels"] if token >= 0]
+    # TRL takes the line break that follows for a part of the completion.
+    assert speaking.decode(said).rstrip("\n") == "answer 0<|end|>"
+    assert speaking.chat_template == template
+    assert "eval_loss is of all tokens" not in caplog.text
+    assert trainer.evaluate(pairs)["eval_loss"] == pytest.approx(
+        trainer.evaluate()["eval_all_loss"]
+    )
