@@ -84,9 +84,7 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
             CorpusError: If the training set cannot be prepared.
         """
         given = _by_name(type(self), arguments, options)
-        # A copy, because two settings are changed below, and the caller may use theirs again.
-        args = given.get("args")
-        args = self.default_arguments(given.get("model")) if args is None else copy.copy(args)
+        args = self.settings(given.get("args"), given.get("model"))
         check_arguments(args)
         self._slap_config = grouped_by_length(check_config(slap_config), args)
         given, embeddings = self.with_training_set(given, embeddings, corpus, args)
@@ -116,9 +114,13 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         self.callback_handler.callbacks.insert(-1, quiet)
         self.callback_handler.callbacks.append(ShowMetrics(quiet))
 
-    def default_arguments(self, model: Any) -> TrainingArguments:
-        """Settings of a Trainer that is given none."""
-        return TrainingArguments("tmp_trainer")
+    def settings(self, args: Any, model: Any) -> TrainingArguments:
+        """The settings that the Trainer will train by, before anything is made of them.
+
+        Override it for a Trainer that makes others of those it is given, or of none. A copy,
+        because some are changed, and the caller may use theirs again.
+        """
+        return TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
 
     def with_training_set(
         self, given: dict[str, Any], embeddings: Any, corpus: Any, args: TrainingArguments

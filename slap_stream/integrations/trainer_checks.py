@@ -1,4 +1,4 @@
-"""Refusals of a SlapTrainer before any work is done: arguments and data that do not fit."""
+"""Refusals of a Trainer before any work is done: arguments and data that do not fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_arguments(args: TrainingArguments) -> None:
     """Refuse what cannot be honoured, by name."""
     if args.n_gpu > 1:
         raise ConfigError(
-            f"SlapTrainer must have one device in each process, got {args.n_gpu}; start one "
+            f"the trainer must have one device in each process, got {args.n_gpu}; start one "
             "process for each (torchrun --nproc-per-node), or show this one a single device "
             "(CUDA_VISIBLE_DEVICES=0)."
         )
@@ -145,7 +145,7 @@ def check_config(config: Any) -> SlapConfig:
         )
     if make_policy(config).weighs_losses:
         raise ConfigError(
-            f"policy must not be {config.policy!r} with SlapTrainer, got it; its losses need "
+            f"policy must not be {config.policy!r} with a Trainer, got it; its losses need "
             "weights, and the loss here is the stock Trainer's: use a loop of your own."
         )
     return config

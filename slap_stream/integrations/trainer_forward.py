@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slap_stream.errors import ConfigError
 from slap_stream.probe.fused import FusedLosses, body_outputs
-from slap_stream.probe.head import entry
+from slap_stream.probe.head import entry, hidden_of
 from slap_stream.probe.packing import mean_by_sample, sample_bounds, supervised_targets
 from slap_stream.probe.readout import per_sample_loss
 
@@ -39,7 +39,7 @@ class TrainingForward:
         self._head = head
         self._model: nn.Module | None = None
         self._outputs: list[Any] = []
-        self._hidden: list[Tensor] = []
+        self._bodies: list[Any] = []
         self._num_items: Any = None
         self._own_loss: Tensor | None = None
         self._checked = False
@@ -66,12 +66,12 @@ class TrainingForward:
         self._model, self._num_items = model, num_items
         handle = model.register_forward_hook(leave)
         try:
-            with body_outputs(model) as self._hidden:
+            with body_outputs(model) as self._bodies:
                 yield
         finally:
             handle.remove()
             # Tensors of a whole batch, which nobody needs until the next one.
-            self._outputs, self._hidden = [], []
+            self._outputs, self._bodies = [], []
             self._model = self._own_loss = None
 
     @property
@@ -128,14 +128,24 @@ class TrainingForward:
             return losses
 
     def _from_hidden(self, outputs: Any, labels: Tensor, positions: Tensor | None) -> Tensor:
-        if self._model is None or len(self._hidden) != 1:
+        if self._model is None or len(self._bodies) != 1:
             raise ConfigError(
                 "the model's output must hold logits, or the model's body must be called once in "
                 f"its forward, got {type(outputs).__name__} without logits and "
-                f"{len(self._hidden)} calls; switch fused losses (use_liger_kernel) or "
+                f"{len(self._bodies)} calls; switch fused losses (use_liger_kernel) or "
                 f"torch_compile off, or {_CURE}."
             )
-        return FusedLosses(self._model, self._head).of(self._hidden[0], labels, positions)
+        [body] = self._bodies
+        try:
+            hidden = hidden_of(body)
+        except (KeyError, IndexError, TypeError):
+            hidden = None
+        if not isinstance(hidden, Tensor):
+            raise ConfigError(
+                "the model's output must hold logits, or its body must return the hidden states "
+                f"first or as last_hidden_state, got {type(body).__name__}; {_CURE}."
+            )
+        return FusedLosses(self._model, self._head).of(hidden, labels, positions)
 
     def _check(
         self, outputs: Any, losses: Tensor, labels: Tensor, positions: Tensor | None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -12,8 +14,10 @@ from trl import SFTConfig, SFTTrainer
 
 from slap_stream.errors import ConfigError
 from slap_stream.integrations.mixin import SlapMixin
+from slap_stream.integrations.prepare import is_shards
 from slap_stream.integrations.training_set import with_training_set
 from slap_stream.text.collate import ChatCollator
+from slap_stream.text.template import DEFAULT_CHAT_TEMPLATE
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +30,10 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "shuffle_dataset": (False, "the sampler composes the batches, and slap-convert shuffles"),
     "truncation_mode": ("keep_start", "records are cut at their end"),
 }
-# What TRL reads of a record, and ChatCollator does not.
-_UNREAD = ("image", "images", "tools", "chat_template_kwargs")
+# What TRL reads of a record, and neither slap-convert nor ChatCollator does.
+_UNREAD = ("image", "images", "chat_template_kwargs")
+# What TRL reads rather than a text, where it is there.
+_CHATS = frozenset({"messages", "conversations", "prompt"})
 
 
 class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not typed
@@ -45,11 +51,12 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
     messages. A `data_collator` of another kind makes the labels by itself, of whatever records.
 
     Evaluation sets are prepared and collated by TRL, and prompt-completion ones evaluated on the
-    completion; whole conversations are evaluated unless `assistant_only_loss=True`.
+    completion: through the chat template, texts too, as they are trained on. Whole conversations
+    are evaluated unless `assistant_only_loss=True`.
 
     Args:
         model: As for `SFTTrainer`, a model's name or path included.
-        args: As for `SFTTrainer`, `SFTConfig` or None.
+        args: As for `SFTTrainer`: an `SFTConfig`, `TrainingArguments`, which become one, or None.
         train_dataset: As for `SlapTrainer`: a `datasets.Dataset` or `IterableDataset`, a path, what
             `prepare` returned, or a `StreamingDataset`.
         corpus: As for `SlapTrainer`.
@@ -65,10 +72,17 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         ConfigError: If settings contradict each other, or one of them cannot be honoured.
     """
 
-    def default_arguments(self, model: Any) -> TrainingArguments:
-        """As `SFTTrainer`'s."""
-        name = model if isinstance(model, str) else model.config.name_or_path
-        return SFTConfig(f"{name.split('/')[-1]}-SFT")
+    def settings(self, args: Any, model: Any) -> TrainingArguments:
+        """An `SFTConfig`, made of other settings as `SFTTrainer` does it, but before the corpus is:
+        their `max_length` cuts its records, and what is set for the constructor is set on it."""
+        if args is None:
+            return SFTConfig(f"{_name(model).split('/')[-1]}-SFT")
+        if isinstance(args, SFTConfig) or not isinstance(args, TrainingArguments):
+            return super().settings(args, model)
+        # to_dict hides a token of the hub. The older name of another is one of transformers 4.
+        own = {**args.to_dict(), "hub_token": args.hub_token}
+        own.pop("push_to_hub_token", None)
+        return SFTConfig(**own)
 
     def with_training_set(
         self, given: dict[str, Any], embeddings: Any, corpus: Any, args: TrainingArguments
@@ -81,6 +95,8 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
                 "format them before slap-convert, or in a data_collator."
             )
         check_evaluation(given.get("eval_dataset"))
+        check_columns(given.get("train_dataset"))
+        given = {**given, "train_dataset": with_texts(given.get("train_dataset"), args)}
         if given.get("processing_class") is None:
             given = {**given, "processing_class": _processor(given["model"], args)}
         return with_training_set(given, embeddings, corpus, args, collate=False)
@@ -95,18 +111,25 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
             if by_chat:
                 check_record(sample, args)
                 of_all = not getattr(args, "assistant_only_loss", False)
-                if of_all and given.get("eval_dataset") is not None:
+                if of_all and any(map(_is_whole_chat, _first_rows(given.get("eval_dataset")))):
                     logger.warning(
                         "eval_loss is of all tokens of a conversation, the training loss of the "
                         "assistant's; assistant_only_loss=True, or an eval_dataset of prompts and "
                         "completions, makes both the assistant's"
                     )
             given = {**given, "train_dataset": first_row(sample if by_chat else None)}
-        # What TRL has prepared it collates itself.
+        # What TRL has prepared it collates itself; without padding it knows of no other collator.
         prepared = not (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset")
-        if by_chat and prepared:
+        self._by_chat_template = by_chat and prepared
+        if self._by_chat_template:
+            bare = getattr(args, "chat_template_path", None) is None
+            sets = with_turns(given.get("eval_dataset"), given["processing_class"], bare=bare)
+            given = {**given, "eval_dataset": sets}
+        if by_chat and (prepared or getattr(args, "padding_free", False)):
             given = {**given, "data_collator": None}
         super().construct(given)
+        if collate is not None and not prepared:
+            self.data_collator = collate
         self.train_dataset = dataset
         self._collate = self._chat_collator() if collate is None else collate
 
@@ -118,6 +141,8 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
     def evaluate(self, eval_dataset: Any = None, *rest: Any, **options: Any) -> dict[str, float]:
         """As `SFTTrainer`'s."""
         check_evaluation(eval_dataset)
+        if self._by_chat_template:
+            eval_dataset = with_turns(eval_dataset, self.processing_class)
         metrics: dict[str, float] = super().evaluate(eval_dataset, *rest, **options)
         return metrics
 
@@ -138,12 +163,16 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         )
 
 
+def _name(model: Any) -> str:
+    name: str = model if isinstance(model, str) else model.config.name_or_path
+    return name
+
+
 def _processor(model: Any, args: TrainingArguments) -> Any:
     """What SFTTrainer itself would load, but before its corpus is made: that holds token ids."""
-    name = model if isinstance(model, str) else model.config.name_or_path
     options = getattr(args, "model_init_kwargs", None) or {}
     return AutoProcessor.from_pretrained(
-        name,
+        _name(model),
         revision=options.get("revision", "main") if isinstance(model, str) else "main",
         trust_remote_code=getattr(args, "trust_remote_code", False),
     )
@@ -209,6 +238,54 @@ def check_arguments(args: Any, collate: Any) -> None:
             )
 
 
+def check_columns(dataset: Any) -> None:
+    """Refuse a dataset with columns that TRL would read, and that are lost when it is converted."""
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return
+    columns = _columns(dataset)
+    for name in _UNREAD:
+        if name in columns:
+            raise ConfigError(
+                f"train_dataset must hold no {name!r}, got the columns {columns!r}; text alone is "
+                f"kept of it: leave them out by remove_columns({name!r}), or give shards that hold "
+                "them (a StreamingDataset) and a data_collator that reads them."
+            )
+
+
+def with_texts(dataset: Any, args: Any) -> Any:
+    """A dataset whose texts, if it is they that count, have the column that slap-convert reads.
+
+    Raises:
+        ConfigError: If `dataset_text_field` names no column of it, or no column can be renamed.
+    """
+    field = getattr(args, "dataset_text_field", "text")
+    if field == "text":
+        return dataset
+    if isinstance(dataset, str | Path) and not is_shards(dataset):
+        raise ConfigError(
+            f"dataset_text_field must be 'text' with files, got {field!r}; hand over what "
+            "datasets.load_dataset() makes of them, or leave it out if they hold chats."
+        )
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return dataset
+    columns = _columns(dataset)
+    if _CHATS & set(columns):
+        return dataset
+    if field not in columns:
+        raise ConfigError(
+            f"dataset_text_field must be a column of train_dataset, got {field!r}; it has "
+            f"{columns!r}."
+        )
+    # The others might make a record of another shape, or hold another text.
+    kept = [name for name in ("id", "source") if name in columns and name != field]
+    return dataset.select_columns([field, *kept]).rename_column(field, "text")
+
+
+def _columns(dataset: Dataset | IterableDataset) -> list[str]:
+    # A stream may not know them before its first row.
+    return list(dataset.column_names or next(iter(dataset), {}))
+
+
 def check_record(sample: Mapping[str, Any], args: Any) -> None:
     """Refuse records that ChatCollator does not read, or not as TRL does."""
     columns = sorted(sample)
@@ -218,11 +295,13 @@ def check_record(sample: Mapping[str, Any], args: Any) -> None:
             f"{columns!r}; slap-convert makes them of texts, prompts and completions, or give a "
             "data_collator that reads yours."
         )
-    for name in _UNREAD:
+    # Tools are read where slap-convert puts them, and not in a column of their own.
+    for name in (*_UNREAD, "tools"):
         if sample.get(name) is not None:
+            also = ", and tools on the first of the messages" if name == "tools" else ""
             raise ConfigError(
                 f"train_dataset must hold no {name!r}, got the columns {columns!r}; ChatCollator "
-                "reads text alone: give a data_collator that reads it."
+                f"reads text alone{also}: give a data_collator that reads it."
             )
     roles = {message["role"] for message in sample.get("messages", ())}
     if getattr(args, "assistant_only_loss", False) and roles == {"text"}:
@@ -241,3 +320,53 @@ def check_evaluation(dataset: Any) -> None:
                 f"{type(one).__name__}; TRL reads no other: of a streaming set make one with "
                 "datasets.Dataset.from_list([dataset[i] for i in range(dataset.num_samples)])."
             )
+
+
+def with_turns(dataset: Any, processor: Any, *, bare: bool = True) -> Any:
+    """Evaluation sets whose prompts and completions are turns, where they are texts.
+
+    TRL would put texts together as they are. As a training set they go through the chat template.
+
+    Args:
+        dataset: As `check_evaluation` lets it pass.
+        processor: Whose template is used; without one ChatCollator's own is, as in training.
+        bare: Whether a processor without template stays so.
+    """
+    if isinstance(dataset, Mapping):
+        return {name: with_turns(one, processor, bare=bare) for name, one in dataset.items()}
+    for row in _first_rows(dataset):
+        pair = all(isinstance(row.get(name), str) for name in ("prompt", "completion"))
+        if not pair or "input_ids" in row:
+            continue
+        lacking = bare and getattr(processor, "chat_template", None) is None
+        return dataset.map(
+            _as_turns, fn_kwargs={"template": DEFAULT_CHAT_TEMPLATE if lacking else None}
+        )
+    return dataset
+
+
+def _as_turns(row: dict[str, Any], template: str | None) -> dict[str, Any]:
+    turns: dict[str, Any] = {
+        name: [{"role": role, "content": row[name]}]
+        for name, role in (("prompt", "user"), ("completion", "assistant"))
+    }
+    if template is not None:
+        turns["chat_template_kwargs"] = {"chat_template": template}
+    return turns
+
+
+def _first_rows(dataset: Any) -> list[Mapping[str, Any]]:
+    """The first row of each evaluation set that has one and shows it to TRL, too."""
+    return [
+        row
+        for one in (dataset.values() if isinstance(dataset, Mapping) else [dataset])
+        # Rows that are made when they are asked for TRL does not prepare.
+        if isinstance(one, IterableDataset)
+        or (isinstance(one, Dataset) and one.format["type"] != "custom")
+        for row in islice(one, 1)
+    ]
+
+
+def _is_whole_chat(row: Mapping[str, Any]) -> bool:
+    chats = row.get("messages") or row.get("conversations")
+    return chats is not None and "prompt" not in row and "input_ids" not in row

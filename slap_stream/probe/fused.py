@@ -20,7 +20,6 @@ from slap_stream.probe.head import (
     find_body,
     find_head,
     head_weight,
-    hidden_of,
     is_compiled,
     unwrap,
 )
@@ -69,17 +68,20 @@ class FusedLosses(CausalReader):
 
 
 @contextmanager
-def body_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside: what leaves the model's body in forwards with gradients goes to the list, detached.
+def body_outputs(model: nn.Module) -> Iterator[list[Any]]:
+    """Inside: what leaves the model's body in forwards with gradients goes to the list, as it is.
+
+    Nothing is read of it here, in the forward of a model whose body may return what it likes:
+    `hidden_of` does that, for whoever needs the states.
 
     Of a model that torch.compile wraps nothing does: a hook on a part of it would be compiled with
     it, and called no more or for ever.
     """
-    caught: list[Tensor] = []
+    caught: list[Any] = []
 
     def leave(_: nn.Module, __: Any, output: Any) -> None:
         if torch.is_grad_enabled():
-            caught.append(hidden_of(output).detach())
+            caught.append(output)
 
     body = None if is_compiled(model) else find_body(unwrap(model))
     handle = None if body is None else body.register_forward_hook(leave)

@@ -16,7 +16,7 @@ from __future__ import annotations
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
     "chat": ("Encoded", "encode"),
-    "template": ("REASONING_FIELDS", "TurnsError"),
+    "template": ("DEFAULT_CHAT_TEMPLATE", "REASONING_FIELDS", "TurnsError"),
     "turns": ("LEARN_FIELDS", "is_learnt", "tools_of"),
     "collate": ("ChatCollator",),
     "sample": ("TextSample", "from_messages", "from_text", "from_tokens"),

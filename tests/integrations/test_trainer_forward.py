@@ -13,6 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from slap_stream.errors import ConfigError
 from slap_stream.integrations.mixin import SlapMixin
+from slap_stream.integrations.trainer_forward import TrainingForward
+from slap_stream.probe.readout import per_sample_loss
 from tests.helpers.probe_host import one_thread  # noqa: F401  (a fixture)
 from tests.integrations.test_transformers import COLLATE, Recording, arguments, make, new_model
 from tests.laws import config_of
@@ -241,3 +243,49 @@ def test_a_model_that_shows_neither_logits_nor_states_is_refused(
     trainer.model = trainer.model_wrapped = Bodiless()
     with pytest.raises(ConfigError, match=r"hold logits, .* got dict .* 0 calls; .*use_liger_ker"):
         trainer.train()
+
+
+class Body(nn.Module):
+    """Returns its states as nobody else does."""
+
+    def __init__(self, pack: Any) -> None:
+        super().__init__()
+        self.embed, self.pack = nn.Embedding(10, 4), pack
+
+    def forward(self, input_ids: Any) -> Any:
+        return self.pack(self.embed(input_ids))
+
+
+class Whole(nn.Module):
+    """A model around such a body."""
+
+    def __init__(self, pack: Any, unpack: Any, *, fused: bool = False) -> None:
+        super().__init__()
+        self.base_model, self.lm_head = Body(pack), nn.Linear(4, 10)
+        self.unpack, self.fused = unpack, fused
+
+    def forward(self, input_ids: Any) -> Any:
+        logits = self.lm_head(self.unpack(self.base_model(input_ids)))
+        return {"loss": logits.sum()} if self.fused else {"logits": logits}
+
+
+PACKS = [
+    (lambda h: {"hidden": h}, lambda out: out["hidden"]),
+    (lambda h: ((h, h), None), lambda out: out[0][0]),
+    (lambda h: (), lambda out: torch.zeros(2, 5, 4)),
+]
+
+
+@pytest.mark.parametrize(("pack", "unpack"), PACKS, ids=["dict", "tuples", "nothing"])
+def test_a_body_may_return_anything_where_there_are_logits(pack: Any, unpack: Any) -> None:
+    ids = torch.arange(10).view(2, 5)
+    model, forward = Whole(pack, unpack), TrainingForward()
+    with forward.watched(model, None):
+        model(ids)
+        losses = forward.losses(forward.outputs, ids)
+    torch.testing.assert_close(losses, per_sample_loss(model(ids)["logits"], ids))
+    model = Whole(pack, unpack, fused=True)
+    with forward.watched(model, None):
+        model(ids)
+        with pytest.raises(ConfigError, match=r"or its body must return the hidden states first"):
+            forward.losses(forward.outputs, ids)

@@ -164,7 +164,7 @@ def test_a_resumed_run_equals_the_unbroken_one(
 
 
 def test_a_policy_that_weighs_losses_is_refused() -> None:
-    with pytest.raises(ConfigError, match="policy must not be 'infobatch' with SlapTrainer"):
+    with pytest.raises(ConfigError, match="policy must not be 'infobatch' with a Trainer"):
         SlapTrainer(slap_config=SlapConfig(policy="infobatch"))
     with pytest.raises(TypeError, match="slap_config must be a SlapConfig, got dict"):
         SlapTrainer(slap_config={"keep": 0.7})

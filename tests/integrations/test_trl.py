@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from streaming import StreamingDataset
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast, TrainingArguments
@@ -37,6 +37,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 CONFIG = config_of(num_lanes=2, lookahead=4, warmup_losses=48, probe_every=4)
 NO_PROBE = config_of(num_lanes=1, lookahead=2, probe_fraction=0.0)
+CHAT = [{"role": "user", "content": "How much?"}, {"role": "assistant", "content": "Two."}]
 
 
 @pytest.fixture(autouse=True)
@@ -339,19 +340,53 @@ def test_a_name_of_a_model_and_no_arguments_are_enough(
     monkeypatch.chdir(tmp_path)
     # By default TRL trains in bf16, and refuses a machine without an accelerator.
     on_cpu = partial(trl.SFTConfig, bf16=False, use_cpu=True)
-    monkeypatch.setattr("slap_stream.integrations.trl.SFTConfig", on_cpu)
-    trainer = SlapSFTTrainer(
-        str(folder / "model"),
-        train_dataset=streaming(folder),
-        embeddings=folder / "corpus" / "embeddings.zarr",
-    )
+    with monkeypatch.context() as patched:
+        patched.setattr("slap_stream.integrations.trl.SFTConfig", on_cpu)
+        trainer = SlapSFTTrainer(
+            str(folder / "model"),
+            train_dataset=streaming(folder),
+            embeddings=folder / "corpus" / "embeddings.zarr",
+        )
     assert isinstance(trainer.args, trl.SFTConfig)
     assert trainer.args.output_dir == "model-SFT"
     assert trainer.training_collator.max_length == 1024
-    plain = TrainingArguments(str(tmp_path), per_device_train_batch_size=BATCH, use_cpu=True)
-    held_out = Dataset.from_list([streaming(folder)[0]])
-    trainer = make(folder, tmp_path, options={"args": plain, "eval_dataset": held_out})
+
+
+@pytest.mark.filterwarnings("ignore:group_by_length:FutureWarning")
+def test_plain_arguments_become_trls_before_the_corpus_is_cut(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
+    if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:
+        grouped = {"group_by_length": True}
+    plain = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=BATCH,
+        hub_token="secret",
+        **on_a_cpu(max_steps=1),
+        **grouped,
+    )
+    turns = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": "y" * 1500}]] * 20
+    # A prompt that fills 1024 tokens would be refused by the collator, in mid-training.
+    turns += [[{"role": "user", "content": "x" * 1500}, {"role": "assistant", "content": "y"}]] * 20
+    trainer = make(
+        folder,
+        tmp_path,
+        config=NO_PROBE,
+        options={
+            "args": plain,
+            "train_dataset": Dataset.from_dict({"messages": turns}),
+            "embeddings": None,
+        },
+    )
     assert isinstance(trainer.args, trl.SFTConfig)
+    assert trainer.args.hub_token == "secret"
+    assert len(trainer.train_dataset) == 20
+    assert len(trainer.train_dataset[0]["input_ids"]) == trainer.args.max_length == 1024
+    # Off for the constructor, and on again for evaluation sets: in the settings that TRL keeps.
+    assert all(getattr(trainer.args, name) == value for name, value in grouped.items())
+    assert all(getattr(plain, name) == value for name, value in grouped.items())
 
 
 def test_the_page_runs_as_it_stands(
@@ -393,6 +428,31 @@ def test_without_padding_the_same_is_learnt(folder: Path, tmp_path: Path) -> Non
     assert "attention_mask" not in batch
 
 
+def test_a_collator_without_padding_may_collate_evaluation_sets_too(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    theirs = ChatCollator(tokenizer(), packing="padding_free")
+    options = {
+        "data_collator": theirs,
+        "eval_dataset": Dataset.from_list([{"messages": CHAT}] * 4),
+    }
+    trainer = make(
+        folder,
+        tmp_path,
+        config=NO_PROBE,
+        options=options,
+        padding_free=True,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_steps=1,
+    )
+    assert trainer.training_collator is trainer.data_collator is theirs
+    trainer.train()
+    assert len(trainer.samples) == 1
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+
+
 def collate(samples: list[Any]) -> dict[str, torch.Tensor]:
     """A collator of somebody else's."""
     ids = torch.arange(6 * len(samples)).view(len(samples), 6)
@@ -426,7 +486,7 @@ def test_a_collator_of_another_kind_makes_labels_of_any_records(
         ({"completion_only_loss": False}, {}, "completion_only_loss must be True or None, got F"),
         ({}, {"formatting_func": str}, "formatting_func must be None, got a function; records"),
         ({}, {"train_dataset": Texts}, r"must hold 'messages', .* columns \['text'\]; slap-conv"),
-        ({}, {"train_dataset": WithTools}, "must hold no 'tools', .* give a data_collator that"),
+        ({}, {"train_dataset": WithTools}, "no 'tools', .* tools on the first of the messages: g"),
         (
             {"assistant_only_loss": True},
             {"train_dataset": Documents},
@@ -493,3 +553,94 @@ def test_a_dataset_is_trained_on_as_it_is(folder: Path, tmp_path: Path) -> None:
     said = tokenizer().decode(batch["labels"][0][batch["labels"][0] >= 0])
     assert said.startswith("It is ")
     assert np.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def on_rows(rows: Any, folder: Path, out: Path, *, options: Any = None, **settings: Any) -> Any:  # noqa: F811
+    """A trainer on records that are prepared."""
+    given = {"train_dataset": rows, "embeddings": None, **(options or {})}
+    return make(folder, out, config=NO_PROBE, options=given, **settings)
+
+
+@pytest.mark.parametrize("name", ["image", "images", "chat_template_kwargs"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_columns_that_conversion_would_lose_are_refused(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    name: str,
+    streamed: bool,
+) -> None:
+    rows = [{"messages": CHAT, name: {"a": "b"}} for _ in range(BATCH)]
+    whole = Dataset.from_list(rows)
+    dataset = IterableDataset.from_generator(lambda: iter(rows)) if streamed else whole
+    message = rf"must hold no '{name}', got the columns \['messages', .* remove_columns\('{name}'\)"
+    with pytest.raises(ConfigError, match=message):
+        on_rows(dataset, folder, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tools_of_a_dataset_are_trained_with(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    knowing = tokenizer()
+    knowing.chat_template = "{% if tools %}{{ tools[0].name }}{% endif %}" + DEFAULT_CHAT_TEMPLATE
+    rows = Dataset.from_list([{"messages": CHAT, "tools": [{"name": "weigh"}]}] * 20)
+    trainer = on_rows(rows, folder, tmp_path, options={"processing_class": knowing})
+    assert knowing.decode(trainer.train_dataset[0]["input_ids"]).startswith("weigh")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_texts_are_of_the_column_that_is_named(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    streamed: bool,
+) -> None:
+    rows = [{"text": "wrong", "output": "wrong", "body": "right", "source": "s"} for _ in range(20)]
+    rows = [{**row, "instruction": f"wrong {n}"} for n, row in enumerate(rows)]
+    whole = Dataset.from_list(rows)
+    dataset = IterableDataset.from_generator(lambda: iter(rows)) if streamed else whole
+    trainer = on_rows(dataset, folder, tmp_path, dataset_text_field="body")
+    sample = trainer.train_dataset[0]
+    assert tokenizer().decode(sample["input_ids"]).startswith("right")
+    assert sample["source"] == "s"
+
+
+def test_a_column_of_texts_must_be_there_unless_there_are_chats(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    texts = Dataset.from_list([{"text": "a"}] * 20)
+    with pytest.raises(ConfigError, match=r"must be a column of train_dataset, got 'body'; it has"):
+        on_rows(texts, folder, tmp_path, dataset_text_field="body")
+    with pytest.raises(ConfigError, match="must be 'text' with files, got 'body'; hand over what"):
+        on_rows(str(folder / "data.jsonl"), folder, tmp_path, dataset_text_field="body")
+    # As in TRL, the field is of no account then.
+    chats = Dataset.from_list([{"messages": CHAT, "body": "wrong"}] * 20)
+    trainer = on_rows(chats, folder, tmp_path, dataset_text_field="body")
+    assert "How much?" in tokenizer().decode(trainer.train_dataset[0]["input_ids"])
+
+
+@pytest.mark.parametrize("template", [DEFAULT_CHAT_TEMPLATE, None], ids=["own", "none"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_pairs_of_texts_are_evaluated_as_they_are_trained_on(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    template: str | None,
+    streamed: bool,
+) -> None:
+    speaking = byte_tokenizer()
+    speaking.chat_template = template
+    rows = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(20)]
+    pairs = Dataset.from_list(rows)
+    held_out = IterableDataset.from_generator(lambda: iter(rows)) if streamed else pairs
+    options = {"eval_dataset": {"all": held_out}, "processing_class": speaking}
+    trainer = on_rows(pairs, folder, tmp_path, options=options)
+    trained = {tuple(sample["input_ids"]) for sample in trainer.train_dataset}
+    prepared = list(trainer.eval_dataset["all"])
+    assert {tuple(row["input_ids"]) for row in prepared} == trained
+    labels = next(iter(trainer.get_eval_dataloader("all")))["labels"][0]
+    # TRL takes the line break that follows for a part of the completion.
+    assert speaking.decode(labels[labels >= 0]).rstrip("\n") == "answer 0<|end|>"
+    assert speaking.chat_template == template
+    assert "eval_loss is of all tokens" not in caplog.text
+    assert trainer.evaluate(pairs)["eval_loss"] == pytest.approx(
+        trainer.evaluate()["eval_all_loss"]
+    )

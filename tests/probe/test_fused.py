@@ -9,6 +9,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from slap_stream.errors import HeadError
 from slap_stream.probe.fused import FusedLosses, body_outputs
+from slap_stream.probe.head import hidden_of
 from slap_stream.probe.probe import LearnabilityProbe
 from tests.helpers.probe_host import Host, make, own_losses, text_batch
 from tests.helpers.probe_host import one_thread as one_thread  # a fixture of every test here
@@ -30,8 +31,8 @@ def test_losses_of_a_bodys_output_are_the_models_own(name):
         with torch.no_grad():
             model(**batch)
     assert len(caught) == 1
-    assert not caught[0].requires_grad
-    losses = FusedLosses(model).of(caught[0], batch["labels"])
+    losses = FusedLosses(model).of(hidden_of(caught[0]), batch["labels"])
+    assert not losses.requires_grad
     np.testing.assert_allclose(losses, own_losses(model), rtol=2e-5)
     with body_outputs(model) as other:
         pass
