@@ -70,6 +70,13 @@ def with_training_set(
     if tokenizer is not None:
         max_length = _max_length(given, args, tokenizer)
     if dataset is not None and not _streams(dataset):
+        if collate and tokenizer is None and given.get("data_collator") is None:
+            chosen = given.get("processing_class", given.get("tokenizer"))
+            raise ConfigError(
+                "processing_class must be a tokenizer where a training set is prepared and no "
+                f"data_collator is given, got {type(chosen).__name__}; load one with "
+                "AutoTokenizer.from_pretrained(...)."
+            )
         dataset, embeddings = _open(dataset, embeddings, corpus, args, tokenizer, max_length)
         given["train_dataset"] = dataset
     if collate and given.get("data_collator") is None and tokenizer and _holds_chats(dataset):

@@ -33,7 +33,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
 # What TRL reads of a record, and neither slap-convert nor ChatCollator does.
 _UNREAD = ("image", "images", "chat_template_kwargs")
 # What TRL reads rather than a text, where it is there.
-_CHATS = frozenset({"messages", "conversations", "prompt"})
+_CHATS = frozenset({"messages", "conversations", "prompt", "instruction", "question", "query"})
 
 
 class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not typed
@@ -97,6 +97,8 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         check_evaluation(given.get("eval_dataset"))
         check_columns(given.get("train_dataset"))
         given = {**given, "train_dataset": with_texts(given.get("train_dataset"), args)}
+        if isinstance(given["train_dataset"], Dataset | IterableDataset):
+            check_turns(args, chats=bool(_CHATS & set(_columns(given["train_dataset"]))))
         if given.get("processing_class") is None:
             given = {**given, "processing_class": _processor(given["model"], args)}
         return with_training_set(given, embeddings, corpus, args, collate=False)
@@ -304,7 +306,12 @@ def check_record(sample: Mapping[str, Any], args: Any) -> None:
                 f"reads text alone{also}: give a data_collator that reads it."
             )
     roles = {message["role"] for message in sample.get("messages", ())}
-    if getattr(args, "assistant_only_loss", False) and roles == {"text"}:
+    check_turns(args, chats=roles != {"text"})
+
+
+def check_turns(args: Any, *, chats: bool) -> None:
+    """Refuse to train on the assistant's turns of what has none."""
+    if getattr(args, "assistant_only_loss", False) and not chats:
         raise ConfigError(
             "assistant_only_loss must be False with plain documents, got True; they have no turns, "
             "and all their tokens are trained on."

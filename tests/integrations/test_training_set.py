@@ -307,3 +307,18 @@ def test_a_trainer_that_pushes_its_folder_leaves_the_corpus_out() -> None:
 def test_without_a_training_set_nothing_is_prepared(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     SlapTrainer(new_model(folder), arguments(tmp_path / "out"), corpus=tmp_path / "corpus")
     assert not (tmp_path / "corpus").exists()
+
+
+def test_without_a_tokenizer_nothing_is_made(tmp_path: Path) -> None:
+    chats = Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    for chosen in (None, "gpt2"):
+        with pytest.raises(
+            ConfigError, match=r"processing_class must be a tokenizer .* got (None|s)"
+        ):
+            training_set.with_training_set(
+                {"train_dataset": chats, "processing_class": chosen},
+                None,
+                None,
+                arguments(tmp_path),
+            )
+    assert not (tmp_path / "_slap_corpus").exists()

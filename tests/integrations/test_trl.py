@@ -644,3 +644,11 @@ def test_pairs_of_texts_are_evaluated_as_they_are_trained_on(
     assert trainer.evaluate(pairs)["eval_loss"] == pytest.approx(
         trainer.evaluate()["eval_all_loss"]
     )
+
+
+def test_texts_have_no_assistant(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    texts = Dataset.from_dict({"text": ["One.", "Two."]})
+    options = {"train_dataset": texts, "embeddings": None}
+    with pytest.raises(ConfigError, match="assistant_only_loss must be False with plain documen"):
+        make(folder, tmp_path, options=options, assistant_only_loss=True)
+    assert not (tmp_path / "_slap_corpus").exists()
