@@ -21,7 +21,7 @@ EXPORTS = {
     "convert": ("ConvertReport", "convert"),
     "inputs": ("find_inputs",),
     "loaded": ("check_loaded", "loaded_kind"),
-    "messages": ("RecordDropped",),
+    "messages": ("DropReason", "RecordDropped", "is_given"),
     "records": ("KNOWN_SHAPES", "normalise"),
     "tokenising": (
         "find_tokenizer",

@@ -76,7 +76,7 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         """An `SFTConfig`, made of other settings as `SFTTrainer` does it, but before the corpus is:
         their `max_length` cuts its records, and what is set for the constructor is set on it."""
         if args is None:
-            return SFTConfig(f"{_name(model).split('/')[-1]}-SFT")
+            return SFTConfig(f"{_name_of(model).split('/')[-1]}-SFT")
         if isinstance(args, SFTConfig) or not isinstance(args, TrainingArguments):
             return super().settings(args, model)
         # to_dict hides a token of the hub. The older name of another is one of transformers 4.
@@ -165,7 +165,7 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         )
 
 
-def _name(model: Any) -> str:
+def _name_of(model: Any) -> str:
     name: str = model if isinstance(model, str) else model.config.name_or_path
     return name
 
@@ -174,7 +174,7 @@ def _processor(model: Any, args: TrainingArguments) -> Any:
     """What SFTTrainer itself would load, but before its corpus is made: that holds token ids."""
     options = getattr(args, "model_init_kwargs", None) or {}
     return AutoProcessor.from_pretrained(
-        _name(model),
+        _name_of(model),
         revision=options.get("revision", "main") if isinstance(model, str) else "main",
         trust_remote_code=getattr(args, "trust_remote_code", False),
     )
