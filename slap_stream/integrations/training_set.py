@@ -70,8 +70,9 @@ def with_training_set(
     if tokenizer is not None:
         max_length = _max_length(given, args, tokenizer)
     if dataset is not None and not _streams(dataset):
-        if collate and tokenizer is None and given.get("data_collator") is None:
-            chosen = given.get("processing_class", given.get("tokenizer"))
+        chosen = given.get("processing_class", given.get("tokenizer"))
+        known = isinstance(chosen, PreTrainedTokenizerBase)
+        if collate and not known and given.get("data_collator") is None:
             raise ConfigError(
                 "processing_class must be a tokenizer where a training set is prepared and no "
                 f"data_collator is given, got {type(chosen).__name__}; load one with "

@@ -33,7 +33,9 @@ _FIXED: dict[str, tuple[Any, str]] = {
 # What TRL reads of a record, and neither slap-convert nor ChatCollator does.
 _UNREAD = ("image", "images", "chat_template_kwargs")
 # What TRL reads rather than a text, where it is there.
-_CHATS = frozenset({"messages", "conversations", "prompt", "instruction", "question", "query"})
+_CHATS = frozenset({"messages", "conversations", "prompt"})
+# What else slap-convert makes turns of.
+_TURNS = _CHATS | {"instruction", "question", "query"}
 
 
 class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not typed
@@ -98,7 +100,7 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         check_columns(given.get("train_dataset"))
         given = {**given, "train_dataset": with_texts(given.get("train_dataset"), args)}
         if isinstance(given["train_dataset"], Dataset | IterableDataset):
-            check_turns(args, chats=bool(_CHATS & set(_columns(given["train_dataset"]))))
+            check_turns(args, chats=bool(_TURNS & set(_columns(given["train_dataset"]))))
         if given.get("processing_class") is None:
             given = {**given, "processing_class": _processor(given["model"], args)}
         return with_training_set(given, embeddings, corpus, args, collate=False)

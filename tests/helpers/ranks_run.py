@@ -433,7 +433,7 @@ def preparing(run: Run) -> dict[str, Any]:
         missing = run.out / f"missing{node}"
         found["not there"] = error_of(lambda: preparation.prepare(lines, missing))
         settings = TrainingArguments(str(run.out / "trainer"), use_cpu=True, report_to=[])
-        given = {"train_dataset": lines}
+        given = {"train_dataset": lines, "data_collator": list}
         found["trainer"] = error_of(lambda: with_training_set(given, None, missing, settings))
         # The last of all: those who did not come would not know the others' next groups.
         patch.setattr(first_rank, "MEETING", timedelta(seconds=1))

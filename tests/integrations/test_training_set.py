@@ -232,7 +232,7 @@ def test_an_evaluation_record_is_read_as_one_to_train_on(
 ) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (
-        "{% if tools %}{{ tools | length }} tools{% endif %}{% for m in messages %}<{{ m.role }}>"
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>"
         "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.name }}{% endfor %}<|end|>"
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
