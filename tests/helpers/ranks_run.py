@@ -6,14 +6,12 @@ OUT/rank0.json to rank3.json.
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import re
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +42,7 @@ from slap_stream.integrations import prepare as preparation
 from slap_stream.integrations.training_set import with_training_set
 from slap_stream.integrations.transformers import SlapTrainer
 from slap_stream.loader import ranks as distributed
+from tests.helpers.forked import run_forked
 from tests.helpers.tiny_models import VOCABULARY, llama
 from tests.laws import config_of
 from tests.shards.test_cache_limit import Counting
@@ -477,18 +476,4 @@ def _refuse(*_: Any, **__: Any) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    children = []
-    for rank in range(PROCESSES):
-        child = os.fork()
-        if not child:
-            try:
-                main(rank, *map(Path, sys.argv[1:4]))
-            except BaseException:
-                traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(1)
-            # As at a normal exit, which would go on after the parent's fork.
-            atexit._run_exitfuncs()
-            os._exit(0)
-        children.append(child)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
+    sys.exit(run_forked(PROCESSES, lambda rank: main(rank, *map(Path, sys.argv[1:4]))))

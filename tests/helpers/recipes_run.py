@@ -7,11 +7,9 @@ Results go to OUT/rank0.json and OUT/rank1.json.
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import sys
-import traceback
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from streaming.base.shared import prefix
 from transformers import LlamaForCausalLM, get_linear_schedule_with_warmup
 
 from slap_stream import ChatCollator, LearnabilityProbe, SlapDataLoader, per_sample_loss
+from tests.helpers.forked import run_forked
 from tests.laws import config_of
 from tests.test_docs import recipe
 from tests.test_training import byte_tokenizer
@@ -215,18 +214,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if find_spec("lightning"):
         import lightning.pytorch  # noqa: F401  (once for both processes)
-    children = []
-    for number in range(PROCESSES):
-        child = os.fork()
-        if not child:
-            try:
-                main(number, *map(Path, sys.argv[1:3]))
-            except BaseException:
-                traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(1)
-            # As at a normal exit, which would go on after the parent's fork.
-            atexit._run_exitfuncs()
-            os._exit(0)
-        children.append(child)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
+    sys.exit(run_forked(PROCESSES, lambda rank: main(rank, *map(Path, sys.argv[1:3]))))

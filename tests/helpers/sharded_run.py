@@ -8,12 +8,10 @@ OUT/rank0.json and OUT/rank1.json.
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import socket
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from transformers import TrainingArguments
 from slap_stream import LearnabilityProbe
 from slap_stream.errors import ConfigError
 from slap_stream.integrations.transformers import SlapTrainer
+from tests.helpers.forked import run_forked
 from tests.helpers.probe_host import Host, text_batch
 from tests.helpers.ranks_run import collate
 from tests.helpers.tiny_models import llama
@@ -271,18 +270,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         free_port = server.getsockname()[1]
-    children = []
-    for rank in range(PROCESSES):
-        child = os.fork()
-        if not child:
-            try:
-                main(rank, free_port, Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
-            except BaseException:
-                traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(1)
-            # As at a normal exit, which would go on after the parent's fork.
-            atexit._run_exitfuncs()
-            os._exit(0)
-        children.append(child)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
+    sys.exit(
+        run_forked(
+            PROCESSES,
+            lambda rank: main(rank, free_port, Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]),
+        )
+    )
