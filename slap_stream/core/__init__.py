@@ -3,6 +3,7 @@
 kernels.py      loops over rows, compiled; the only importer of numba
 linear.py       linear algebra on one thread, so that sums come out alike
 sorting.py      candidates in the order of a score
+outliers.py     whose value stands out of its group, and how sure that is
 rng.py          random draws as a function of counters, never of history
 background.py   a thread that does one thing after the other
 processes.py    jobs over worker processes that end with their parent
@@ -37,6 +38,7 @@ EXPORTS = {
         "single_threaded",
     ),
     "sorting": ("first_of_each", "place_in_group", "sort_candidates"),
+    "outliers": ("Mirror", "Spread"),
     "rng": ("Purpose", "generator", "gumbels", "uniforms"),
     "background": ("Background", "BackgroundThread"),
     "processes": ("run_jobs", "usable_cores"),

@@ -18,6 +18,7 @@ lane.py           one lane: candidates in, batches out, step by step
   policies/       the rules themselves, and registry.py: which there are, by name
 awaiting.py       losses that were asked for, over the lanes of a rank
   feedback.py     what has come back to a lane
+  outliers.py     losses that stand out, remembered by sample
 shared.py         what all lanes share: strata, loss model, keep
   loss_model.py   losses and gradients as the embeddings predict them
   moments.py      the sums that it is solved from

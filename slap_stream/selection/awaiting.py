@@ -24,6 +24,7 @@ class Asked:
         step: Batches composed in the run before; orders the questions.
         sample_id: (n,) sample ids.
         x: (n, columns) design rows.
+        source: (n,) sources.
         open: (n,) whether the loss is still awaited.
         weight: (n,) weight of each loss in the batch's.
         answered: Whether nothing is open any more.
@@ -32,6 +33,7 @@ class Asked:
     step: int
     sample_id: IntArray
     x: Float32Array
+    source: IntArray
     open: BoolArray
     weight: FloatArray
     answered: bool = field(init=False)
@@ -55,11 +57,12 @@ class Match(NamedTuple):
     of: IntArray | slice
     at: IntArray | slice
 
-    def close(self) -> tuple[IntArray, Float32Array]:
-        """Have them answered; their (m,) sample ids and (m, columns) design rows."""
-        self.asked.open[self.at] = False
-        self.asked.answered = not self.asked.open.any()
-        return self.asked.sample_id[self.at], self.asked.x[self.at]
+    def close(self) -> tuple[IntArray, Float32Array, IntArray]:
+        """Have them answered; their (m,) sample ids, (m, columns) design rows and (m,) sources."""
+        asked, at = self.asked, self.at
+        asked.open[at] = False
+        asked.answered = not asked.open.any()
+        return asked.sample_id[at], asked.x[at], asked.source[at]
 
 
 class Awaiting:
@@ -78,6 +81,7 @@ class Awaiting:
         step: int,
         sample_id: IntArray,
         x: Float32Array,
+        source: IntArray,
         weight: FloatArray | None = None,
     ) -> None:
         """Remember that losses of (n,) samples with (n, columns) rows are awaited.
@@ -86,6 +90,7 @@ class Awaiting:
             step: Batches composed in the run before.
             sample_id: (n,) sample ids.
             x: (n, columns) design rows.
+            source: (n,) sources.
             weight: (n,) weights of the losses; None: ones.
         """
         count = len(sample_id)
@@ -94,14 +99,18 @@ class Awaiting:
                 step=step,
                 sample_id=sample_id,
                 x=x,
+                source=source,
                 open=np.ones(count, bool),
                 weight=np.ones(count) if weight is None else weight,
             )
         )
 
-    def last(self) -> tuple[IntArray, Float32Array] | None:
-        """(n,) ids and (n, columns) rows asked for last; None before the first question."""
-        return (self._asked[-1].sample_id, self._asked[-1].x) if self._asked else None
+    def last(self) -> tuple[IntArray, Float32Array, IntArray] | None:
+        """(n,) ids, (n, columns) rows and (n,) sources asked for last; None before the first."""
+        if not self._asked:
+            return None
+        asked = self._asked[-1]
+        return asked.sample_id, asked.x, asked.source
 
     def latest(self, count: int) -> list[Asked]:
         """The `count` questions that were asked last, in the order asked."""
@@ -112,15 +121,17 @@ class Awaiting:
         return [asked for asked in self._asked if not asked.answered]
 
     def state_dict(self) -> State:
-        """Ids, steps, what is open, and weights, flattened."""
+        """Ids, sources, steps, what is open, and weights, flattened."""
         sizes = [len(asked.sample_id) for asked in self._asked]
         joined = [asked.sample_id for asked in self._asked]
+        sources = [asked.source for asked in self._asked]
         open_ = [asked.open for asked in self._asked]
         weights = [asked.weight for asked in self._asked]
         return {
             "sizes": np.asarray(sizes, np.int64),
             "steps": np.asarray([asked.step for asked in self._asked], np.int64),
             "sample_id": np.concatenate(joined) if joined else np.zeros(0, np.int64),
+            "source": np.concatenate(sources) if sources else np.zeros(0, np.int64),
             "open": np.concatenate(open_) if open_ else np.zeros(0, bool),
             "weight": np.concatenate(weights) if weights else np.zeros(0),
         }
@@ -130,18 +141,26 @@ class Awaiting:
         sizes = state.wholes("sizes", None)
         steps = state.wholes("steps", len(sizes))
         ids = state.wholes("sample_id", int(sizes.sum()), below=lookup.num_samples)
+        source = state.wholes("source", len(ids), below=lookup.num_strata)
         open_, weight = state.flags("open", len(ids)), state.numbers("weight", len(ids), least=0.0)
         x, cuts = lookup.rows_of(ids), np.cumsum(sizes)[:-1]
-        columns = (np.split(column, cuts) for column in (ids, x, open_, weight))
+        columns = (np.split(column, cuts) for column in (ids, x, source, open_, weight))
         # All of them, if they were remembered for longer: with a longer lookahead, of which batches
         # are still to be delivered.
         self.depth = max(self._usual_depth, len(sizes))
         self._asked = deque(maxlen=self.depth)
         if len(sizes):
             for step, *parts in zip(steps.tolist(), *columns, strict=True):
-                sample_id, rows, is_open, weights = parts
+                names, rows, sources, is_open, weights = parts
                 self._asked.append(
-                    Asked(step=step, sample_id=sample_id, x=rows, open=is_open, weight=weights)
+                    Asked(
+                        step=step,
+                        sample_id=names,
+                        x=rows,
+                        source=sources,
+                        open=is_open,
+                        weight=weights,
+                    )
                 )
 
 

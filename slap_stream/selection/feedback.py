@@ -14,6 +14,7 @@ from slap_stream.core.saved import Saved
 from slap_stream.selection.awaiting import Awaiting
 from slap_stream.selection.loss_model import LOG_LENGTH, LossModel
 from slap_stream.selection.moments import Moments
+from slap_stream.selection.outliers import Outliers
 from slap_stream.selection.policies.base import Policy
 from slap_stream.selection.pool import Pool
 from slap_stream.selection.schedule import LanePlan
@@ -121,6 +122,7 @@ class LaneFeedback:
         model: Shared model.
         pool: The lane's pool.
         scorer: Who counts the lane's refreshes.
+        outliers: Who remembers losses that stand out; None if nobody asks.
 
     Attributes:
         awaiting_trained: Open questions about what was composed into batches.
@@ -138,8 +140,10 @@ class LaneFeedback:
         model: LossModel,
         pool: Pool,
         scorer: Scorer,
+        outliers: Outliers | None,
     ) -> None:
         self._model, self._pool, self._scorer = model, pool, scorer
+        self.outliers = outliers
         self._seed = plan.config.seed
         trained = plan.batch_size * plan.num_lanes * plan.config.probe_every
         self._share = min(1.0, TRAINED_PER_REFRESH / trained)
@@ -153,29 +157,38 @@ class LaneFeedback:
         self,
         ids: IntArray,
         x: Float32Array,
+        source: IntArray,
         losses: FloatArray,
         sketches: Float32Array | None,
         measurements: Mapping[str, FloatArray],
     ) -> None:
-        """Take in what the probe measured of (n,) samples with design rows x (n, columns)."""
+        """Take in what the probe measured of (n,) samples of (n,) sources with design rows x
+        (n, columns)."""
         fine = self._finite(ids, losses)
         ids, losses = ids[fine], losses[fine]
+        if self.outliers is not None:
+            self.outliers.observe(ids, x[fine], losses, source[fine])
         sketches = None if sketches is None else sketches[fine]
         measured = {name: values[fine] for name, values in measurements.items()}
         if self._learns:
             self.answers.add(ids, x[fine], losses, sketches)
         self._pool.measure(ids, losses, sketches, measured, since=self._scorer.refreshes)
 
-    def take_trained(self, ids: IntArray, x: Float32Array, losses: FloatArray) -> None:
-        """Take in the losses of (n,) samples that were trained on, with rows x (n, columns).
+    def take_trained(
+        self, ids: IntArray, x: Float32Array, source: IntArray, losses: FloatArray
+    ) -> None:
+        """Take in the losses of (n,) samples that were trained on, of (n,) sources and with rows x
+        (n, columns).
 
         Where there are more than are needed, some are drawn to be learnt from.
         """
         fine = self._finite(ids, losses)
         if not fine.all():
-            ids, x, losses = ids[fine], x[fine], losses[fine]
+            ids, x, source, losses = ids[fine], x[fine], source[fine], losses[fine]
         if not self._learns:
             return
+        if self.outliers is not None:
+            self.outliers.observe(ids, x, losses, source)
         if self._share < 1.0:
             drawn = self._drawn(ids)
             self.answers.add(ids[drawn], x[drawn], losses[drawn])
@@ -218,6 +231,8 @@ class LaneFeedback:
     def refresh(self, decay: float) -> None:
         """The model has taken the answers in."""
         self.answers.clear()
+        if self.outliers is not None:
+            self.outliers.refresh()
         self.agreement *= decay
 
     def state_dict(self) -> State:
@@ -235,9 +250,10 @@ class LaneFeedback:
         for name, part in self._parts().items():
             part.load_state_dict(state.part(name), lookup)
 
-    def _parts(self) -> dict[str, Awaiting | Answers]:
-        return {
+    def _parts(self) -> dict[str, Awaiting | Answers | Outliers]:
+        parts: dict[str, Awaiting | Answers | Outliers] = {
             "awaiting_trained": self.awaiting_trained,
             "awaiting_probed": self.awaiting_probed,
             "answers": self.answers,
         }
+        return parts if self.outliers is None else {**parts, "outliers": self.outliers}

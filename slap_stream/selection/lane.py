@@ -18,6 +18,7 @@ from slap_stream.selection.composer import Composer
 from slap_stream.selection.feedback import LaneFeedback
 from slap_stream.selection.intake import Intake
 from slap_stream.selection.loss_model import NUM_OWN_COLUMNS
+from slap_stream.selection.outliers import Outliers
 from slap_stream.selection.policies.base import Policy
 from slap_stream.selection.pool import Pool, RecentlyTrained, SketchQueue
 from slap_stream.selection.schedule import LanePlan, LaneProgress
@@ -111,8 +112,16 @@ class Lane:
         self._yardsticks = Yardsticks(
             model, plan.store.feature_names, columns=shape["columns"], dim=shape["dim"]
         )
-        self._scorer = Scorer(policy, model, self.pool, self._recent, self._yardsticks)
-        self.feedback = LaneFeedback(plan, policy, model, self.pool, self._scorer)
+        outliers = None
+        if policy.needs >= {"losses", "evidence"}:
+            names, share = list(plan.store.feature_names), "target_share"
+            outliers = Outliers(
+                model,
+                num_sources=strata.num_sources,
+                target_share=NUM_OWN_COLUMNS + names.index(share) if share in names else None,
+            )
+        self._scorer = Scorer(policy, model, self.pool, self._recent, self._yardsticks, outliers)
+        self.feedback = LaneFeedback(plan, policy, model, self.pool, self._scorer, outliers)
         clusters, dim = strata.centroids.shape
         self._since_refresh = SinceRefresh(clusters=clusters, dim=dim)
         self._composed = 0
@@ -265,7 +274,8 @@ class Lane:
     def _train(self, slots: IntArray, ids: IntArray, weights: FloatArray) -> None:
         """Book a batch: its samples leave the pool, their losses are awaited."""
         stratum, x = self.pool.columns.stratum[slots], self.pool.x[slots]
-        self.feedback.awaiting_trained.ask(self._composed, ids, x, weights)
+        source = self._strata.sources_of(stratum)
+        self.feedback.awaiting_trained.ask(self._composed, ids, x, source, weights)
         if "recent" in self._policy.needs:
             self._recent.add(ids, stratum, x, self.pool.z[slots])
         self._chosen.add(self.pool.sketch[slots])
@@ -305,14 +315,15 @@ class Lane:
         if len(self.pool) or last is None:
             slots = np.resize(self._composer.choose_probes(count), count)
             ids, x = self.pool.columns.sample_id[slots], self.pool.x[slots]
+            source = self._strata.sources_of(self.pool.columns.stratum[slots])
         else:
             # Withdrawals have emptied it; the other ranks forward now, and so must this one.
             at = np.resize(np.arange(len(last[0])), count)
-            ids, x = last[0][at], last[1][at]
+            ids, x, source = last[0][at], last[1][at], last[2][at]
         due, pooled = self._due_probes(self._plan.table.num_candidates // self._plan.num_lanes)
         # What left the pool before it could be probed cannot be made up for.
         self._probed += count + max(0, due - pooled)
-        self.feedback.awaiting_probed.ask(self._composed, ids, x)
+        self.feedback.awaiting_probed.ask(self._composed, ids, x, source)
         return ids
 
     def probe_budget(self, candidates: int) -> int:

@@ -40,6 +40,7 @@ class Columns:
         own_since: (capacity,) refresh that `own_loss` is from.
         rank: (capacity,) rank of the excess loss in the stratum.
         mismatch: (capacity,) probability that the target belongs to another prompt.
+        outlier: (capacity,) probability that the target is noise, as the sample's losses tell.
         distance: (capacity,) distance of the unit embedding to the nearest one trained on lately;
             inf also where it is only known to be too far for a copy.
         utility: (capacity,) utility u, as the policy makes it of these.
@@ -57,6 +58,7 @@ class Columns:
     own_since: IntArray
     rank: FloatArray
     mismatch: FloatArray
+    outlier: FloatArray
     distance: FloatArray
     utility: FloatArray
     worth: FloatArray

@@ -1,8 +1,9 @@
 """Scores of a lane's pooled candidates: predicted loss, rank, evidence that one can be spared.
 
 They are renewed when candidates come, at refreshes, and when something like them has been trained
-on. Evidence is a probability, of being a near-copy or of having another prompt's target; all else
-is kept and drawn uniformly: where nothing is shown, nothing is pruned for it.
+on. Evidence is a probability, of being a near-copy, of having another prompt's target, or of a loss
+that only noise has; all else is kept and drawn uniformly: where nothing is shown, nothing is pruned
+for it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from slap_stream.core.kernels import heads_of, nearest_of_group, project, unit_rows, weigh
 from slap_stream.core.saved import Saved
 from slap_stream.selection.loss_model import NUM_OWN_COLUMNS, LossModel, RankTable
+from slap_stream.selection.outliers import Outliers
 from slap_stream.selection.policies.base import Policy
 from slap_stream.selection.pool import Pool, RecentlyTrained
 from slap_stream.selection.state import Lookup
@@ -46,9 +48,9 @@ def copy_likelihood(distance: FloatArray) -> FloatArray:
     return likelihood
 
 
-def worth(copy: FloatArray, mismatch: FloatArray) -> FloatArray:
-    """(n,) probability that a candidate is neither a copy nor has another prompt's target."""
-    return (1.0 - copy) * (1.0 - mismatch)
+def either(one: FloatArray, other: FloatArray) -> FloatArray:
+    """(n,) probability that one of two independent things is so."""
+    return 1.0 - (1.0 - one) * (1.0 - other)
 
 
 WINDOW = 1024
@@ -241,6 +243,7 @@ class Scorer:
         pool: The lane's pool.
         recent: What the lane trained on lately.
         yardsticks: The lane's yardsticks.
+        outliers: Who remembers losses that stand out; None if nobody asks.
 
     Attributes:
         refreshes: Refreshes so far.
@@ -254,8 +257,9 @@ class Scorer:
         pool: Pool,
         recent: RecentlyTrained,
         yardsticks: Yardsticks,
+        outliers: Outliers | None,
     ) -> None:
-        self._policy, self._model = policy, model
+        self._policy, self._model, self._outliers = policy, model, outliers
         self._pool, self._recent, self._yardsticks = pool, recent, yardsticks
         self._measured_for_good = policy.measures_all
         self._weighs_evidence = "evidence" in policy.needs
@@ -309,6 +313,9 @@ class Scorer:
         pool.columns.loss[slots] = scores.loss
         pool.columns.rank[slots] = scores.rank
         pool.columns.mismatch[slots] = scores.mismatch
+        if self._outliers is not None:
+            ids = pool.columns.sample_id[slots]
+            pool.columns.outlier[slots] = self._outliers.probability(ids)
         self._weigh(slots)
 
     def _place(self, slots: IntArray, x: Float32Array) -> None:
@@ -334,15 +341,15 @@ class Scorer:
         """Renew the utility and the worth of (n,) candidates that have been scored."""
         pool = self._pool
         copy = copy_likelihood(pool.columns.distance[slots] / self._yardsticks.apart)
-        mismatch = pool.columns.mismatch[slots]
+        noise = either(pool.columns.mismatch[slots], pool.columns.outlier[slots])
         pool.columns.utility[slots] = self._policy.utility(
             rank=pool.columns.rank[slots],
             loss=pool.columns.loss[slots],
             copy=copy,
-            mismatch=mismatch,
+            mismatch=noise,
         )
         if self._weighs_evidence:
-            pool.columns.worth[slots] = worth(copy, mismatch)
+            pool.columns.worth[slots] = 1.0 - either(copy, noise)
 
     def bring_near(self, ids: IntArray, stratum: IntArray, x: Float32Array) -> None:
         """What waits in the pool may be a copy of what was just trained on.

@@ -33,13 +33,14 @@ class Strata:
     Attributes:
         centroids: (clusters, dim) float32 unit vectors; zero until `seed` was called.
         by_source: Whether the source is part of the stratum.
+        num_sources: Sources that are told apart; 1 if they are not.
     """
 
     def __init__(self, *, num_sources: int, num_clusters: int, pool_size: int, dim: int) -> None:
         most = max(1, pool_size // MIN_POOL_OF_STRATUM)
         self.by_source = 1 < num_sources <= most
-        self._num_sources = num_sources if self.by_source else 1
-        clusters = max(1, min(num_clusters, most // self._num_sources))
+        self.num_sources = num_sources if self.by_source else 1
+        clusters = max(1, min(num_clusters, most // self.num_sources))
         self.centroids: Float32Array = np.zeros((clusters, dim), np.float32)
         # Samples a centroid stands for: how much a refresh may move it.
         self._mass: FloatArray = np.zeros(clusters, np.float64)
@@ -54,7 +55,7 @@ class Strata:
     @property
     def num_strata(self) -> int:
         """Strata, empty ones included."""
-        return self._num_sources * len(self.centroids)
+        return self.num_sources * len(self.centroids)
 
     def seed(self, embedding: Float32Array, seed: int) -> None:
         """Place the centroids by k-means++ and a few rounds of Lloyd's algorithm.
@@ -91,6 +92,10 @@ class Strata:
         if not self.by_source:
             return cluster
         return source.astype(np.int64) * len(self.centroids) + cluster
+
+    def sources_of(self, stratum: IntArray) -> IntArray:
+        """(n,) sources that (n,) strata are part of; zeros where they are not told apart."""
+        return stratum // len(self.centroids)
 
     def clusters(self, embedding: Float32Array) -> IntArray:
         """(n,) nearest centroids by cosine; ties go to the lower index."""

@@ -31,7 +31,7 @@ LOOKUP = Lookup(num_samples=2**20, num_strata=8, rows_of=rows_of)
 def ask(awaiting: Awaiting, step: int, *ids: int) -> None:
     """Ask for the losses of ids."""
     names = np.array(ids, np.int64)
-    awaiting.ask(step, names, rows_of(names))
+    awaiting.ask(step, names, rows_of(names), names % 8)
 
 
 @settings(max_examples=150)
@@ -128,7 +128,7 @@ def test_answers_go_to_the_oldest_question_over_all_lanes_searched_for_or_not(
             positions = np.arange(len(match.asked.sample_id))[match.at].tolist()
             for answer, position in zip(answers, positions, strict=True):
                 found[answer] = match.lane, id(match.asked), position
-            names, x = match.close()
+            names, x, _ = match.close()
             np.testing.assert_array_equal(names, ids[match.of])
             np.testing.assert_array_equal(x, rows_of(names))
         assert found == {n: places[match or 0] for n, match in enumerate(expected)}
@@ -157,8 +157,9 @@ def test_questions_survive_a_checkpoint() -> None:
     assert as_json(again.state_dict()) == state
     assert open_ids(again) == open_ids(awaiting) == [7, 7, 1]
     for match in find_questions(np.array([1, 7, 7]), [again], "ids"):
-        names, x = match.close()
+        names, x, source = match.close()
         np.testing.assert_array_equal(x, rows_of(names))
+        np.testing.assert_array_equal(source, names % 8)
     assert open_ids(again) == []
     # Answering the copy leaves the state that it came from alone.
     assert as_json(awaiting.state_dict()) == state
@@ -178,7 +179,7 @@ def test_questions_of_a_longer_memory_are_taken_over_all() -> None:
 def test_weights_belong_to_questions_and_survive_a_checkpoint() -> None:
     awaiting = Awaiting(depth=2)
     names = np.array([4, 5, 6])
-    awaiting.ask(0, names, rows_of(names), np.array([1.0, 2.5, 4.0]))
+    awaiting.ask(0, names, rows_of(names), names % 8, np.array([1.0, 2.5, 4.0]))
     ask(awaiting, 1, 5)
     again = Awaiting(depth=2)
     again.load_state_dict(Saved(as_json(awaiting.state_dict())), LOOKUP)

@@ -23,7 +23,7 @@ from slap_stream.selection.scoring import (
     Scorer,
     Yardsticks,
     copy_likelihood,
-    worth,
+    either,
 )
 from slap_stream.selection.state import Lookup
 from tests.laws import FIRM, LossTable, as_json, config_of, drive, hold_epoch_laws
@@ -40,13 +40,13 @@ def test_near_ones_are_copies_and_far_ones_are_not() -> None:
 
 
 @given(copy=st.floats(0, 1), mismatch=st.floats(0, 1), more=st.floats(0, 1))
-def test_either_reason_takes_worth_away(copy: float, mismatch: float, more: float) -> None:
-    (base,) = worth(np.array([copy]), np.array([mismatch]))
+def test_each_of_two_reasons_makes_it_likelier(copy: float, mismatch: float, more: float) -> None:
+    (base,) = either(np.array([copy]), np.array([mismatch]))
     assert 0.0 <= base <= 1.0
-    assert worth(np.array([max(copy, more)]), np.array([mismatch]))[0] <= base
-    assert worth(np.array([copy]), np.array([max(mismatch, more)]))[0] <= base
-    assert worth(np.array([1.0]), np.array([mismatch]))[0] == 0.0
-    assert worth(np.zeros(1), np.zeros(1))[0] == 1.0
+    assert either(np.array([max(copy, more)]), np.array([mismatch]))[0] >= base
+    assert either(np.array([copy]), np.array([max(mismatch, more)]))[0] >= base
+    assert either(np.array([1.0]), np.array([mismatch]))[0] == 1.0
+    assert either(np.zeros(1), np.zeros(1))[0] == 0.0
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
@@ -102,7 +102,7 @@ class Lane:
         self.recent = RecentlyTrained(num_strata=STRATA, per_stratum=200, **shape)
         self.yardsticks = Yardsticks(self.model, (), columns=POOL_COLUMNS, dim=POOL_DIM)
         self.scorer = Scorer(
-            Slap(SlapConfig()), self.model, self.pool, self.recent, self.yardsticks
+            Slap(SlapConfig()), self.model, self.pool, self.recent, self.yardsticks, None
         )
         self.offered = 0
 

@@ -1,0 +1,75 @@
+"""Centres and scales by group; how sure it is that a value is more than scatter."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slap_stream.core.outliers import EDGES, LEAST_SCALE, Mirror, Spread
+from tests.strategies import seeds
+
+
+def normal(count: int, seed: int = 0) -> np.ndarray:
+    """Standard normal values."""
+    return np.random.default_rng(seed).normal(size=count)
+
+
+@given(seed=seeds, shift=st.floats(-2, 2), factor=st.floats(0.1, 10))
+def test_each_group_is_centred_and_scaled_by_itself(seed: int, shift: float, factor: float) -> None:
+    rng = np.random.default_rng(seed)
+    row, column = rng.integers(0, 3, 6_000), rng.integers(0, 2, 6_000)
+    centre, scale = shift * np.ones((3, 2)), factor * (1.0 + np.arange(6).reshape(3, 2))
+    centre[0] *= -1.0
+    values = centre[row, column] + scale[row, column] * rng.normal(size=len(row))
+    spread = Spread.of(values, row, column, shape=(3, 2))
+    height = spread.standardised(values, row, column)
+    for r in range(3):
+        for c in range(2):
+            mine = height[(row == r) & (column == c)]
+            assert abs(np.median(mine)) < 0.25
+            assert 0.75 < mine.std() < 1.35
+
+
+def test_a_group_never_seen_is_placed_as_all_are() -> None:
+    values = 3.0 + 2.0 * normal(500)
+    spread = Spread.of(values, np.zeros(500, int), np.zeros(500, int), shape=(2, 2))
+    assert np.isclose(spread.centre[1, 1], np.median(values))
+    assert 1.7 < spread.scale[1, 1] < 2.3
+
+
+def test_values_that_are_all_the_same_have_a_scale_all_the_same() -> None:
+    spread = Spread.of(np.ones(50), np.zeros(50, int), np.zeros(50, int), shape=(1, 1))
+    assert np.isclose(spread.scale[0, 0], LEAST_SCALE)
+    assert Spread.of(np.zeros(0), np.zeros(0, int), np.zeros(0, int), shape=(1, 1)).scale[0, 0] == 1
+
+
+@given(seed=seeds, heavy=st.booleans())
+def test_what_is_merely_scattered_is_hardly_ever_held_an_outlier(seed: int, heavy: bool) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.standard_t(3, 4_000) if heavy else rng.normal(size=4_000)
+    assert Mirror.of(values).probability(values).mean() < 0.03
+
+
+@given(seed=seeds, share=st.sampled_from([0.05, 0.15, 0.3]))
+def test_a_heap_above_is_found_and_the_rest_left_alone(seed: int, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    noise = rng.random(4_000) < share
+    values = rng.normal(size=4_000) + 5.0 * noise
+    probability = Mirror.of(values).probability(values)
+    assert probability[noise].mean() > 0.9
+    assert probability[~noise].mean() < 0.03
+
+
+@given(st.lists(st.floats(-20, 20), max_size=40))
+def test_sureness_is_a_probability_that_never_falls(values: list[float]) -> None:
+    mirror = Mirror.of(np.array(values))
+    assert np.all((mirror.sureness >= 0.0) & (mirror.sureness <= 1.0))
+    assert np.all(np.diff(mirror.sureness) >= 0.0)
+    ladder = np.append(np.linspace(-10, 10, 81), [np.inf])
+    assert np.all(np.diff(mirror.probability(ladder)) >= 0.0)
+    assert mirror.probability(np.array([np.nan, -np.inf, EDGES[0] - 1e-9])).tolist() == [0, 0, 0]
+
+
+def test_one_value_is_no_evidence() -> None:
+    assert Mirror.of(np.array([9.0])).probability(np.array([9.0]))[0] == 0.0
