@@ -24,6 +24,8 @@ MAX_SOURCES = 1 << 15
 MISMATCH_COLUMN = "mismatch"
 # Feature column with the losses of a model that was trained on clean data.
 REFERENCE_COLUMN = "reference_loss"
+# Feature column with the losses of a model that has only read the beginnings of targets.
+JUDGE_COLUMN = "judge_loss"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,6 +20,9 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--dim", type=int, help="length of a hashing vector (default 384)")
     line.add_argument("--reference-model", help="adds the column reference_loss")
     line.add_argument(
+        "--judge-model", help="adds the column judge_loss, and finds targets that stand out by it"
+    )
+    line.add_argument(
         "--device", type=device, help="of the models; default: the GPU if there is one"
     )
     line.add_argument("--tokenizer", help="decodes input_ids; default: what corpus.json names")

@@ -18,6 +18,8 @@ from slap_stream.core.processes import run_jobs, usable_cores
 from slap_stream.embeddings.corpus_texts import CorpusTexts, source_names
 from slap_stream.embeddings.encoders import Encoder, open_encoder
 from slap_stream.embeddings.features import FEATURE_NAMES, FIT_SAMPLES, HashedTfidf, feature_columns
+from slap_stream.embeddings.judge import FIT_SAMPLES as JUDGED_SAMPLES
+from slap_stream.embeddings.judge import Judge
 from slap_stream.embeddings.layout import ROWS_PER_CHUNK, StoreLayout
 from slap_stream.embeddings.pairing import PairModel, cut_sides
 from slap_stream.embeddings.reference import ReferenceLoss
@@ -51,6 +53,7 @@ class EmbedReport:
         length_unit: `tokens`, or `characters / 4`.
         misplaced_share: Share of the targets that seem to belong to other prompts; None if that
             could not be found out: too few samples, or words that do not tell.
+        judge_tokens: Tokens that the judge model has read in this call.
         seconds: Wall-clock time of this call.
     """
 
@@ -62,6 +65,7 @@ class EmbedReport:
     num_sources: int
     length_unit: str
     misplaced_share: float | None
+    judge_tokens: int
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,6 +80,7 @@ def embed(
     encoder: str = "hashing",
     dim: int | None = None,
     reference_model: str | Path | None = None,
+    judge_model: str | Path | None = None,
     device: str | None = None,
     tokenizer: str | Path | None = None,
     text_column: str | None = None,
@@ -100,6 +105,9 @@ def embed(
         dim: Length of a hashing vector; None means 384.
         reference_model: Path or name of a causal language model, which adds the column
             `reference_loss`, in nats per token.
+        judge_model: Path or name of a causal language model, as a rule the one that is to be
+            trained. It reads the beginning of every sample once, which adds the column
+            `judge_loss`, in nats per token, and raises `mismatch` where that loss stands out.
         device: torch device of the models; None means the GPU if there is one.
         tokenizer: Path or name of the tokenizer that decodes `input_ids`; None means the one that
             corpus.json names.
@@ -139,7 +147,10 @@ def embed(
     reference = None
     if reference_model is not None:
         reference = ReferenceLoss(str(reference_model), device, tokenizer=texts.tokenizer)
-    in_workers = opened.in_workers and reference is None
+    judge = None
+    if judge_model is not None:
+        judge = Judge(str(judge_model), device, tokenizer=texts.tokenizer, source_names=names)
+    in_workers = opened.in_workers and reference is None and judge is None
     if num_workers is None:
         # A process takes seconds to start, in which one that runs embeds tens of thousands.
         useful = max(1, num_samples // SAMPLES_PER_WORKER) if in_workers else 1
@@ -156,6 +167,9 @@ def embed(
     if reference is not None:
         described["reference_model"] = {"name": reference.name, "version": reference.version}
         feature_names = (*feature_names, *reference.feature_names)
+    if judge is not None:
+        described["judge_model"] = {"name": judge.name, "version": judge.version}
+        feature_names = (*feature_names, *judge.feature_names)
     layout = StoreLayout(
         num_samples=num_samples,
         dim=opened.dim,
@@ -179,6 +193,8 @@ def embed(
             if blocks:
                 # Also after a kill: the same samples give the same frequencies and odds.
                 _fit(texts, num_samples, tfidf, pairing)
+                if judge is not None:
+                    judge.fit(_spread_samples(texts, num_samples))
                 writer.note(misplaced_share=pairing.share)
             maker = _RowMaker(
                 texts=texts,
@@ -187,6 +203,7 @@ def embed(
                 pairing=pairing,
                 encoder=opened,
                 reference=reference,
+                judge=judge,
             )
             jobs = [(maker, block) for block in blocks]
             with tqdm(
@@ -205,6 +222,7 @@ def embed(
         num_sources=len(names),
         length_unit=layout.length_unit,
         misplaced_share=EmbeddingStore(path).attributes.get("misplaced_share"),
+        judge_tokens=0 if judge is None else judge.tokens,
         seconds=round(time.perf_counter() - began, 3),
     )
 
@@ -219,6 +237,7 @@ class _RowMaker:
     pairing: PairModel
     encoder: Encoder
     reference: ReferenceLoss | None
+    judge: Judge | None
 
     def rows(self, start: int, stop: int, advance: Callable[[int], None]) -> Rows:
         """Rows of samples `start` to `stop`, which are read as few at a time as is fast."""
@@ -240,6 +259,11 @@ class _RowMaker:
             columns = [told, mismatch[:, None], extra]
             if self.reference is not None:
                 columns.append(self.reference.columns(batch))
+            if self.judge is not None:
+                losses, unlikely = self.judge.judge(batch)
+                columns.append(losses[:, None])
+                # Words and model see different things; either is enough.
+                mismatch[:] = 1.0 - (1.0 - mismatch) * (1.0 - unlikely)
             feature[here] = np.concatenate(columns, axis=1)
             length[here] = [sample.length for sample in batch]
             if number:
@@ -270,6 +294,12 @@ def _fit_samples(texts: CorpusTexts, num_samples: int) -> Iterator[TextSample]:
     stretch = FIT_SAMPLES // _FIT_STRETCHES
     for start in np.linspace(0, num_samples - stretch, _FIT_STRETCHES).astype(np.int64):
         yield from texts.read(int(start), int(start) + stretch)
+
+
+def _spread_samples(texts: CorpusTexts, num_samples: int) -> list[TextSample]:
+    """Some of the samples that are fitted on, spread evenly over them."""
+    every = -(-min(num_samples, FIT_SAMPLES) // JUDGED_SAMPLES)
+    return [*islice(_fit_samples(texts, num_samples), 0, None, every)]
 
 
 def _fit(texts: CorpusTexts, num_samples: int, tfidf: HashedTfidf, pairing: PairModel) -> None:

@@ -126,7 +126,7 @@ class PairModel:
     def _fit(self, samples: Sequence[TextSample]) -> None:
         from sklearn.ensemble import HistGradientBoostingClassifier
 
-        digests = _digests(samples)
+        digests = text_digests(samples)
         distinct = len(np.unique(digests))
         if distinct < MIN_SAMPLES:
             logger.info(
@@ -190,7 +190,7 @@ class PairModel:
         cut = [cut_sides(sample) for sample in samples]
         whole = all(left is right for left, right in zip(cut, samples, strict=True))
         sides = self._sides(cut, pairs, features) if whole else self._sides(cut)
-        fold = _digests(cut) % FOLDS
+        fold = text_digests(cut) % FOLDS
         columns = self._columns(sides, fold)
         odds = np.zeros(len(samples))
         with _one_thread():
@@ -299,7 +299,7 @@ def _chance_above(found: FloatArray, shuffled: FloatArray) -> float:
     return float(below.mean()) / (2.0 * len(ordered))
 
 
-def _digests(samples: Sequence[TextSample]) -> IntArray:
+def text_digests(samples: Sequence[TextSample]) -> IntArray:
     """(n,) a number of each sample, the same for samples with the same words."""
     digests = [xxhash.xxh3_64_intdigest(f"{s.prompt}\n{s.target}".encode()) for s in samples]
     return (np.array(digests, np.uint64) >> np.uint64(1)).astype(np.int64)

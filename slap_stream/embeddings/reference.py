@@ -1,4 +1,4 @@
-"""Losses of a reference model: the part of a loss that no training takes away."""
+"""Losses of a model that only reads: the part of a loss that no training takes away."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from slap_stream.text.chat import encode
 from slap_stream.text.sample import TextSample
 from slap_stream.types import REFERENCE_COLUMN, Float32Array
 
+# Token ids of a sample, and which of them are supervised.
+Marked = tuple[list[int], list[bool]]
 # Logits held at once, whatever the vocabulary: 64 MiB in float32 on a CPU, where larger ones cost
 # more in fresh memory than they save, and half a gigabyte in bfloat16 elsewhere.
 LOGITS_PER_BATCH = (2**24, 2**28)
@@ -39,7 +41,9 @@ class ReferenceLoss:
         ConfigError: If the path holds no model, or its vocabulary is not the corpus's.
     """
 
-    feature_names = (REFERENCE_COLUMN,)
+    feature_names: tuple[str, ...] = (REFERENCE_COLUMN,)
+    # What it is called in messages.
+    role = "reference model"
 
     def __init__(
         self,
@@ -60,7 +64,7 @@ class ReferenceLoss:
             theirs = AutoTokenizer.from_pretrained(tokenizer).get_vocab()
             if theirs != self._tokenizer.get_vocab():
                 raise ConfigError(
-                    f"reference model must share the corpus's vocabulary, got {path!r} with "
+                    f"{self.role} must share the corpus's vocabulary, got {path!r} with "
                     f"{len(self._tokenizer)} tokens against {len(theirs)}; convert without "
                     "tokenizer, or take a model of the same family."
                 )
@@ -72,16 +76,19 @@ class ReferenceLoss:
             (n, 1) nats per supervised token; 0 for a sample that has none within the window, for
             which a training loss is 0 too.
         """
-        encoded = [self._encoded(sample) for sample in samples]
-        losses = np.zeros((len(samples), 1), dtype=np.float32)
+        return self.losses_of([self._encoded(sample) for sample in samples])[:, None]
+
+    def losses_of(self, encoded: Sequence[Marked]) -> Float32Array:
+        """(n,) mean losses over the marked tokens of n token sequences; 0 where none is marked."""
+        losses = np.zeros(len(encoded), dtype=np.float32)
         lengths = np.array([len(ids) for ids, _ in encoded])
         logits = LOGITS_PER_BATCH[self._model.device.type != "cpu"]
         budget = max(1, logits // int(self._model.config.vocab_size))
         for batch in token_batches(lengths, budget):
-            losses[batch, 0] = self._losses([encoded[at] for at in batch])
+            losses[batch] = self._losses([encoded[at] for at in batch])
         return losses
 
-    def _encoded(self, sample: TextSample) -> tuple[list[int], list[bool]]:
+    def _encoded(self, sample: TextSample) -> Marked:
         if sample.input_ids is not None and sample.supervised is not None:
             ids, marks = sample.input_ids.tolist(), sample.supervised.tolist()
         elif sample.messages is not None:
@@ -93,7 +100,7 @@ class ReferenceLoss:
             )
         return ids[: self._max_tokens], marks[: self._max_tokens]
 
-    def _losses(self, batch: Sequence[tuple[list[int], list[bool]]]) -> Float32Array:
+    def _losses(self, batch: Sequence[Marked]) -> Float32Array:
         """(batch,) mean losses."""
         import torch
         from torch.nn.functional import cross_entropy

@@ -11,13 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertModel,
-    LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     T5Config,
     T5Model,
 )
@@ -28,6 +25,7 @@ from slap_stream.embeddings.pretrained import pad, token_batches
 from slap_stream.embeddings.reference import ReferenceLoss
 from slap_stream.errors import ConfigError
 from slap_stream.text.sample import TextSample, from_messages, halves
+from tests.helpers.embed_models import save_llama, save_tokenizer
 from tests.helpers.embed_samples import WORDS, pair, question
 
 # HashingEncoder(8) of one sample: stores embedded by an earlier version must stay comparable.
@@ -206,18 +204,6 @@ def test_bad_dimensions_and_paths_are_refused(tmp_path: Path) -> None:
         open_encoder(f"hf:{tmp_path}")
 
 
-def save_tokenizer(path: Path, words: list[str], *, max_length: int = 64) -> None:
-    vocabulary = {word: index for index, word in enumerate(["<unk>", "</s>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        eos_token="</s>",
-        model_max_length=max_length,
-    ).save_pretrained(path)
-
-
 @pytest.fixture(scope="module")
 def bert_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bert")
@@ -281,18 +267,7 @@ def test_the_encoder_half_of_an_encoder_decoder_is_used(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=24,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    save_tokenizer(path, WORDS)
+    save_llama(path)
     return path
 
 
