@@ -26,6 +26,7 @@ from transformers import (
 
 from slap_stream import EmbeddingStore, per_sample_loss
 from slap_stream.cli import convert, embed
+from slap_stream.embeddings.embed import embed as embed_corpus
 from slap_stream.errors import SlapStreamError
 from slap_stream.shards.index import corpus_size
 from slap_stream.shards.reader import iter_corpus
@@ -173,6 +174,24 @@ class Workshop:
             _command(embed, corpus, "--out", store, "--reference-model", model, "--quiet")
 
         return self._make(f"referred-{condition.name}-{seed}", write) / "embeddings.zarr"
+
+    def judged_store(self, condition: Condition, seed: int) -> tuple[Path, int]:
+        """Embeddings of a condition's corpus that the base model has read the beginnings of, and
+        the tokens that it has read."""
+        corpus = self.corpus(condition, seed).path
+
+        def write(place: Path) -> None:
+            model = place / "model"
+            self.base_model().save_pretrained(model)
+            self.tokenizer().save_pretrained(model)
+            report = embed_corpus(
+                corpus, out=place / "embeddings.zarr", judge_model=model, progress=False
+            )
+            shutil.rmtree(model)
+            (place / "prepared.json").write_text(json.dumps(report.judge_tokens))
+
+        place = self._make(f"judged-{condition.name}-{seed}", write)
+        return place / "embeddings.zarr", json.loads((place / "prepared.json").read_text())
 
     def heldout(self, mixture: str) -> list[Record]:
         """Clean test records of a mixture's tasks, cleared of near-copies of training texts."""

@@ -99,6 +99,7 @@ class Arm:
         keeps_as: Arm that must have run before, on as many samples of which this one trains.
         target: Whether a target set of clean records is shown to it.
         reference: Whether it is told the losses of a reference model.
+        judged: Whether the base model has read the corpus before (`slap-embed --judge-model`).
         choice: Of `subsets.CHOICES`; what is trained on was chosen before.
         share: What a choice with a budget keeps.
         equal_steps: Whether it makes as many steps as full data: it goes round what it keeps until
@@ -112,6 +113,7 @@ class Arm:
     keeps_as: str | None = None
     target: bool = False
     reference: bool = False
+    judged: bool = False
     choice: str | None = None
     share: float = 0.7
     equal_steps: bool = False
@@ -162,6 +164,8 @@ def arms() -> dict[str, Arm]:
         ),
         Arm(name="slap"),
         Arm(name="slap_auto", config={"keep": "auto"}),
+        Arm(name="slap_judge", judged=True),
+        Arm(name="slap_judge_auto", config={"keep": "auto"}, judged=True),
         # Ranks by the loss beyond the reference model's: it tells noise from what can be learnt.
         Arm(name="slap_reference", reference=True),
         Arm(name="oracle", config={"rank_weight": 0.0}, knows=("copy", "shuffled")),
@@ -180,7 +184,10 @@ def arms() -> dict[str, Arm]:
         ),
     ]
     # The steps that are saved are spent on what is kept.
-    spent = ("uniform", "dedupe", "dedupe_embedding", "removal", "longest", "slap", "slap_auto")
+    spent = (
+        *("uniform", "dedupe", "dedupe_embedding", "removal", "longest"),
+        *("slap", "slap_auto", "slap_judge", "slap_judge_auto"),
+    )
     known += [
         replace(arm, name=f"{arm.name}_equal", equal_steps=True)
         for arm in known
@@ -256,7 +263,8 @@ PRESETS = {
             name="real",
             size=1_200,
             max_tokens=192,
-            evaluations=2,
+            micro_batches=2,
+            evaluations=1,
             heldout_per_task=60,
             learning_rate={1.0: 2e-4, 0.7: 2e-4},
             conditions=("five+mixed30",),

@@ -50,7 +50,8 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
         corpus = workshop.chosen(condition, key.seed, arm.choice, arm.share)
     tokenizer = workshop.tokenizer()
     heldout = _heldout_batches(workshop, condition, tokenizer)
-    dataset, store = _open_dataset(corpus, preset), _store(workshop, corpus, arm, key)
+    dataset = _open_dataset(corpus, preset)
+    store, judged = _store(workshop, corpus, arm, key)
     loader = SlapDataLoader(
         dataset,
         batch_size=preset.batch_size,
@@ -60,7 +61,9 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
     )
     torch.manual_seed(key.seed)
     model = workshop.base_model().to(preset.device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=key.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=key.learning_rate, weight_decay=0.01, fused=True
+    )
     probe = LearnabilityProbe(model, loader, optimizer=optimizer) if arm.probe else None
 
     offered = np.bincount(whole.kind, minlength=len(KINDS)) * preset.epochs
@@ -110,7 +113,7 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
         },
         "copied_records": len(np.unique(whole.group[copied])),
         "tokens": tokens,
-        "prepared": corpus.prepared,
+        "prepared": corpus.prepared + judged,
         "auc": _mismatch_auc(store, corpus),
         "ranked": _ranked(workshop, condition, model, tokenizer),
         "probed": shown + int(loader.metrics().get("probe_samples", 0.0)),
@@ -175,18 +178,23 @@ def _open_dataset(corpus: Corpus, preset: Preset) -> StreamingDataset:
         return StreamingDataset(local=str(corpus.path), batch_size=preset.batch_size)
 
 
-def _store(workshop: Workshop, corpus: Corpus, arm: Arm, key: RunKey) -> Any:
-    """The corpus's embeddings; an oracle's say what is so instead of what is likely."""
+def _store(workshop: Workshop, corpus: Corpus, arm: Arm, key: RunKey) -> tuple[Any, int]:
+    """The corpus's embeddings, and the tokens that a model has read for them; an oracle's say what
+    is so instead of what is likely."""
+    condition = Condition.of(key.condition)
+    if arm.judged:
+        path, read = workshop.judged_store(condition, key.seed)
+        return EmbeddingStore(path), read
     if arm.reference:
-        return EmbeddingStore(workshop.reference_store(Condition.of(key.condition), key.seed))
+        return EmbeddingStore(workshop.reference_store(condition, key.seed)), 0
     store = EmbeddingStore(corpus.path / "embeddings.zarr")
     if not arm.knows:
-        return store
+        return store, 0
     rows = store.read(0, store.shape[0])
     names = [*store.feature_names]
     feature = rows.feature.astype(np.float32)
     feature[:, names.index("mismatch")] = corpus.is_of(arm.knows)
-    return ArrayStore(
+    known = ArrayStore(
         rows.embedding,
         lengths=rows.length,
         features=feature,
@@ -194,6 +202,7 @@ def _store(workshop: Workshop, corpus: Corpus, arm: Arm, key: RunKey) -> Any:
         feature_names=names,
         source_names=store.source_names,
     )
+    return known, 0
 
 
 def _step(
