@@ -475,7 +475,7 @@ def test_baselines_on_a_pretrained_model(
         bench_selection.main(given)
     assert "--model must be given with the preset real" in capsys.readouterr().err
     given += ["--model", str(tmp_path / "llama"), "--lora"]
-    some = ["full", "dedupe", "removal_equal", "top_ifd"]
+    some = ["full", "dedupe", "removal_equal", "top_ifd", "slap_judge"]
     assert bench_selection.main([*given, "--arms", *some]) == 0
     rows = {row["arm"]: row for row in read_rows(tmp_path / "results.jsonl")}
     full, deduplicated, equal = (rows[arm] for arm in some[:3])
@@ -487,6 +487,14 @@ def test_baselines_on_a_pretrained_model(
     assert rows["top_ifd"]["prepared"] > 0 == full["prepared"]
     assert rows["top_ifd"]["samples"] <= 0.7 * full["candidates"]
     assert full["auc"]["shuffled"] <= 1.0
+    assert rows["slap_judge"]["prepared"] > 0
+    capsys.readouterr()
+    assert bench_selection.main([*given, "--evidence"]) == 0
+    printed = capsys.readouterr().out
+    assert "### five+mixed30: 1 seeds, the judge read " in printed
+    offered = {kind: count // 2 for kind, count in full["offered"].items() if count}
+    for kind, count in offered.items():
+        assert f"| {kind} | {count} | " in printed
     assert all(row["offered"] == full["offered"] for row in rows.values())
 
 

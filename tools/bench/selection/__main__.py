@@ -16,6 +16,8 @@ from pathlib import Path
 
 from slap_stream.cli.command_line import CommandLine, directory, ended, real, share, to_write, whole
 from slap_stream.errors import ConfigError, CorpusError
+from tools.bench.selection.corpora import Workshop
+from tools.bench.selection.evidence import table as evidence_table
 from tools.bench.selection.results import RESULTS, read_rows
 from tools.bench.selection.runs import keys, run_all
 from tools.bench.selection.schedule import PRESETS, arms
@@ -43,6 +45,8 @@ def parser() -> CommandLine:
                       help="settings of SlapConfig, for every arm")  # fmt: skip
     line.add_argument("--jobs", type=whole(1), default=1, help="runs side by side")
     line.add_argument("--report", action="store_true", help="only tables and figure")
+    line.add_argument("--evidence", action="store_true",
+                      help="only what is held against each kind of dirt")  # fmt: skip
     return line
 
 
@@ -89,6 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         line.error(str(error))
 
     def run() -> int:
+        if arguments.evidence:
+            first = arguments.first_seed
+            seeds = range(first, first + (arguments.seeds or preset.seeds))
+            workshop = Workshop(arguments.data, arguments.out, preset)
+            print(evidence_table(workshop, arguments.conditions or preset.conditions, seeds))
+            return 0
         if arguments.report:
             return report(arguments.out)
         arguments.out.mkdir(parents=True, exist_ok=True)

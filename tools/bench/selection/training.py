@@ -22,10 +22,10 @@ from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.shards.opening import one_at_a_time
 from slap_stream.text.collate import ChatCollator
 from tools.bench.selection.corpora import KINDS, Corpus, Workshop
+from tools.bench.selection.evidence import evidence_by_kind
 from tools.bench.selection.generation import generation_scores
 from tools.bench.selection.schedule import Arm, Preset, RunKey, config_of, rate
 from tools.bench.selection.scoring import encoded, options_of, rank_classification
-from tools.bench.selection.subsets import auc
 from tools.bench.selection.tasks import MIXTURES, Condition, split_training
 
 Batch = dict[str, torch.Tensor]
@@ -114,7 +114,11 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
         "copied_records": len(np.unique(whole.group[copied])),
         "tokens": tokens,
         "prepared": corpus.prepared + judged,
-        "auc": _mismatch_auc(store, corpus),
+        "auc": {
+            kind: round(each.auc, 3)
+            for kind, each in evidence_by_kind(store, corpus).items()
+            if kind != "clean" and not np.isnan(each.auc)
+        },
         "ranked": _ranked(workshop, condition, model, tokenizer),
         "probed": shown + int(loader.metrics().get("probe_samples", 0.0)),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
@@ -141,20 +145,6 @@ def _batches(
             yield ((epoch + loader.progress) / epochs if most is None else taken / most), batch
             if taken == most:
                 return
-
-
-def _mismatch_auc(store: Any, corpus: Corpus) -> dict[str, float]:
-    """How well the store's column tells each kind of dirt from what is clean."""
-    if "mismatch" not in store.feature_names:
-        return {}
-    column = [*store.feature_names].index("mismatch")
-    suspect = store.read(0, store.shape[0]).feature[:, column].astype(np.float64)
-    found = {
-        kind: auc(suspect, corpus.is_of((kind,)), corpus.is_of(("clean",)))
-        for kind in KINDS
-        if kind != "clean"
-    }
-    return {kind: round(value, 3) for kind, value in found.items() if not np.isnan(value)}
 
 
 def _ranked(
