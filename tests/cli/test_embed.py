@@ -298,6 +298,13 @@ def test_a_tokenised_corpus_counts_tokens_and_takes_a_reference_model(
     assert store.source_names == ("only",)
     assert store.encoder["reference_model"]["name"] == str(llama_path)
     assert (rows.feature[:, -1] > 1).all()
+    judge = ("--judge-model", llama_path, "--device", "cpu", "--overwrite")
+    report = run(capsys, corpus, "--dim", 16, *judge)
+    assert report["feature_names"] == [*FEATURE_NAMES, MISMATCH_COLUMN, "judge_loss"]
+    assert 0 < report["judge_tokens"] <= rows.length.sum()
+    store = EmbeddingStore(corpus / "embeddings.zarr")
+    assert store.encoder["judge_model"]["name"] == str(llama_path)
+    assert (store.read(0, 20).feature[:, -1] > 1).all()
 
 
 def test_any_mds_corpus_is_embedded_by_naming_its_columns(
