@@ -28,6 +28,8 @@ def count_lanes(lanes: Sequence[Lane]) -> dict[str, float]:
     }
     for name in ("observed", "nonfinite", "repeats_in_batch", "batches_repeated"):
         result[name] = float(sum(lane.counters[name] for lane in lanes))
+    memories = [lane.feedback.outliers for lane in lanes]
+    result["outliers"] = float(sum(memory.found for memory in memories if memory is not None))
     total = sum((lane.feedback.agreement for lane in lanes), np.zeros(6))
     result["prediction_correlation"] = _correlation(*total.tolist())
     for name in ("batch_learnability", "uniform_learnability"):

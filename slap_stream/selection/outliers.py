@@ -92,6 +92,9 @@ class Outliers:
         model: Shared model.
         num_sources: Sources that are told apart.
         target_share: Design column with the part of a sample that is target, if there is one.
+
+    Attributes:
+        found: How many of the remembered samples are noise, as far as is known.
     """
 
     def __init__(self, model: LossModel, *, num_sources: int, target_share: int | None) -> None:
@@ -106,7 +109,7 @@ class Outliers:
         self._height: FloatArray = np.zeros(0)
         self._visits: IntArray = np.zeros(0, np.int64)
         self._when: IntArray = np.zeros(0, np.int64)
-        self._mirror = Mirror.of(self._height)
+        self._count()
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -181,8 +184,10 @@ class Outliers:
     def _count(self) -> None:
         """Count the tails over remembered samples, also those that are not trained on any more:
         else noise would come back as soon as none of it was seen."""
-        every = -(-len(self._height) // COUNTED) or 1
-        self._mirror = Mirror.of(self._height[::every])
+        some = self._height[:: -(-len(self._height) // COUNTED) or 1]
+        self._mirror = Mirror.of(some)
+        share = float(self._mirror.probability(some).mean()) if len(some) else 0.0
+        self.found = share * len(self._height)
 
     def _lengths(self, x: Float32Array) -> IntArray:
         """(n,) groups of target lengths."""

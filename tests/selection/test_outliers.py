@@ -66,10 +66,12 @@ def rate(visits: np.ndarray, some: np.ndarray) -> float:
 @pytest.mark.parametrize("keep", [0.7, "auto"])
 def test_noise_that_no_words_show_is_left_once_it_was_seen(keep: Any) -> None:
     corpus = Corpus()
-    first, *later = corpus.epochs(corpus.sampler(keep=keep), 4)
+    sampler = corpus.sampler(keep=keep)
+    first, *later = corpus.epochs(sampler, 4)
     # Nothing is known of a sample before its first visit.
     assert 0.7 < rate(first, corpus.noise) < 1.1
     assert rate(np.sum(later, axis=0), corpus.noise) < 0.3
+    assert 0.7 * corpus.noise.sum() < sampler.metrics()["outliers"] < 1.1 * corpus.noise.sum()
 
 
 def test_what_is_hard_but_right_is_trained_on_as_often_as_the_rest() -> None:
