@@ -7,6 +7,7 @@ bit for bit it adds up in the order that the docstring of the original promises.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -341,3 +342,33 @@ def shared_and_nearest(gram: Array) -> tuple[list[float], list[float]]:
     shared = [sum(max(value, 0.0) for value in row) / len(row) for row in rows]
     nearest = [max([-1.0, *row[:i], *row[i + 1 :]]) for i, row in enumerate(rows)]
     return shared, nearest
+
+
+def spread(
+    values: list[float], row: list[int], column: list[int], shape: tuple[int, int]
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Centre and scale of each group, shrunk towards its row, and that towards all."""
+
+    def of(some: list[float], centre: float, scale: float) -> tuple[float, float]:
+        if not some:
+            return centre, scale
+        weight = len(some) / (len(some) + 16.0)
+        middle = weight * statistics.median(some) + (1.0 - weight) * centre
+        away = max(1e-3, 1.4826 * statistics.median(abs(v - middle) for v in some))
+        return middle, away**weight * scale ** (1.0 - weight)
+
+    middle = statistics.median(values)
+    overall = middle, max(1e-3, 1.4826 * statistics.median(abs(v - middle) for v in values))
+    centres, scales = [], []
+    for r in range(shape[0]):
+        of_row = of([v for v, at in zip(values, row, strict=True) if at == r], *overall)
+        cells = [
+            of(
+                [v for v, a, b in zip(values, row, column, strict=True) if (a, b) == (r, c)],
+                *of_row,
+            )
+            for c in range(shape[1])
+        ]
+        centres.append([centre for centre, _ in cells])
+        scales.append([scale for _, scale in cells])
+    return centres, scales

@@ -55,15 +55,15 @@ class Spread:
         """
         if not len(values):
             return cls(centre=np.zeros(shape), scale=np.ones(shape))
-        middle = float(np.median(values))
-        overall = middle, _deviation(values, middle)
-        centre, scale = np.full(shape, overall[0]), np.full(shape, overall[1])
-        for r, mine in _groups(row):
-            of_row = _shrunk(values[mine], *overall)
-            centre[r], scale[r] = of_row
-            for c, some in _groups(column[mine]):
-                centre[r, c], scale[r, c] = _shrunk(values[mine[some]], *of_row)
-        return cls(centre=centre, scale=scale)
+        rows, columns = shape
+        everyone = np.zeros(len(values), np.int64)
+        all_of_them = _medians(values, everyone, 1)
+        away = _medians(np.abs(values - all_of_them), everyone, 1)
+        wider = all_of_them, np.maximum(LEAST_SCALE, _NORMAL * away)
+        centre, scale = _shrunk(values, row, np.repeat(wider, rows, axis=1))
+        wider = np.repeat(centre, columns), np.repeat(scale, columns)
+        centre, scale = _shrunk(values, row * columns + column, np.stack(wider))
+        return cls(centre=centre.reshape(shape), scale=scale.reshape(shape))
 
     def standardised(self, values: FloatArray, row: IntArray, column: IntArray) -> FloatArray:
         """(n,) how many scales above its group's centre each value lies."""
@@ -71,23 +71,28 @@ class Spread:
         return found
 
 
-def _groups(label: IntArray) -> list[tuple[int, IntArray]]:
-    """Each label with the positions that have it."""
-    order = np.argsort(label, kind="stable")
-    names, first = np.unique(label[order], return_index=True)
-    return [*zip(names.tolist(), np.split(order, first[1:]), strict=True)]
-
-
-def _shrunk(values: FloatArray, centre: float, scale: float) -> tuple[float, float]:
-    """Centre and scale of a group's values, shrunk towards those of a wider one."""
-    weight = len(values) / (len(values) + SHRINKAGE)
-    middle = weight * float(np.median(values)) + (1.0 - weight) * centre
+def _shrunk(values: FloatArray, group: IntArray, wider: FloatArray) -> FloatArray:
+    """(2, groups) centres and scales of (n,) values, shrunk towards (2, groups) wider ones."""
+    groups = wider.shape[1]
+    count = np.bincount(group, minlength=groups)
+    weight, some = count / (count + SHRINKAGE), count > 0
+    centre = np.where(some, weight * _medians(values, group, groups), 0.0)
+    centre += (1.0 - weight) * wider[0]
+    away = _NORMAL * _medians(np.abs(values - centre[group]), group, groups)
+    away = np.maximum(LEAST_SCALE, np.where(some, away, 1.0))
     # Of scales that differ tenfold the middle is in between, not next to the larger one.
-    return middle, float(_deviation(values, middle) ** weight * scale ** (1.0 - weight))
+    return np.stack([centre, away**weight * wider[1] ** (1.0 - weight)])
 
 
-def _deviation(values: FloatArray, middle: float) -> float:
-    return max(LEAST_SCALE, _NORMAL * float(np.median(np.abs(values - middle))))
+def _medians(values: FloatArray, group: IntArray, groups: int) -> FloatArray:
+    """(groups,) medians of (n,) values by group; 0 where a group has none."""
+    ordered = values[np.lexsort((values, group))]
+    count = np.bincount(group, minlength=groups)
+    start, last = np.cumsum(count) - count, max(0, len(values) - 1)
+    low = ordered[np.minimum(start + np.maximum(count - 1, 0) // 2, last)]
+    high = ordered[np.minimum(start + count // 2, last)]
+    medians: FloatArray = np.where(count > 0, (low + high) / 2.0, 0.0)
+    return medians
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slap_stream.core.outliers import EDGES, LEAST_SCALE, Mirror, Spread
+from tests import reference
 from tests.strategies import seeds
 
 
@@ -73,3 +74,16 @@ def test_sureness_is_a_probability_that_never_falls(values: list[float]) -> None
 
 def test_one_value_is_no_evidence() -> None:
     assert Mirror.of(np.array([9.0])).probability(np.array([9.0]))[0] == 0.0
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(-9, 9), st.integers(0, 2), st.integers(0, 1)), min_size=1, max_size=60
+    )
+)
+def test_centres_and_scales_equal_their_twin(rows: list[tuple[float, int, int]]) -> None:
+    values, row, column = (np.array(part) for part in zip(*rows, strict=True))
+    spread = Spread.of(values.astype(float), row, column, shape=(3, 2))
+    expected = reference.spread(values.tolist(), row.tolist(), column.tolist(), (3, 2))
+    np.testing.assert_allclose(spread.centre, expected[0], atol=1e-12)
+    np.testing.assert_allclose(spread.scale, expected[1], rtol=1e-9)
