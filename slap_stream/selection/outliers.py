@@ -29,7 +29,7 @@ REMEMBERED = 2**18
 # Residuals that centres and scales are taken from: the last ones, since the model moves on.
 RECENT = 2_048
 # Remembered samples that tails are counted over; more change little.
-COUNTED = 16_384
+COUNTED = 4_096
 # Groups of targets by length: 1, 2 to 3, 4 to 7, ... tokens.
 LENGTHS = 12
 
