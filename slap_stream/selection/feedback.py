@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from slap_stream.core.kernels import weigh
 from slap_stream.core.rng import Purpose, uniforms
 from slap_stream.core.saved import Saved
 from slap_stream.selection.awaiting import Awaiting
@@ -167,7 +166,7 @@ class LaneFeedback:
         fine = self._finite(ids, losses)
         ids, losses = ids[fine], losses[fine]
         if self.outliers is not None:
-            self.outliers.observe(ids, x[fine], losses, source[fine])
+            self.outliers.observe(ids, x[fine], losses, source[fine], self._model.predict(x[fine]))
         sketches = None if sketches is None else sketches[fine]
         measured = {name: values[fine] for name, values in measurements.items()}
         if self._learns:
@@ -187,15 +186,15 @@ class LaneFeedback:
             ids, x, source, losses = ids[fine], x[fine], source[fine], losses[fine]
         if not self._learns:
             return
-        if self.outliers is not None:
-            self.outliers.observe(ids, x, losses, source)
         if self._share < 1.0:
             drawn = self._drawn(ids)
             self.answers.add(ids[drawn], x[drawn], losses[drawn])
         else:
             self.answers.add(ids, x, losses)
-        if self._model.fitted and len(ids):
-            p = weigh(x, self._model.prediction[:1])[:, 0].astype(np.float64)
+        p = self._model.predict(x)
+        if self.outliers is not None:
+            self.outliers.observe(ids, x, losses, source, p)
+        if p is not None:
             sums = [len(p), p.sum(), losses.sum(), p @ p, losses @ losses, p @ losses]
             self.agreement += np.asarray(sums, np.float64)
 

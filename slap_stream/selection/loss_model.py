@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from slap_stream.core.kernels import unit_rows, widen_halves
+from slap_stream.core.kernels import unit_rows, weigh, widen_halves
 from slap_stream.core.linear import (
     inverse_of_triangle,
     leading_directions,
@@ -144,8 +144,7 @@ class LossModel:
         self._dim = dim
         self._metric_dim, self._sketch_dim = min(metric_dim, dim, sketch_dim), sketch_dim
         self._warmup_losses = warmup_losses
-        self._length_columns = tuple(length_columns)
-        self._reference_column = reference_column
+        self._length_columns, self._reference_column = tuple(length_columns), reference_column
         self._moments: Moments | None = Moments.zeros(columns=columns, sketch_dim=sketch_dim)
         # Those before the last refresh, for their memory.
         self._spare: Moments | None = None
@@ -232,6 +231,10 @@ class LossModel:
             # A metric that is as it was stays the same array.
             if not np.array_equal(state[name], getattr(self, name)):
                 setattr(self, name, state[name])
+
+    def predict(self, x: Float32Array) -> FloatArray | None:
+        """(n,) losses of samples with (n, columns) design rows; None until fitted."""
+        return weigh(x, self.prediction[:1])[:, 0].astype(np.float64) if self.fitted else None
 
     def variance(self, x: Float32Array) -> FloatArray:
         """(n,) predictive variance of the loss, up to the noise; ones until fitted."""

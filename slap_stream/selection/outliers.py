@@ -17,7 +17,6 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from slap_stream.core.kernels import weigh
 from slap_stream.core.outliers import Mirror, Spread
 from slap_stream.core.saved import Saved
 from slap_stream.selection.loss_model import LOG_LENGTH, LossModel
@@ -114,14 +113,28 @@ class Outliers:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def observe(self, ids: IntArray, x: Float32Array, losses: FloatArray, source: IntArray) -> None:
-        """Take in the finite losses of (n,) samples with design rows x (n, columns)."""
+    def observe(
+        self,
+        ids: IntArray,
+        x: Float32Array,
+        losses: FloatArray,
+        source: IntArray,
+        predicted: FloatArray | None,
+    ) -> None:
+        """Take in the finite losses of (n,) samples.
+
+        Args:
+            ids: (n,) sample ids.
+            x: (n, columns) design rows.
+            losses: (n,) losses.
+            source: (n,) sources.
+            predicted: (n,) losses as the model predicts them; None until it can.
+        """
         if not len(ids):
             return
-        if not self._model.fitted:
+        if predicted is None:
             self._unexplained.append((ids, x, losses, source))
             return
-        predicted = weigh(x, self._model.prediction[:1])[:, 0].astype(np.float64)
         more = _Residuals(
             sample_id=ids, residual=losses - predicted, source=source, length=self._lengths(x)
         )
@@ -133,8 +146,8 @@ class Outliers:
         if not self._model.fitted:
             return
         waiting, self._unexplained = self._unexplained, []
-        for part in waiting:
-            self.observe(*part)
+        for ids, x, losses, source in waiting:
+            self.observe(ids, x, losses, source, self._model.predict(x))
         fresh, self._fresh = self._fresh, _Residuals.none()
         if not len(fresh):
             return

@@ -119,7 +119,8 @@ def see(known: Outliers, ids: list[int], losses: list[float]) -> None:
     """Feed back losses, and refresh."""
     x = np.zeros((len(ids), 3), np.float32)
     x[:, LOG_LENGTH] = np.log1p(50)
-    known.observe(np.array(ids), x, np.array(losses), np.zeros(len(ids), np.int64))
+    source = np.zeros(len(ids), np.int64)
+    known.observe(np.array(ids), x, np.array(losses), source, known._model.predict(x))
     known.refresh()
 
 
