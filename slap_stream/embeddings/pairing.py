@@ -184,20 +184,20 @@ class PairModel:
             pairs: Their hashed vectors.
             features: (n, len(FEATURE_NAMES)) as `feature_columns` gives them.
         """
-        if not self.fitted:
+        share = np.array([self.share_of.get(s.source or "", self.share or 0.0) for s in samples])
+        if not (self.fitted and share.any()):
             return np.zeros(len(samples), np.float32)
         # What was hashed and compressed whole serves where whole is what is looked at.
         cut = [cut_sides(sample) for sample in samples]
         whole = all(left is right for left, right in zip(cut, samples, strict=True))
-        sides = self._sides(cut, pairs, features) if whole else self._sides(cut)
-        fold = _digests(cut) % FOLDS
-        columns = self._columns(sides, fold)
-        odds = np.zeros(len(samples))
         with _one_thread():
+            sides = self._sides(cut, pairs, features) if whole else self._sides(cut)
+            fold = _digests(cut) % FOLDS
+            columns = self._columns(sides, fold)
+            odds = np.zeros(len(samples))
             for f, classifier in enumerate(self._classifiers):
                 if (fold == f).any():
                     odds[fold == f] = classifier.decision_function(columns[fold == f])
-        share = np.array([self.share_of.get(s.source or "", self.share or 0.0) for s in samples])
         probability: Float32Array = np.minimum(1.0, share * np.exp(-odds)).astype(np.float32)
         return probability
 
