@@ -42,7 +42,14 @@ EXPORTS = {
     "processes": ("run_jobs", "usable_cores"),
     "work_dir": ("LOCK_NAME", "PLAN_NAME", "claimed", "remove", "run_missing"),
     "checks": ("require_whole",),
-    "files": ("file_digest", "read_json", "write_json", "write_text"),
+    "files": (
+        "file_digest",
+        "local_path",
+        "path_to_write",
+        "read_json",
+        "write_json",
+        "write_text",
+    ),
     "state_bytes": ("from_bytes", "to_bytes"),
     "saved": ("Saved",),
 }

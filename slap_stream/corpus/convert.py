@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from slap_stream import __version__
 from slap_stream.core.checks import require_whole
-from slap_stream.core.files import write_json
+from slap_stream.core.files import path_to_write, write_json
 from slap_stream.core.processes import usable_cores
 from slap_stream.core.work_dir import claimed, run_missing
 from slap_stream.corpus.inputs import Input, cut, find_inputs, peek
@@ -143,6 +143,7 @@ def convert(
         )
     if max_length is not None:
         max_length = require_whole("max_length", max_length, 2)
+    out = path_to_write("out", out)
     found = find_inputs(_several(inputs))
     pieces_of = [cut(entry) for entry in found]
     name = None if tokenizer is None else find_tokenizer(tokenizer)
@@ -161,7 +162,6 @@ def convert(
         "source_field": source_field,
         "num_parts": num_parts,
     }
-    out = Path(out)
     earlier = _finished(out, plan)
     if earlier is not None:
         return earlier
@@ -264,8 +264,6 @@ def _several(inputs: Any) -> list[Any]:
 
 
 def _require_ours(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise CorpusError(f"out must be a directory, got the file {str(out)!r}.")
     held = sorted(file.name for file in out.iterdir()) if out.is_dir() else []
     if held and WORK_NAME not in held:
         raise CorpusError(

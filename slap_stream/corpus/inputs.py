@@ -12,6 +12,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from slap_stream.core.files import local_path
 from slap_stream.corpus.loaded import (
     check_loaded,
     loaded_bounds,
@@ -29,6 +30,10 @@ logger = logging.getLogger(__name__)
 PIECE_BYTES = 64 << 20
 _PEEKED_ROWS = 16
 _LOADED = Path("<loaded>")
+_NOT_LOCAL = (
+    "download it first, or load it with datasets.load_dataset and hand over the dataset "
+    "(streaming=True keeps none of it on disk)"
+)
 # Text per byte on disk: a guess, which only decides into how many parts a corpus is cut.
 _EXPANSION: dict[Kind, int] = {
     "lines": 1,
@@ -102,7 +107,7 @@ def find_inputs(inputs: Sequence[Any]) -> list[Input]:
     for entry in inputs:
         kind = loaded_kind(entry)
         if kind is None:
-            found += _expand(Path(entry))
+            found += _expand(local_path("inputs", entry, _NOT_LOCAL))
             continue
         check_loaded(entry)
         # As if it were a file, so that it has a name among the others.

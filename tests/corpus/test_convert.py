@@ -176,7 +176,7 @@ def test_out_that_holds_something_else_is_refused(tmp_path: Path, two_inputs: li
     convert(two_inputs, tmp_path / "done")
     with pytest.raises(CorpusError, match="new, empty or left by the same call"):
         convert(two_inputs, tmp_path / "done", seed=1)
-    with pytest.raises(CorpusError, match="must be a directory, got the file"):
+    with pytest.raises(CorpusError, match=r"must be a directory, new or old.* is a file"):
         convert(two_inputs, two_inputs[0])
 
 
