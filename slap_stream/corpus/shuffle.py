@@ -25,6 +25,7 @@ from slap_stream.corpus.readers import Piece, other_columns, read
 from slap_stream.corpus.records import COLUMNS, normalise
 from slap_stream.corpus.tally import Tally
 from slap_stream.corpus.tokenising import tokenise
+from slap_stream.shards.writer import open_writer
 from slap_stream.types import IntArray
 
 RAW_COLUMNS = {"id": "str", "source": "str", "messages": "json"}
@@ -143,9 +144,6 @@ def gather(job: GatherJob, advance: Callable[[int], None]) -> None:
 
     Leaves the directory `part-N` in the corpus, unless nothing is kept, and then its manifest.
     """
-    # Not on top: it takes streaming seconds to load, which those who only read need not wait for.
-    from slap_stream.shards.writer import open_writer
-
     tally = Tally()
     name = part_name(job.number)
     places = _places_of_part(job)
