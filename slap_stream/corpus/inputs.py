@@ -28,6 +28,8 @@ from slap_stream.errors import CorpusError
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 64 << 20
+# Parts of a piece: pieces that are smaller are read by one job.
+_SMALLEST = 16
 _PEEKED_ROWS = 16
 _LOADED = Path("<loaded>")
 _NOT_LOCAL = (
@@ -158,9 +160,9 @@ def cut(entry: Input) -> list[Piece]:
                 bounds = [*range(0, size, PIECE_BYTES), size]
                 weights = [stop - start for start, stop in pairwise(bounds)]
             elif entry.kind == "parquet":
-                bounds, weights = _group(row_group_bytes(file))
+                bounds, weights = _group(row_group_bytes(file), PIECE_BYTES)
             elif entry.kind == "arrow":
-                bounds, weights = _group(batch_bytes(file))
+                bounds, weights = _group(batch_bytes(file), PIECE_BYTES)
             else:
                 bounds, weights = [0, size], [size]
         pieces += [
@@ -278,12 +280,18 @@ def _unique_stems(paths: Sequence[Path]) -> list[str]:
             return stems
 
 
-def _group(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Bounds and bytes of runs of units that hold about `PIECE_BYTES` each."""
+def read_together(pieces: Sequence[Piece]) -> list[int]:
+    """(num_jobs + 1,) bounds of the runs of pieces that one job reads, which small ones share."""
+    bounds, _ = _group([piece.num_bytes for piece in pieces], PIECE_BYTES // _SMALLEST)
+    return bounds
+
+
+def _group(sizes: Sequence[int], limit: int) -> tuple[list[int], list[int]]:
+    """Bounds and bytes of runs of units that hold about so many bytes each."""
     bounds, weights, weight = [0], [], 0
     for number, size in enumerate(sizes, start=1):
         weight += size
-        if weight >= PIECE_BYTES or number == len(sizes):
+        if weight >= limit or number == len(sizes):
             bounds.append(number)
             weights.append(weight)
             weight = 0
