@@ -8,7 +8,8 @@ background.py   a thread that does one thing after the other
 processes.py    jobs over worker processes that end with their parent
 checks.py       checks of arguments that several stages make
 work_dir.py     work that may be cut off, and goes on when it is called again
-files.py        files that are found whole or not at all
+files.py        files that are found whole or not at all, and where they may lie
+room.py         room on a disk, before it is used up and after
 state_bytes.py  a state as bytes, without pickle
 saved.py        a saved state, checked entry by entry
 """
@@ -47,9 +48,11 @@ EXPORTS = {
         "local_path",
         "path_to_write",
         "read_json",
+        "sync_new",
         "write_json",
         "write_text",
     ),
+    "room": ("require_room", "told_when_full"),
     "state_bytes": ("from_bytes", "to_bytes"),
     "saved": ("Saved",),
 }

@@ -25,6 +25,18 @@ def write_text(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
+def sync_new(path: Path, below: Path) -> None:
+    """Wait until a new file is on disk, and found in its folders up to (and with) `below`."""
+    for place in (path, *path.parents):
+        handle = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        if place == below:
+            break
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file with `write_text`."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1))

@@ -21,6 +21,7 @@ from slap_stream import __version__
 from slap_stream.core.checks import require_whole
 from slap_stream.core.files import path_to_write, write_json
 from slap_stream.core.processes import usable_cores
+from slap_stream.core.room import require_room, told_when_full
 from slap_stream.core.work_dir import claimed, run_missing
 from slap_stream.corpus.inputs import Input, cut, find_inputs, peek, read_together
 from slap_stream.corpus.loaded import loaded_kind
@@ -178,7 +179,12 @@ def convert(
     _require_ours(out)
     # How the work is laid out says nothing about what comes of it: a finished corpus is the same.
     work = plan | {"work_version": _WORK_VERSION}
-    with claimed(work_dir, work, result=out, name="out", overwrite=None):
+    # A copy of the text, and the shards.
+    needed = 2 * text_bytes
+    with (
+        claimed(work_dir, work, result=out, name="out", overwrite=None),
+        told_when_full("out", out, needed),
+    ):
         # Of processes that were killed.
         for unfinished in work_dir.glob("part-*.*/"):
             shutil.rmtree(unfinished)
@@ -197,6 +203,8 @@ def convert(
         resumed = sum(
             len(job.pieces) for job in scatter_jobs if piece_manifest(work_dir, job.first)
         )
+        if not resumed:
+            require_room("out", out, needed, exact=False)
         # Of a stream nothing but the rows can be told, and those only of one that is read alone.
         sizes_known = any(piece.num_bytes for piece in pieces)
         read, _ = run_missing(
@@ -231,6 +239,10 @@ def convert(
             # Known by now, also where the inputs could not tell.
             read_bytes = sum(sum(manifest["part_bytes"]) for manifest in read)
             writers = 1 if read_bytes < alone_bytes else usable_cores()
+        left = [n for n in range(num_parts) if part_manifest(work_dir, out, n) is None]
+        part_bytes = [sum(manifest["part_bytes"][n] for manifest in read) for n in left]
+        # Messages are in shards what they are in the copy, to the byte; of tokens it is a guess.
+        require_room("out", out, sum(part_bytes), exact=name is None)
         part_sizes = [manifest["part_sizes"] for manifest in read]
         written, resumed_parts = run_missing(
             gather,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -179,23 +179,27 @@ def cut(entry: Input) -> list[Piece]:
     return pieces
 
 
-def peek(entry: Input, pieces: Sequence[Piece]) -> list[Mapping[str, Any]]:
+def peek(entry: Input, pieces: Sequence[Piece]) -> Iterator[Mapping[str, Any]]:
     """The first records of an input that are of a known shape; none only if it has no rows.
+
+    Read as they are asked for: of thousands of small files, more would be all of them.
 
     Raises:
         CorpusError: If a file cannot be read, or none of the first records is of a known shape.
     """
-    rows: list[Any] = []
+    first, known = None, False
     if pieces:
         with closing(read(pieces[0], COLUMNS)) as reader:
-            rows = [row for row in islice(reader, _PEEKED_ROWS) if row is not None]
-    known = [row for row in rows if has_known_shape(row)]
-    if rows and not known:
+            for row in islice(reader, _PEEKED_ROWS):
+                first = row if first is None else first
+                if isinstance(row, Mapping) and has_known_shape(row):
+                    known = True
+                    yield row
+    if first is not None and not known:
         raise CorpusError(
-            f"records must have one of the known shapes, got {_describe(rows[0])} at the start of "
+            f"records must have one of the known shapes, got {_describe(first)} at the start of "
             f"{entry.name!r}; known shapes are {'; '.join(KNOWN_SHAPES)}."
         )
-    return known
 
 
 def _describe(row: Any) -> str:

@@ -126,10 +126,12 @@ def other_columns(piece: Piece, columns: Sequence[str]) -> list[str]:
 
     None of lines and of a stream, whose fields are all read.
     """
+    names: list[str] = []
+    if piece.kind not in ("parquet", "arrow", "rows"):
+        return names
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names: list[str] = []
     with explained(piece.path):
         if piece.kind == "parquet":
             names = pq.read_schema(piece.path).names

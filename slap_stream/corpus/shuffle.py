@@ -48,7 +48,7 @@ _WINDOW_BYTES = 16 << 20
 _BRIDGE_BYTES = 8 << 10
 # Records that lie together are read together, this much at a time.
 _SPAN_BYTES = 1 << 20
-_DRAWS_AT_ONCE = 4096
+_DRAWS_AT_ONCE = 256
 _PLACE = np.dtype([("file", np.int64), ("offset", np.int64), ("size", np.int64)])
 # A record on its way: its piece, its row in it, bytes of its own id and of its source; then these
 # two, and its messages.
