@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -219,6 +220,34 @@ def test_nothing_is_looked_at_where_no_share_was_found(monkeypatch: pytest.Monke
     monkeypatch.setattr(model, "_sides", None)
     pairs = model._tfidf.transform(samples)
     assert not model.mismatch(samples, pairs, feature_columns(samples, pairs)).any()
+
+
+def test_only_what_is_cut_is_hashed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One long sample had a whole batch hashed and compressed twice.
+    samples, _ = shuffle(pairs_of(SIZE), 0.2)
+    model, judged = learn(samples)
+    some = [n for n in range(SIZE) if n % 9 == 0]
+    mixed = [
+        replace(sample, target=sample.target.ljust(SIDE_CHARACTERS) + " more")
+        if n in some
+        else sample
+        for n, sample in enumerate(samples)
+    ]
+    pairs = model._tfidf.transform(mixed)
+    columns = feature_columns(mixed, pairs)
+    hashed: list[int] = []
+    transform = model._tfidf.transform
+    monkeypatch.setattr(
+        model._tfidf, "transform", lambda batch: (hashed.append(len(batch)), transform(batch))[1]
+    )
+    found = model.mismatch(mixed, pairs, columns)
+    assert hashed == [len(some)]
+    others = np.setdiff1d(np.arange(SIZE), some)
+    np.testing.assert_array_equal(found[others], judged[others])
+    alone = [mixed[n] for n in some]
+    pairs = transform(alone)
+    again = model.mismatch(alone, pairs, feature_columns(alone, pairs))
+    np.testing.assert_allclose(found[some], again, rtol=1e-4)
 
 
 def test_of_long_samples_the_end_of_the_prompt_and_the_beginning_of_the_target_count() -> None:
