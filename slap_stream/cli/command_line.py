@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from slap_stream.errors import ConfigError, SlapStreamError
+from slap_stream.core.files import local_path, path_to_write
+from slap_stream.errors import ConfigError, CorpusError, SlapStreamError
 
 WRONG_ARGUMENT, INTERRUPTED = 2, 130
 # What a process that was interrupted may take to put away what it made.
@@ -82,20 +82,21 @@ def device(text: str) -> str:
 
 def directory(text: str) -> Path:
     """The type of an argument that names a directory to read from."""
-    if not Path(text).is_dir():
+    if not _told(local_path, text).is_dir():
         raise argparse.ArgumentTypeError(f"must be a directory, got {text!r}")
     return Path(text)
 
 
 def to_write(text: str) -> Path:
     """The type of an argument that names a directory to write to, made when it is needed."""
-    path = Path(text)
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise argparse.ArgumentTypeError(
-            f"must be a directory, new or old, that may be written to, got {text!r}"
-        )
-    return path
+    return _told(path_to_write, text)
+
+
+def _told(check: Callable[[str, str], Path], text: str) -> Path:
+    try:
+        return check("", text)
+    except CorpusError as error:
+        raise argparse.ArgumentTypeError(str(error).strip()) from error
 
 
 def ended(program: str, run: Callable[[], int], *, interrupted: str = "interrupted") -> int:

@@ -9,7 +9,8 @@ background.py   a thread that does one thing after the other
 processes.py    jobs over worker processes that end with their parent
 checks.py       checks of arguments that several stages make
 work_dir.py     work that may be cut off, and goes on when it is called again
-files.py        files that are found whole or not at all
+files.py        files that are found whole or not at all, and where they may lie
+room.py         room on a disk, before it is used up and after
 state_bytes.py  a state as bytes, without pickle
 saved.py        a saved state, checked entry by entry
 """
@@ -44,7 +45,16 @@ EXPORTS = {
     "processes": ("run_jobs", "usable_cores"),
     "work_dir": ("LOCK_NAME", "PLAN_NAME", "claimed", "remove", "run_missing"),
     "checks": ("require_whole",),
-    "files": ("file_digest", "read_json", "write_json", "write_text"),
+    "files": (
+        "file_digest",
+        "local_path",
+        "path_to_write",
+        "read_json",
+        "sync_new",
+        "write_json",
+        "write_text",
+    ),
+    "room": ("require_room", "told_when_full"),
     "state_bytes": ("from_bytes", "to_bytes"),
     "saved": ("Saved",),
 }

@@ -1,12 +1,18 @@
-"""Files that are found whole or not at all, and what stands for their content."""
+"""Files that are found whole or not at all, what stands for their content, where they may lie."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
+
+from slap_stream.errors import CorpusError
+
+# A `Path` has made one slash of two. A single letter is a drive.
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/|$)")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -17,6 +23,18 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+
+
+def sync_new(path: Path, below: Path) -> None:
+    """Wait until a new file is on disk, and found in its folders up to (and with) `below`."""
+    for place in (path, *path.parents):
+        handle = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        if place == below:
+            break
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -36,3 +54,62 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     """SHA-256, in hex, of the bytes of a file (an index.json, which stands for its dataset)."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def local_path(
+    name: str, path: str | os.PathLike[str], cure: str = "copy it to a local disk first"
+) -> Path:
+    """A path on a local disk, there or not.
+
+    What names another place would otherwise be made as a folder `s3:`.
+
+    Args:
+        name: What the path is called in an error.
+        path: As it was given.
+        cure: What to do about a path that is not local.
+
+    Raises:
+        CorpusError: If it begins with a scheme, or no file can have that name.
+    """
+    text = os.fspath(path)
+    scheme = _SCHEME.match(text)
+    if scheme is not None:
+        if scheme[1].lower() == "file":
+            cure = "leave file:// out"
+        raise CorpusError(f"{name} must be a path on a local disk, got {text!r}; {cure}.")
+    try:
+        # Nothing need be there; but a name may be too long, or hold what no name can hold.
+        if not text:
+            raise ValueError("an empty name")
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CorpusError(f"{name} must be a path that can be, got {text!r} ({reason}).") from error
+    return Path(text)
+
+
+def path_to_write(name: str, path: str | os.PathLike[str]) -> Path:
+    """A directory that is there and may be written to, or may be made.
+
+    Args:
+        name: What the path is called in an error.
+        path: As it was given.
+
+    Raises:
+        CorpusError: If it is not local, or a file is in its way, or it may not be written to.
+    """
+    local = local_path(
+        name, path, "write to a local disk, and copy it there when it is whole, index.json last"
+    )
+    there = next(place for place in (local, *local.absolute().parents) if place.exists())
+    reason = None if there.is_dir() else "is a file"
+    if reason is None and not os.access(there, os.W_OK):
+        reason = "may not be written to"
+    if reason is not None:
+        raise CorpusError(
+            f"{name} must be a directory, new or old, that may be written to, got {str(path)!r}, "
+            f"where {str(there)!r} {reason}; choose another."
+        )
+    return local

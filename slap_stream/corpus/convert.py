@@ -13,15 +13,17 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from slap_stream import __version__
 from slap_stream.core.checks import require_whole
-from slap_stream.core.files import write_json
+from slap_stream.core.files import path_to_write, write_json
 from slap_stream.core.processes import usable_cores
+from slap_stream.core.room import require_room, told_when_full
 from slap_stream.core.work_dir import claimed, run_missing
-from slap_stream.corpus.inputs import Input, cut, find_inputs, peek
+from slap_stream.corpus.inputs import Input, cut, find_inputs, peek, read_together
 from slap_stream.corpus.loaded import loaded_kind
 from slap_stream.corpus.messages import RecordDropped
 from slap_stream.corpus.readers import Piece
@@ -43,7 +45,7 @@ from slap_stream.text.chat import encode
 
 CORPUS_NAME, WORK_NAME = "corpus.json", ".convert"
 
-_PLAN_VERSION = 2
+_PLAN_VERSION, _WORK_VERSION = 2, 2
 _SHARDS_PER_PART = 4
 _MAX_PARTS = 512
 # A small corpus is still cut into some parts, so that it can be written by several processes.
@@ -143,6 +145,7 @@ def convert(
         )
     if max_length is not None:
         max_length = require_whole("max_length", max_length, 2)
+    out = path_to_write("out", out)
     found = find_inputs(_several(inputs))
     pieces_of = [cut(entry) for entry in found]
     name = None if tokenizer is None else find_tokenizer(tokenizer)
@@ -161,7 +164,6 @@ def convert(
         "source_field": source_field,
         "num_parts": num_parts,
     }
-    out = Path(out)
     earlier = _finished(out, plan)
     if earlier is not None:
         return earlier
@@ -175,28 +177,41 @@ def convert(
     pieces = [piece for group in pieces_of for piece in group]
     work_dir = out / WORK_NAME
     _require_ours(out)
-    with claimed(work_dir, plan, result=out, name="out", overwrite=None):
+    # How the work is laid out says nothing about what comes of it: a finished corpus is the same.
+    work = plan | {"work_version": _WORK_VERSION}
+    # A copy of the text, and the shards.
+    needed = 2 * text_bytes
+    with (
+        claimed(work_dir, work, result=out, name="out", overwrite=None),
+        told_when_full("out", out, needed),
+    ):
         # Of processes that were killed.
         for unfinished in work_dir.glob("part-*.*/"):
             shutil.rmtree(unfinished)
         scatter_jobs = [
             ScatterJob(
-                piece=piece,
-                number=number,
+                pieces=tuple(pieces[first:last]),
+                first=first,
                 num_parts=num_parts,
                 seed=seed,
                 source_field=source_field,
+                tokenised=name is not None,
                 work_dir=work_dir,
             )
-            for number, piece in enumerate(pieces)
+            for first, last in pairwise(read_together(pieces))
         ]
+        resumed = sum(
+            len(job.pieces) for job in scatter_jobs if piece_manifest(work_dir, job.first)
+        )
+        if not resumed:
+            require_room("out", out, needed, exact=False)
         # Of a stream nothing but the rows can be told, and those only of one that is read alone.
         sizes_known = any(piece.num_bytes for piece in pieces)
-        read, resumed = run_missing(
+        read, _ = run_missing(
             scatter,
             scatter_jobs,
-            [piece.num_bytes for piece in pieces],
-            lambda job: piece_manifest(work_dir, job.number),
+            [job.num_bytes for job in scatter_jobs],
+            lambda job: piece_manifest(work_dir, job.first),
             num_workers=readers,
             bar_options=_bar_options("read", "B" if sizes_known else " rows", progress),
         )
@@ -208,6 +223,7 @@ def convert(
         gather_jobs = [
             GatherJob(
                 number=number,
+                scattered=tuple(job.first for job in scatter_jobs),
                 stems=tuple(piece.stem for piece in pieces),
                 first_rows=first_rows,
                 seed=seed,
@@ -221,8 +237,12 @@ def convert(
         ]
         if writers is None:
             # Known by now, also where the inputs could not tell.
-            read_bytes = sum(file.stat().st_size for file in work_dir.glob("piece-*.bin"))
+            read_bytes = sum(sum(manifest["part_bytes"]) for manifest in read)
             writers = 1 if read_bytes < alone_bytes else usable_cores()
+        left = [n for n in range(num_parts) if part_manifest(work_dir, out, n) is None]
+        part_bytes = [sum(manifest["part_bytes"][n] for manifest in read) for n in left]
+        # Messages are in shards what they are in the copy, to the byte; of tokens it is a guess.
+        require_room("out", out, sum(part_bytes), exact=name is None)
         part_sizes = [manifest["part_sizes"] for manifest in read]
         written, resumed_parts = run_missing(
             gather,
@@ -264,8 +284,6 @@ def _several(inputs: Any) -> list[Any]:
 
 
 def _require_ours(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise CorpusError(f"out must be a directory, got the file {str(out)!r}.")
     held = sorted(file.name for file in out.iterdir()) if out.is_dir() else []
     if held and WORK_NAME not in held:
         raise CorpusError(
@@ -347,7 +365,7 @@ def _first_rows(
     pieces_of: Sequence[Sequence[Piece]], manifests: Sequence[Mapping[str, Any]]
 ) -> tuple[int, ...]:
     """(num_pieces,) rows of its input before each piece."""
-    rows = iter([manifest["tally"]["rows"] for manifest in manifests])
+    rows = iter([n for manifest in manifests for n in manifest["rows"]])
     first_rows: list[int] = []
     for pieces in pieces_of:
         before = 0

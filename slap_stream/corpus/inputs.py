@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from slap_stream.core.files import local_path
 from slap_stream.corpus.loaded import (
     check_loaded,
     loaded_bounds,
@@ -27,8 +28,14 @@ from slap_stream.errors import CorpusError
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 64 << 20
+# Parts of a piece: pieces that are smaller are read by one job.
+_SMALLEST = 16
 _PEEKED_ROWS = 16
 _LOADED = Path("<loaded>")
+_NOT_LOCAL = (
+    "download it first, or load it with datasets.load_dataset and hand over the dataset "
+    "(streaming=True keeps none of it on disk)"
+)
 # Text per byte on disk: a guess, which only decides into how many parts a corpus is cut.
 _EXPANSION: dict[Kind, int] = {
     "lines": 1,
@@ -102,7 +109,7 @@ def find_inputs(inputs: Sequence[Any]) -> list[Input]:
     for entry in inputs:
         kind = loaded_kind(entry)
         if kind is None:
-            found += _expand(Path(entry))
+            found += _expand(local_path("inputs", entry, _NOT_LOCAL))
             continue
         check_loaded(entry)
         # As if it were a file, so that it has a name among the others.
@@ -153,9 +160,9 @@ def cut(entry: Input) -> list[Piece]:
                 bounds = [*range(0, size, PIECE_BYTES), size]
                 weights = [stop - start for start, stop in pairwise(bounds)]
             elif entry.kind == "parquet":
-                bounds, weights = _group(row_group_bytes(file))
+                bounds, weights = _group(row_group_bytes(file), PIECE_BYTES)
             elif entry.kind == "arrow":
-                bounds, weights = _group(batch_bytes(file))
+                bounds, weights = _group(batch_bytes(file), PIECE_BYTES)
             else:
                 bounds, weights = [0, size], [size]
         pieces += [
@@ -172,23 +179,27 @@ def cut(entry: Input) -> list[Piece]:
     return pieces
 
 
-def peek(entry: Input, pieces: Sequence[Piece]) -> list[Mapping[str, Any]]:
+def peek(entry: Input, pieces: Sequence[Piece]) -> Iterator[Mapping[str, Any]]:
     """The first records of an input that are of a known shape; none only if it has no rows.
+
+    Read as they are asked for: of thousands of small files, more would be all of them.
 
     Raises:
         CorpusError: If a file cannot be read, or none of the first records is of a known shape.
     """
-    rows: list[Any] = []
+    first, known = None, False
     if pieces:
         with closing(read(pieces[0], COLUMNS)) as reader:
-            rows = [row for row in islice(reader, _PEEKED_ROWS) if row is not None]
-    known = [row for row in rows if has_known_shape(row)]
-    if rows and not known:
+            for row in islice(reader, _PEEKED_ROWS):
+                first = row if first is None else first
+                if isinstance(row, Mapping) and has_known_shape(row):
+                    known = True
+                    yield row
+    if first is not None and not known:
         raise CorpusError(
-            f"records must have one of the known shapes, got {_describe(rows[0])} at the start of "
+            f"records must have one of the known shapes, got {_describe(first)} at the start of "
             f"{entry.name!r}; known shapes are {'; '.join(KNOWN_SHAPES)}."
         )
-    return known
 
 
 def _describe(row: Any) -> str:
@@ -273,12 +284,18 @@ def _unique_stems(paths: Sequence[Path]) -> list[str]:
             return stems
 
 
-def _group(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Bounds and bytes of runs of units that hold about `PIECE_BYTES` each."""
+def read_together(pieces: Sequence[Piece]) -> list[int]:
+    """(num_jobs + 1,) bounds of the runs of pieces that one job reads, which small ones share."""
+    bounds, _ = _group([piece.num_bytes for piece in pieces], PIECE_BYTES // _SMALLEST)
+    return bounds
+
+
+def _group(sizes: Sequence[int], limit: int) -> tuple[list[int], list[int]]:
+    """Bounds and bytes of runs of units that hold about so many bytes each."""
     bounds, weights, weight = [0], [], 0
     for number, size in enumerate(sizes, start=1):
         weight += size
-        if weight >= PIECE_BYTES or number == len(sizes):
+        if weight >= limit or number == len(sizes):
             bounds.append(number)
             weights.append(weight)
             weight = 0

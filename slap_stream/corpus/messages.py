@@ -79,9 +79,9 @@ class RecordDropped(Exception):
 
 def is_given(value: Any) -> bool:
     """Whether a field says something: tables fill what a row does not use, with None or NaN."""
-    if isinstance(value, float):
-        return not math.isnan(value)
-    return value is not None and not (isinstance(value, str | list | dict) and not value)
+    if isinstance(value, str | list | dict):
+        return bool(value)
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
 def read_turns(value: Any) -> list[Mapping[str, Any]]:

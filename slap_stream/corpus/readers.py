@@ -126,10 +126,12 @@ def other_columns(piece: Piece, columns: Sequence[str]) -> list[str]:
 
     None of lines and of a stream, whose fields are all read.
     """
+    names: list[str] = []
+    if piece.kind not in ("parquet", "arrow", "rows"):
+        return names
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names: list[str] = []
     with explained(piece.path):
         if piece.kind == "parquet":
             names = pq.read_schema(piece.path).names
@@ -152,19 +154,22 @@ def batch_bytes(path: Path) -> list[int]:
 
 def _line_rows(piece: Piece, report: Callable[[float], None]) -> Iterator[Row]:
     with open(piece.path, "rb") as raw, _decompressed(raw, piece.kind) as stream:
+        # Counted, and not asked for with every line; nothing but plain lines has a stop.
+        at = piece.start
         if piece.start:
             # The line that holds the byte before belongs to the piece before.
             raw.seek(piece.start - 1)
-            _skip_line(raw)
+            at += _skip_line(raw) - 1
         number = 0
-        while piece.kind != "lines" or raw.tell() < piece.stop:
+        while piece.kind != "lines" or at < piece.stop:
             line = stream.readline(MAX_RECORD_BYTES)
             if not line:
                 break
+            at += len(line)
             if number == 0 and piece.start == 0:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
-                _skip_line(stream)
+                at += _skip_line(stream)
                 yield DropReason.TOO_LARGE
             else:
                 yield _parse(line)
@@ -181,9 +186,14 @@ def _decompressed(raw: BinaryIO, kind: Kind) -> BinaryIO | gzip.GzipFile | io.Bu
     return raw
 
 
-def _skip_line(stream: BinaryIO | gzip.GzipFile | io.BufferedReader) -> None:
-    while (rest := stream.readline(1 << 20)) and not rest.endswith(b"\n"):
-        pass
+def _skip_line(stream: BinaryIO | gzip.GzipFile | io.BufferedReader) -> int:
+    """Bytes that were read to go to the start of the next line."""
+    skipped = 0
+    while rest := stream.readline(1 << 20):
+        skipped += len(rest)
+        if rest.endswith(b"\n"):
+            break
+    return skipped
 
 
 def _parse(line: bytes) -> Row:

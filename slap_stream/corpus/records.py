@@ -73,6 +73,9 @@ def parse_line(line: bytes) -> Any:
         RecordDropped: If the line is not JSON in UTF-8.
     """
     try:
+        # Of bytes, `json.loads` first finds out their encoding; nearly all lines begin like this.
+        if line.startswith((b'{"', b"{ ")):
+            return json.loads(line.decode("utf-8", "surrogatepass"))
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise RecordDropped(DropReason.UNREADABLE) from error
@@ -117,21 +120,21 @@ def normalise(fields: Any, *, source_field: str | None = "source") -> Record:
         elif tools:
             unused.add("tools of a document")
     _check_roles(messages)
-    unused |= {str(name) for name, value in fields.items() if is_given(value) and name not in used}
+    unused |= {str(name) for name, value in fields.items() if name not in used and is_given(value)}
     return Record(
         id=_label(fields.get("id")),
         source=None if source_field is None else _label(fields.get(source_field)),
         messages=messages,
-        unused=tuple(sorted(unused)),
+        unused=tuple(sorted(unused)) if unused else (),
     )
 
 
 def _shape(fields: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The fields that hold the conversation, prompt before answer; None if there are none."""
-    given = {name for name in COLUMNS if name in fields and fields[name] is not None}
     for name in _LISTS:
-        if name in given:
+        if fields.get(name) is not None:
             return (name,)
+    given = {name for name in COLUMNS if name in fields and fields[name] is not None}
     prompt = next((name for name in _PROMPTS if name in given), None)
     answer = next((name for name in _ANSWERS if name in given), None)
     if prompt is not None and answer is not None:
@@ -167,7 +170,7 @@ def _add_to_conversation(
     fields: Mapping[str, Any], shape: Sequence[str], messages: list[Message]
 ) -> set[str]:
     """Put in what stands beside a conversation and belongs to it; the names of these fields."""
-    if not any(is_given(fields.get(name)) for name in _BESIDE):
+    if not any(name in fields and is_given(fields[name]) for name in _BESIDE):
         return set()
     history = fields.get("history")
     if is_given(history):
@@ -230,10 +233,10 @@ def _some_names(fields: Mapping[str, Any]) -> str:
 
 
 def _label(value: Any) -> str | None:
+    if isinstance(value, str):
+        return value or None
     if not is_given(value):
         return None
-    if isinstance(value, str):
-        return value
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, int) and not isinstance(value, bool):

@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,11 +23,12 @@ from numpy.typing import NDArray
 
 from slap_stream.core.files import read_json, write_json
 from slap_stream.core.rng import Purpose, generator
-from slap_stream.corpus.messages import DropReason, RecordDropped
+from slap_stream.corpus.messages import DropReason, Message, RecordDropped
 from slap_stream.corpus.readers import Piece, other_columns, read
 from slap_stream.corpus.records import COLUMNS, normalise
 from slap_stream.corpus.tally import Tally
 from slap_stream.corpus.tokenising import tokenise
+from slap_stream.shards.writer import open_writer
 from slap_stream.types import IntArray
 
 RAW_COLUMNS = {"id": "str", "source": "str", "messages": "json"}
@@ -40,29 +44,47 @@ _REPORT_RECORDS = 64
 # a part that were read to be put in order.
 _RUN_BYTES = 32 << 20
 _WINDOW_BYTES = 16 << 20
-_DRAWS_AT_ONCE = 4096
-_PLACE = np.dtype([("piece", np.int64), ("offset", np.int64), ("size", np.int64)])
+# Bytes between two records that are read and thrown away: one more read costs about as much.
+_BRIDGE_BYTES = 8 << 10
+# Records that lie together are read together, this much at a time.
+_SPAN_BYTES = 1 << 20
+_DRAWS_AT_ONCE = 256
+_PLACE = np.dtype([("file", np.int64), ("offset", np.int64), ("size", np.int64)])
+# A record on its way: its piece, its row in it, bytes of its own id and of its source; then these
+# two, and its messages.
+_HEAD = struct.Struct("<IQII")
+_NO_ID = (1 << 32) - 1
+# Messages as shards hold them, so that they are encoded once; to be tokenised they need not be.
+_escaped = json.JSONEncoder().encode
+_plain = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScatterJob:
-    """Read one piece into records that know their part.
+    """Read some pieces into records that know their part.
 
     Attributes:
-        piece: What to read.
-        number: Of the piece among all.
+        pieces: What to read, one after the other.
+        first: Number of the first of them among all.
         num_parts: Parts that records are drawn to.
         seed: Of the draw.
         source_field: Field that names a record's source, or None.
+        tokenised: Whether the messages become tokens, and not what shards hold.
         work_dir: Where the results go.
     """
 
-    piece: Piece
-    number: int
+    pieces: tuple[Piece, ...]
+    first: int
     num_parts: int
     seed: int
     source_field: str | None
+    tokenised: bool
     work_dir: Path
+
+    @property
+    def num_bytes(self) -> int:
+        """On disk, about."""
+        return sum(piece.num_bytes for piece in self.pieces)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +93,7 @@ class GatherJob:
 
     Attributes:
         number: Of the part.
+        scattered: (num_jobs,) number of the first piece of each job that has read some.
         stems: (num_pieces,) name of the input of each piece.
         first_rows: (num_pieces,) rows of its input that come before each piece.
         seed: Of the order inside the part.
@@ -82,6 +105,7 @@ class GatherJob:
     """
 
     number: int
+    scattered: tuple[int, ...]
     stems: tuple[str, ...]
     first_rows: tuple[int, ...]
     seed: int
@@ -93,40 +117,21 @@ class GatherJob:
 
 
 def scatter(job: ScatterJob, advance: Callable[[int], None]) -> None:
-    """Write a piece's records to one file, in runs that are sorted by part.
+    """Write the records of some pieces to one file, in runs that are sorted by part.
 
     Leaves the records in `piece-N.bin`, where each of them ends in `piece-N.ends`, how many there
     are of each run and part in `piece-N.npy` and, when all that is on disk, the manifest
-    `piece-N.json`.
+    `piece-N.json`. N is the number of the first piece: small files would cost more to be synced to
+    disk one by one than to be read.
     """
-    tally = Tally()
-    columns = [*COLUMNS, *([job.source_field] if job.source_field else [])]
-    draws = generator(job.seed, Purpose.CORPUS_PARTS, job.number)
-    parts: IntArray = np.zeros(0, dtype=np.int64)
-    name = _piece_file(job.work_dir, job.number, "")
+    tally, rows, before = Tally(), [], 0
+    name = _piece_file(job.work_dir, job.first, "")
     with open(f"{name}.bin", "wb") as data, open(f"{name}.ends", "wb") as ends:
         runs = _Runs(data, ends, job.num_parts)
-        for row, fields in enumerate(read(job.piece, columns, advance)):
-            tally.rows += 1
-            # One draw per row, kept or not: no record's part hangs on what becomes of others.
-            if row % _DRAWS_AT_ONCE == 0:
-                parts = draws.integers(job.num_parts, size=_DRAWS_AT_ONCE)
-            if fields is None:
-                continue
-            try:
-                if isinstance(fields, DropReason):
-                    raise RecordDropped(fields)
-                record = normalise(fields, source_field=job.source_field)
-                source = job.piece.stem if record.source is None else record.source
-                text = _pack([job.number, row, record.id, source, record.messages])
-            except RecordDropped as dropped:
-                tally.drop(dropped.reason, job.number, row, dropped.detail)
-                continue
-            tally.pass_over(record.unused)
-            runs.add(int(parts[row % _DRAWS_AT_ONCE]), text)
-            tally.keep(source)
-        # Whole columns of tables are not even read.
-        tally.pass_over(other_columns(job.piece, columns), tally.counts.total())
+        for number, piece in enumerate(job.pieces, start=job.first):
+            report = partial(_advance_from, advance, before)
+            rows.append(_scatter_piece(job, piece, number, runs, tally, report))
+            before += piece.num_bytes
         counts = runs.finish()
         for file in (data, ends):
             file.flush()
@@ -134,8 +139,47 @@ def scatter(job: ScatterJob, advance: Callable[[int], None]) -> None:
     with open(f"{name}.npy", "wb") as index:
         np.save(index, counts)
         os.fsync(index.fileno())
-    manifest = {"part_sizes": counts.sum(axis=0).tolist(), "tally": tally.to_dict()}
+    sizes, records = runs.part_bytes.tolist(), counts.sum(axis=0).tolist()
+    manifest = {"part_sizes": records, "part_bytes": sizes, "rows": rows, "tally": tally.to_dict()}
     write_json(Path(f"{name}.json"), manifest)
+
+
+def _scatter_piece(
+    job: ScatterJob,
+    piece: Piece,
+    number: int,
+    runs: _Runs,
+    tally: Tally,
+    advance: Callable[[int], None],
+) -> int:
+    """Rows of the piece, whose records have been added to the runs."""
+    columns = [*COLUMNS, *([job.source_field] if job.source_field else [])]
+    draws = generator(job.seed, Purpose.CORPUS_PARTS, number)
+    parts: list[int] = []
+    row, kept = -1, tally.counts.total()
+    for row, fields in enumerate(read(piece, columns, advance)):
+        # One draw per row, kept or not: no record's part hangs on what becomes of others.
+        if row % _DRAWS_AT_ONCE == 0:
+            parts = draws.integers(job.num_parts, size=_DRAWS_AT_ONCE).tolist()
+        if fields is None:
+            continue
+        try:
+            if isinstance(fields, DropReason):
+                raise RecordDropped(fields)
+            record = normalise(fields, source_field=job.source_field)
+            source = piece.stem if record.source is None else record.source
+            packed = _pack(number, row, record.id, source, record.messages, job.tokenised)
+        except RecordDropped as dropped:
+            tally.drop(dropped.reason, number, row, dropped.detail)
+            continue
+        if record.unused:
+            tally.pass_over(record.unused)
+        runs.add(parts[row % _DRAWS_AT_ONCE], packed)
+        tally.keep(source)
+    tally.rows += row + 1
+    # Whole columns of tables are not even read.
+    tally.pass_over(other_columns(piece, columns), tally.counts.total() - kept)
+    return row + 1
 
 
 def gather(job: GatherJob, advance: Callable[[int], None]) -> None:
@@ -143,9 +187,6 @@ def gather(job: GatherJob, advance: Callable[[int], None]) -> None:
 
     Leaves the directory `part-N` in the corpus, unless nothing is kept, and then its manifest.
     """
-    # Not on top: it takes streaming seconds to load, which those who only read need not wait for.
-    from slap_stream.shards.writer import open_writer
-
     tally = Tally()
     name = part_name(job.number)
     places = _places_of_part(job)
@@ -155,18 +196,19 @@ def gather(job: GatherJob, advance: Callable[[int], None]) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     columns = RAW_COLUMNS if job.tokenizer is None else TOKEN_COLUMNS
     with open_writer(unfinished, columns, shard_bytes=job.shard_bytes) as writer:
-        for done, text in enumerate(_texts(job, places[order])):
+        for done, packed in enumerate(_texts(job, places[order])):
             if done % _REPORT_RECORDS == 0:
                 advance(done)
-            piece, row, own_id, source, messages = json.loads(text)
-            number = job.first_rows[piece] + row
-            sample_id = f"{job.stems[piece]}-{number}" if own_id is None else own_id
-            sample = {"id": sample_id, "source": source}
+            piece, row, own_id, source, messages = _unpack(packed)
+            if own_id is None:
+                own_id = f"{job.stems[piece]}-{job.first_rows[piece] + row}".encode()
+            sample: dict[str, Any] = {"id": own_id, "source": source}
             try:
                 if job.tokenizer is None:
                     sample["messages"] = messages
                 else:
-                    tokens, encoded = tokenise(job.tokenizer, messages, job.max_length)
+                    turns = json.loads(messages)
+                    tokens, encoded = tokenise(job.tokenizer, turns, job.max_length)
                     sample |= tokens
                     tally.truncated += encoded.truncated
                     tally.shared += encoded.shared
@@ -174,7 +216,7 @@ def gather(job: GatherJob, advance: Callable[[int], None]) -> None:
                 tally.drop(dropped.reason, piece, row, dropped.detail)
                 continue
             writer.write(sample)
-            tally.keep(source)
+            tally.keep(source.decode())
     files: dict[str, int] = {}
     if tally.counts:
         files = _settle(unfinished, job.out / name)
@@ -188,9 +230,9 @@ def part_name(number: int) -> str:
     return f"part-{number:05d}"
 
 
-def piece_manifest(work_dir: Path, number: int) -> dict[str, Any] | None:
-    """What `scatter` left of a piece; None if it has not ended."""
-    return read_json(_piece_file(work_dir, number, ".json"))
+def piece_manifest(work_dir: Path, first: int) -> dict[str, Any] | None:
+    """What `scatter` left of the pieces from this one on; None if it has not ended."""
+    return read_json(_piece_file(work_dir, first, ".json"))
 
 
 def part_manifest(work_dir: Path, out: Path, number: int) -> dict[str, Any] | None:
@@ -207,13 +249,16 @@ def part_manifest(work_dir: Path, out: Path, number: int) -> dict[str, Any] | No
 
 
 class _Runs:
-    """Records that wait for being written, sorted by part; state: those of the current run."""
+    """Records that wait for being written, sorted by part.
+
+    State: those of the current run, and the bytes of each part so far.
+    """
 
     def __init__(self, data: IO[bytes], ends: IO[bytes], num_parts: int) -> None:
         self._data = data
         self._ends = ends
         self._written = 0
-        self._num_parts = num_parts
+        self.part_bytes: IntArray = np.zeros(num_parts, dtype=np.int64)
         self._parts: list[int] = []
         self._texts: list[bytes] = []
         self._num_bytes = 0
@@ -229,36 +274,38 @@ class _Runs:
     def finish(self) -> IntArray:
         """Write what waits; (num_runs, num_parts) records of each run and part."""
         self._flush()
-        return np.array(self._counts, dtype=np.int64).reshape(-1, self._num_parts)
+        return np.array(self._counts, dtype=np.int64).reshape(-1, len(self.part_bytes))
 
     def _flush(self) -> None:
-        order = np.argsort(np.array(self._parts, dtype=np.int64), kind="stable")
-        texts = [self._texts[place] for place in order]
+        parts = np.array(self._parts, dtype=np.int64)
+        order = np.argsort(parts, kind="stable")
+        texts = [self._texts[place] for place in order.tolist()]
+        sizes = np.fromiter(map(len, texts), np.int64, len(texts))
         self._data.writelines(texts)
-        ends = self._written + np.cumsum([len(text) for text in texts], dtype=np.int64)
-        self._ends.write(ends.tobytes())
+        self._ends.write((self._written + np.cumsum(sizes)).tobytes())
         self._written += self._num_bytes
-        self._counts.append(np.bincount(self._parts, minlength=self._num_parts).astype(np.int64))
+        self._counts.append(np.bincount(parts, minlength=len(self.part_bytes)).astype(np.int64))
+        np.add.at(self.part_bytes, parts[order], sizes)
         self._parts, self._texts, self._num_bytes = [], [], 0
 
 
 def _places_of_part(job: GatherJob) -> NDArray[Any]:
     """(records of the part,) where they are, in the order of the pieces."""
     found = [np.zeros(0, dtype=_PLACE)]
-    for piece in range(len(job.stems)):
-        counts = np.load(_piece_file(job.work_dir, piece, ".npy"))
+    for file in job.scattered:
+        counts = np.load(_piece_file(job.work_dir, file, ".npy"))
         firsts = np.concatenate([[0], np.cumsum(counts.reshape(-1))])
-        with open(_piece_file(job.work_dir, piece, ".ends"), "rb") as file:
+        with open(_piece_file(job.work_dir, file, ".ends"), "rb") as ends:
             for run in range(len(counts)):
                 slot = run * counts.shape[1] + job.number
                 low, high = int(firsts[slot]), int(firsts[slot + 1])
                 # A record starts where the one before it ends, be that of another part.
-                file.seek(8 * max(low - 1, 0))
-                bounds = np.frombuffer(file.read(8 * (high - max(low - 1, 0))), dtype=np.int64)
+                ends.seek(8 * max(low - 1, 0))
+                bounds = np.frombuffer(ends.read(8 * (high - max(low - 1, 0))), dtype=np.int64)
                 if low == 0:
                     bounds = np.concatenate([[0], bounds])
                 places = np.zeros(high - low, dtype=_PLACE)
-                places["piece"] = piece
+                places["file"] = file
                 places["offset"] = bounds[: high - low]
                 places["size"] = np.diff(bounds)
                 found.append(places)
@@ -272,18 +319,33 @@ def _texts(job: GatherJob, places: NDArray[Any]) -> Iterator[bytes]:
     while start < len(places):
         limit = int(ends[start] - places["size"][start]) + _WINDOW_BYTES
         stop = max(start + 1, int(np.searchsorted(ends, limit, side="right")))
-        window = places[start:stop]
-        texts: list[bytes] = [b""] * len(window)
-        # By file and place: each file is opened once, and read forwards.
-        by_place = np.lexsort((window["offset"], window["piece"]))
-        for group in np.split(by_place, np.flatnonzero(np.diff(window["piece"][by_place])) + 1):
-            piece = int(window["piece"][group[0]])
-            with open(_piece_file(job.work_dir, piece, ".bin"), "rb", buffering=0) as data:
-                for n in group:
-                    size, offset = int(window["size"][n]), int(window["offset"][n])
-                    texts[n] = os.pread(data.fileno(), size, offset)
-        yield from texts
+        yield from _window(job.work_dir, places[start:stop])
         start = stop
+
+
+def _window(work_dir: Path, places: NDArray[Any]) -> list[bytes]:
+    """The records at these places, in this order; read file by file, and forwards."""
+    texts: list[bytes] = [b""] * len(places)
+    order = np.lexsort((places["offset"], places["file"]))
+    file, begin = places["file"][order], places["offset"][order]
+    end = begin + places["size"][order]
+    new_file = file[1:] != file[:-1]
+    far = begin[1:] - end[:-1] > _BRIDGE_BYTES
+    new_span = new_file | far | (begin[1:] // _SPAN_BYTES != begin[:-1] // _SPAN_BYTES)
+    files = [0, *(np.flatnonzero(new_file) + 1).tolist(), len(order)]
+    spans = [*(np.flatnonzero(new_span) + 1).tolist(), len(order)]
+    wanted, begins, ends = order.tolist(), begin.tolist(), end.tolist()
+    low = 0
+    for first, last in pairwise(files):
+        with open(_piece_file(work_dir, int(file[first]), ".bin"), "rb", buffering=0) as data:
+            while low < last:
+                high = spans.pop(0)
+                base = begins[low]
+                span = os.pread(data.fileno(), ends[high - 1] - base, base)
+                for n in range(low, high):
+                    texts[wanted[n]] = span[begins[n] - base : ends[n] - base]
+                low = high
+    return texts
 
 
 def _settle(unfinished: Path, directory: Path) -> dict[str, int]:
@@ -298,14 +360,40 @@ def _settle(unfinished: Path, directory: Path) -> dict[str, int]:
     return files
 
 
-def _pack(value: Any) -> bytes:
+def _pack(
+    piece: int,
+    row: int,
+    own_id: str | None,
+    source: str,
+    messages: list[Message],
+    tokenised: bool,
+) -> bytes:
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        told = (_plain if tokenised else _escaped)(messages)
+        # Escaped, half a character passes for one.
+        if not tokenised and "\\ud" in told:
+            _plain(messages).encode()
+        ids = b"" if own_id is None else own_id.encode()
+        sources = source.encode()
+        head = _HEAD.pack(piece, row, _NO_ID if own_id is None else len(ids), len(sources))
+        return b"".join((head, ids, sources, told.encode()))
     except UnicodeEncodeError as error:
         raise RecordDropped(DropReason.NOT_UNICODE) from error
     except TypeError as error:
         # Texts are texts by now; tools of a table may hold dates.
         raise RecordDropped(DropReason.BAD_TOOLS, str(error)) from error
+
+
+def _unpack(packed: bytes) -> tuple[int, int, bytes | None, bytes, bytes]:
+    """Piece, row, own id, source and messages of a record."""
+    piece, row, id_bytes, source_bytes = _HEAD.unpack_from(packed)
+    begin = _HEAD.size + (0 if id_bytes == _NO_ID else id_bytes)
+    own_id = None if id_bytes == _NO_ID else packed[_HEAD.size : begin]
+    return piece, row, own_id, packed[begin : begin + source_bytes], packed[begin + source_bytes :]
+
+
+def _advance_from(advance: Callable[[int], None], before: int, done: int) -> None:
+    advance(before + done)
 
 
 def _piece_file(work_dir: Path, number: int, end: str) -> Path:

@@ -71,8 +71,10 @@ class Tally:
         Raises:
             CorpusError: If there are more sources than a corpus can tell apart.
         """
+        if source not in self.counts:
+            self.counts[source] = 0
+            self._check_sources()
         self.counts[source] += 1
-        self._check_sources()
 
     def _check_sources(self) -> None:
         if len(self.counts) > MAX_SOURCES:

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from slap_stream.core.checks import require_whole
-from slap_stream.core.files import file_digest
+from slap_stream.core.files import file_digest, local_path, path_to_write
 from slap_stream.core.processes import run_jobs, usable_cores
 from slap_stream.embeddings.corpus_texts import CorpusTexts, source_names
 from slap_stream.embeddings.encoders import Encoder, open_encoder
@@ -129,7 +129,8 @@ def embed(
         CorpusError: If the corpus cannot be read as text, or something else is in the way.
     """
     began = time.perf_counter()
-    corpus = Path(corpus)
+    corpus = local_path("corpus", corpus)
+    path = corpus / STORE_NAME if out is None else path_to_write("out", out)
     num_samples = corpus_size(corpus)
     if num_samples < 1:
         raise CorpusError("the corpus must have at least one sample, got 0; nothing to embed.")
@@ -181,7 +182,6 @@ def embed(
         command=command or "",
         rows_per_chunk=rows_per_chunk,
     )
-    path = corpus / STORE_NAME if out is None else Path(out)
     writer = EmbeddingWriter(path, layout)
     embedded = 0
     if overwrite or not writer.is_finished():

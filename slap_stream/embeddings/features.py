@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
 
 from slap_stream.text.sample import TextSample
-from slap_stream.types import Float32Array
+from slap_stream.types import Float32Array, IntArray
 
 FEATURE_NAMES = (
     "log_length",
@@ -48,6 +49,29 @@ class HashedPairs:
     target: Any
     rarity: Float32Array
 
+    def stacked(self, below: HashedPairs) -> HashedPairs:
+        """These rows, and others below them."""
+        from scipy.sparse import vstack
+
+        return HashedPairs(
+            prompt=vstack([self.prompt, below.prompt], format="csr"),
+            target=vstack([self.target, below.target], format="csr"),
+            rarity=np.concatenate([self.rarity, below.rarity]),
+        )
+
+    def taken(self, at: IntArray) -> HashedPairs:
+        """The rows at these places."""
+        return HashedPairs(prompt=self.prompt[at], target=self.target[at], rarity=self.rarity[at])
+
+
+_find_tokens = re.compile(TOKEN_PATTERN).findall
+
+
+def words_and_pairs(text: str) -> list[str]:
+    """Tokens of a text, and pairs of neighbours: what scikit-learn's analyser finds, and sooner."""
+    tokens = _find_tokens(text.lower())
+    return [*tokens, *map(" ".join, pairwise(tokens))]
+
 
 class HashedTfidf:
     """Hashed word and word-pair counts, weighted by inverse document frequency.
@@ -61,8 +85,7 @@ class HashedTfidf:
 
         self._counter = HashingVectorizer(
             n_features=NUM_BUCKETS,
-            ngram_range=(1, 2),
-            token_pattern=TOKEN_PATTERN,
+            analyzer=words_and_pairs,
             alternate_sign=False,
             norm=None,
             dtype=np.float32,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from slap_stream.errors import CorpusError
 from slap_stream.types import MAX_SOURCES
@@ -61,6 +64,16 @@ class StoreLayout:
             "feature": ("float16", (len(self.feature_names),)),
             "source": ("int16", ()),
         }
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row on disk."""
+        absent = () if self.source_names else ("source",)
+        return sum(
+            np.dtype(dtype).itemsize * math.prod(tail)
+            for name, (dtype, tail) in self.columns().items()
+            if name not in absent
+        )
 
     def attributes(self) -> dict[str, Any]:
         """The group's attributes."""

@@ -184,20 +184,19 @@ class PairModel:
             pairs: Their hashed vectors.
             features: (n, len(FEATURE_NAMES)) as `feature_columns` gives them.
         """
-        if not self.fitted:
+        share = np.array([self.share_of.get(s.source or "", self.share or 0.0) for s in samples])
+        if not (self.fitted and share.any()):
             return np.zeros(len(samples), np.float32)
         # What was hashed and compressed whole serves where whole is what is looked at.
         cut = [cut_sides(sample) for sample in samples]
-        whole = all(left is right for left, right in zip(cut, samples, strict=True))
-        sides = self._sides(cut, pairs, features) if whole else self._sides(cut)
-        fold = text_digests(cut) % FOLDS
-        columns = self._columns(sides, fold)
-        odds = np.zeros(len(samples))
         with _one_thread():
+            sides = self._sides(cut, *_of_cut(self._tfidf, samples, cut, pairs, features))
+            fold = text_digests(cut) % FOLDS
+            columns = self._columns(sides, fold)
+            odds = np.zeros(len(samples))
             for f, classifier in enumerate(self._classifiers):
                 if (fold == f).any():
                     odds[fold == f] = classifier.decision_function(columns[fold == f])
-        share = np.array([self.share_of.get(s.source or "", self.share or 0.0) for s in samples])
         probability: Float32Array = np.minimum(1.0, share * np.exp(-odds)).astype(np.float32)
         return probability
 
@@ -251,6 +250,25 @@ class PairModel:
         )
         # All in one precision: told apart by rounding, shuffled pairs would never look like found.
         return np.stack([np.asarray(column, np.float32) for column in columns], axis=1)
+
+
+def _of_cut(
+    tfidf: HashedTfidf,
+    samples: Sequence[TextSample],
+    cut: Sequence[TextSample],
+    pairs: HashedPairs,
+    features: Float32Array,
+) -> tuple[HashedPairs, Float32Array]:
+    """Vectors and columns of n samples, anew for those only that were cut."""
+    other = [n for n, sample in enumerate(samples) if cut[n] is not sample]
+    if not other:
+        return pairs, features
+    fresh = [cut[n] for n in other]
+    hashed = tfidf.transform(fresh)
+    at = np.arange(len(samples))
+    at[other] = len(samples) + np.arange(len(other))
+    columns = np.concatenate([features, feature_columns(fresh, hashed)])[at]
+    return pairs.stacked(hashed).taken(at), columns
 
 
 def _one_thread() -> AbstractContextManager[object]:

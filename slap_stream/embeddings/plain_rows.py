@@ -20,6 +20,11 @@ from numpy.typing import NDArray
 from slap_stream.errors import AlignmentError
 
 
+def chunk_path(directory: Path, chunk: int, num_axes: int) -> Path:
+    """The file of a chunk of whole rows, as Zarr names it."""
+    return directory.joinpath("c", str(chunk), *["0"] * (num_axes - 1))
+
+
 class PlainRows:
     """An array of fixed-size rows, read by contiguous range; survives a fork, and any thread may.
 
@@ -58,7 +63,7 @@ class PlainRows:
         return out
 
     def _read(self, chunk: int, first: int, out: NDArray[Any]) -> None:
-        path = self._directory.joinpath("c", str(chunk), *["0"] * (len(self.shape) - 1))
+        path = chunk_path(self._directory, chunk, len(self.shape))
         try:
             with open(path, "rb") as file:
                 file.seek(first * self._row_bytes)

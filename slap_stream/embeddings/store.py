@@ -14,10 +14,11 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from slap_stream.core.files import write_json
+from slap_stream.core.files import sync_new, write_json
+from slap_stream.core.room import require_room, told_when_full
 from slap_stream.core.work_dir import LOCK_NAME, PLAN_NAME, claimed, remove
 from slap_stream.embeddings.layout import FORMAT, FORMAT_VERSION, StoreLayout
-from slap_stream.embeddings.plain_rows import PlainRows
+from slap_stream.embeddings.plain_rows import PlainRows, chunk_path
 from slap_stream.embeddings.rows import ArrayStore, StackedStore
 from slap_stream.errors import AlignmentError, CorpusError
 from slap_stream.types import Rows, RowStore
@@ -97,7 +98,12 @@ class EmbeddingWriter:
         ):
             if not self._growing.exists():
                 self._create()
-            yield self._missing()
+            blocks = self._missing()
+            # Zarr fills the last file up.
+            num_bytes = len(blocks) * self.layout.rows_per_chunk * self.layout.row_bytes
+            require_room("embeddings", self._path, num_bytes, exact=True)
+            with told_when_full("embeddings", self._partial, num_bytes):
+                yield blocks
             missing = self._missing()
             if missing:
                 raise CorpusError(
@@ -162,6 +168,8 @@ class EmbeddingWriter:
                 chunks=(layout.rows_per_chunk, *tail),
                 compressors=None,
             )
+        for described in unfinished.rglob("zarr.json"):
+            sync_new(described, unfinished)
         unfinished.rename(self._growing)
 
     def write(self, block: int, rows: Rows) -> None:
@@ -187,6 +195,9 @@ class EmbeddingWriter:
                 arrays[name][start:stop] = (
                     _half(name, values, start) if values.ndim == 2 else values
                 )
+                # Before the mark, which would outlive them when the power fails.
+                directory = self._growing / name
+                sync_new(chunk_path(directory, block, values.ndim), directory)
         write_json(self._mark(block), {"rows": [start, stop]})
 
 

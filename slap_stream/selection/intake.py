@@ -19,8 +19,8 @@ from slap_stream.types import BoolArray, Float32Array, IntArray, Rows, RowStore,
 logger = logging.getLogger(__name__)
 
 # The rows of a block that the next one may be read beside; two that are larger would hold too much
-# memory.
-AHEAD_BYTES = 48 << 20
+# memory. Those of a block of `MAX_BLOCK` rows, as slap-embed makes them by default, are not.
+AHEAD_BYTES = 56 << 20
 
 # A block, its unique sample ids, and their rows.
 _Opened = tuple[Block, IntArray, Rows]

@@ -16,6 +16,9 @@ import numpy as np
 from slap_stream.core.rng import Purpose, generator, uniforms
 from slap_stream.types import IntArray
 
+# Rows of embeddings that are in memory together: 50 MB of those that slap-embed makes.
+MAX_BLOCK = 65_536
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardTable:
@@ -107,6 +110,8 @@ class LaneOrder:
         num_lanes: Lanes of the run.
         shards_per_block: Shard visits in a block, at least.
         min_block: Candidates in a block, at least (but for the last).
+        max_block: Candidates in a block, about; of more, several blocks are made, each with a part
+            of each of the same shards. Never less than would make one smaller than `min_block`.
 
     Attributes:
         epoch: Epoch.
@@ -127,6 +132,7 @@ class LaneOrder:
         num_lanes: int,
         shards_per_block: int,
         min_block: int,
+        max_block: int = MAX_BLOCK,
     ) -> None:
         self._table = table
         self._seed = seed
@@ -151,7 +157,7 @@ class LaneOrder:
             for edge, position in ((mine[0], low), (mine[-1], high)):
                 self._share_turns(int(edge), position, shards, ends, bounds)
         self._lay_out_visits(mine, part_low, part_high)
-        self._cut_blocks(shards_per_block, min_block)
+        self._cut_blocks(shards_per_block, min_block, max_block)
 
     @property
     def num_blocks(self) -> int:
@@ -161,25 +167,29 @@ class LaneOrder:
     @property
     def visits_per_block(self) -> int:
         """Shard visits in the largest block."""
-        return int(np.diff(self._visit_start).max(initial=0))
+        return int(np.diff(self._group_start).max(initial=0))
 
     def shards_of_block(self, index: int) -> IntArray:
         """(num_shards_of_block,) shards that a block needs, ascending."""
-        visits = slice(self._visit_start[index], self._visit_start[index + 1])
+        group = int(self._block_group[index])
+        visits = slice(self._group_start[group], self._group_start[group + 1])
         shard_ids: IntArray = np.unique(self._visit_shard[visits])
         return shard_ids
 
     def block(self, index: int) -> Block:
-        """Make one block: O(its candidates) time and memory."""
+        """Make one block: O(its candidates) time and memory, O(shard) where shards are shared."""
         sample_id, occurrence = [], []
-        for visit in range(int(self._visit_start[index]), int(self._visit_start[index + 1])):
+        group = int(self._block_group[index])
+        part, parts = int(self._block_part[index]), int(self._parts[group])
+        for visit in range(int(self._group_start[group]), int(self._group_start[group + 1])):
             shard, number = int(self._visit_shard[visit]), int(self._visit_number[visit])
             low, high = int(self._visit_low[visit]), int(self._visit_high[visit])
-            offsets = np.arange(low, high)
+            first, last = (low + (high - low) * edge // parts for edge in (part, part + 1))
+            offsets = np.arange(first, last)
             if high - low < self._table.sizes[shard]:
-                offsets = self._permutation(shard)[low:high]
+                offsets = self._permutation(shard)[first:last]
             sample_id.append(offsets + self._table.first_id[shard])
-            occurrence.append(np.full(high - low, number, np.int64))
+            occurrence.append(np.full(last - first, number, np.int64))
         ids, copies = np.concatenate(sample_id), np.concatenate(occurrence)
         order = generator(self._seed, Purpose.BLOCK, self.epoch, self._lane, index).permutation(
             len(ids)
@@ -213,7 +223,7 @@ class LaneOrder:
         self._visit_number = number[order]
         self._visit_low, self._visit_high = start[order], stop[order]
 
-    def _cut_blocks(self, shards_per_block: int, min_block: int) -> None:
+    def _cut_blocks(self, shards_per_block: int, min_block: int, max_block: int) -> None:
         sizes = self._visit_high - self._visit_low
         starts, shards, candidates = [0], 0, 0
         for visit, size in enumerate(sizes.tolist()):
@@ -223,9 +233,27 @@ class LaneOrder:
                 shards, candidates = 0, 0
         if starts[-1] != len(sizes):
             starts.append(len(sizes))
-        self._visit_start = np.asarray(starts, np.int64)
+        # Groups of visits; a block is a part of each visit of a group, so that it sees as many
+        # shards as an undivided one would.
+        self._group_start = np.asarray(starts, np.int64)
         total = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-        self.block_start: IntArray = total[self._visit_start]
+        visits = np.diff(self._group_start)
+        # A part of a visit may be one candidate short: no block is smaller than `min_block`.
+        limit = np.maximum(max_block, 2 * (min_block + visits))
+        self._parts = -(-np.diff(total[self._group_start]) // limit)
+        self._block_group = np.repeat(np.arange(len(self._parts)), self._parts)
+        first = np.cumsum(self._parts) - self._parts
+        self._block_part = np.arange(len(self._block_group)) - first[self._block_group]
+        # One entry for each block and visit of its group.
+        visits = visits[self._block_group]
+        begin = np.cumsum(visits) - visits
+        block = np.repeat(np.arange(len(visits)), visits)
+        group, part = self._block_group[block], self._block_part[block]
+        size = sizes[self._group_start[group] + np.arange(len(block)) - begin[block]]
+        parts = self._parts[group]
+        taken = size * (part + 1) // parts - size * part // parts
+        sizes_of_blocks = np.add.reduceat(taken, begin) if len(begin) else taken
+        self.block_start: IntArray = np.concatenate([total[:1], np.cumsum(sizes_of_blocks)])
 
     def _share_turns(
         self, shard: int, position: int, shards: IntArray, ends: IntArray, bounds: IntArray

@@ -6,6 +6,7 @@ out  samples; shards fetched and verified before anybody asks for their samples
 view.py      `ShardView`: a dataset as samples by id, for torch's DataLoader
 read.py      samples by id, a shard at a time, through memory maps that stay open
 decode.py    samples from their bytes
+encodings.py values from their bytes and back, without loading streaming
 settings.py  what a dataset's settings ask for, or a refusal by name
 fetch.py     `ShardFetcher`: shards ahead of the sampler, in threads; withdraws damaged ones
 cache.py     one shard on local disk: fetched, verified, thrown away

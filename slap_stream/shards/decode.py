@@ -1,19 +1,16 @@
-"""Samples from their bytes: streaming's own codecs, looked up once instead of for every value."""
+"""Samples from their bytes: codecs looked up once instead of for every value."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
-from functools import partial
-from sys import byteorder
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slap_stream.errors import DamagedShardError
-
-Decode = Callable[[bytes], Any]
+from slap_stream.shards.encodings import Codec
 
 
 def sample_bounds(
@@ -51,14 +48,14 @@ class SampleDecoder:
     Args:
         names: (num_columns,) column names.
         sizes: (num_columns,) bytes of a value, None where each value has its own size.
-        codecs: (num_columns,) streaming's encodings.
+        codecs: (num_columns,) as `codec_of` finds them.
     """
 
     def __init__(
-        self, names: Sequence[str], sizes: Sequence[int | None], codecs: Sequence[Any]
+        self, names: Sequence[str], sizes: Sequence[int | None], codecs: Sequence[Codec]
     ) -> None:
         self._columns = [
-            (name, size or 0, _decode_of(codec))
+            (name, size or 0, codec.decode)
             for name, size, codec in zip(names, sizes, codecs, strict=True)
         ]
         # A sample begins with the sizes of those of its values that have one of their own.
@@ -76,33 +73,3 @@ class SampleDecoder:
                 begin = end
             decoded.append(values)
         return decoded
-
-
-def _decode_of(codec: Any) -> Decode:
-    """The codec's own function, or a quicker one that does the same."""
-    name = type(codec).__name__
-    if name == "NDArray" and codec.dtype:
-        return partial(_fixed_shape, codec) if codec.shape else partial(_vector, codec)
-    if name == "Str":
-        return bytes.decode
-    if name == "Int":
-        return _int64
-    decode: Decode = codec.decode
-    return decode
-
-
-def _int64(data: bytes) -> int:
-    return int.from_bytes(data, byteorder, signed=True)
-
-
-def _fixed_shape(codec: Any, data: bytes) -> NDArray[Any]:
-    return np.frombuffer(data, codec.dtype).reshape(codec.shape)
-
-
-def _vector(codec: Any, data: bytes) -> NDArray[Any]:
-    # The first byte says how many axes there are and, in its last two bits, how wide an axis is
-    # written. Values are copied, so that they are aligned whatever the header takes.
-    if data[0] >> 2 == 1:
-        return np.frombuffer(data[1 + (1 << (data[0] & 3)) :], codec.dtype)
-    values: NDArray[Any] = codec.decode(data)
-    return values

@@ -16,29 +16,33 @@ from typing import Any
 from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
-from streaming.base.compression import brotli, decompress, snappy, zstd
+from streaming.base.compression import (
+    brotli,
+    compress,
+    decompress,
+    get_compression_extension,
+    is_compression,
+    snappy,
+    zstd,
+)
 from streaming.base.dataset import _ShardState
-from streaming.base.format import MDSWriter, Reader, reader_from_json
+from streaming.base.format import Reader, reader_from_json
 from streaming.base.format.mds import MDSReader
 from streaming.base.format.mds.encodings import (
     _get_coder as coder_of,
 )
-from streaming.base.format.mds.encodings import (
-    get_mds_encodings,
-    is_mds_encoding,
-    is_mds_encoding_safe,
-)
+from streaming.base.format.mds.encodings import get_mds_encodings
 
 __all__ = [
     "MDSReader",
-    "MDSWriter",
     "Reader",
     "StreamingDataset",
     "coder_of",
+    "compress",
     "decompress",
+    "get_compression_extension",
     "get_mds_encodings",
-    "is_mds_encoding",
-    "is_mds_encoding_safe",
+    "is_compression",
     "reader_from_json",
 ]
 

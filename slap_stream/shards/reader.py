@@ -5,14 +5,24 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slap_stream.errors import CorpusError
-from slap_stream.shards.index import PathLike, read_index
-from slap_stream.shards.library import Reader, decompress, reader_from_json
+from slap_stream.core.files import local_path
+from slap_stream.errors import CorpusError, DamagedShardError
+from slap_stream.shards.decode import SampleDecoder, sample_bounds
+from slap_stream.shards.encodings import UNSAFE_ENCODINGS, codec_of
+from slap_stream.shards.index import PathLike, ShardInfo, read_index
+
+if TYPE_CHECKING:
+    from slap_stream.shards.library import Reader
+
+# Samples that are read and decoded together, and their bytes unless a sample is larger.
+_GROUP_SAMPLES = 512
+_GROUP_BYTES = 4 << 20
 
 
 def iter_corpus(
@@ -34,8 +44,9 @@ def iter_corpus(
     Raises:
         CorpusError: If the index is missing or unusable, the range is not inside the corpus, a
             shard is missing, or a column would have to be unpickled.
+        DamagedShardError: If a shard does not hold what its index says.
     """
-    directory = Path(corpus_dir)
+    directory = local_path("corpus", corpus_dir)
     index = read_index(directory)
     sizes = np.array([shard["samples"] for shard in index], np.int64)
     num_samples = int(sizes.sum())
@@ -46,46 +57,105 @@ def iter_corpus(
             f"{str(directory)!r}."
         )
     first_id = np.cumsum(sizes) - sizes
-    for shard_id in range(len(index)):
+    for shard_id, shard in enumerate(index):
         low = max(start - int(first_id[shard_id]), 0)
         high = min(stop - int(first_id[shard_id]), int(sizes[shard_id]))
         if low >= high:
             continue
-        try:
-            reader = reader_from_json(str(directory), None, index[shard_id])
-            reader.validate(allow_unsafe_types=False)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorpusError(
-                f"shard {shard_id} of {str(directory)!r} must be readable without unpickling, got "
-                f"an entry in index.json of which streaming says: {error}"
-            ) from error
         with ExitStack() as stack:
-            _unpack(directory, reader, stack)
-            for row in range(low, high):
-                yield reader[row]
-
-
-def _unpack(directory: Path, reader: Reader, stack: ExitStack) -> None:
-    """Point the reader at raw files: its own, or unpacked ones that live as long as the stack."""
-    raw = [directory / info.basename for info, _ in reader.file_pairs]
-    if all(path.is_file() for path in raw):
-        for path, (info, _) in zip(raw, reader.file_pairs, strict=True):
-            if path.stat().st_size != info.bytes:
+            try:
+                decoder = _decoder(shard)
+                foreign = None if decoder is not None else _foreign_reader(directory, shard)
+            except (KeyError, TypeError, ValueError) as error:
                 raise CorpusError(
-                    f"shard {path.name!r} must have the {info.bytes} bytes that index.json says, "
-                    f"got {path.stat().st_size}; fetch it or write the corpus again."
+                    f"shard {shard_id} of {str(directory)!r} must be readable without unpickling, "
+                    f"got an entry in index.json that is not: {error}"
+                ) from error
+            at = _unpacked(directory, shard, stack)
+            if decoder is not None:
+                yield from _samples(at / shard["raw_data"]["basename"], shard, decoder, low, high)
+            elif foreign is not None:
+                foreign.dirname, foreign.split = str(at), ""
+                yield from map(foreign.__getitem__, range(low, high))
+
+
+def _decoder(shard: ShardInfo) -> SampleDecoder | None:
+    """Decodes samples of an MDS shard; None for other formats."""
+    if shard["format"] != "mds":
+        return None
+    missing = {"basename", "bytes"} - set(shard["raw_data"])
+    if missing:
+        raise KeyError(*missing)
+    encodings = shard["column_encodings"]
+    unsafe = [encoding for encoding in encodings if encoding in UNSAFE_ENCODINGS]
+    if unsafe:
+        raise ValueError(f"columns encoded as {unsafe!r}")
+    codecs = list(map(codec_of, encodings))
+    return SampleDecoder(shard["column_names"], shard["column_sizes"], codecs)
+
+
+def _foreign_reader(directory: Path, shard: ShardInfo) -> Reader:
+    """Streaming's reader of a shard that is not MDS."""
+    from slap_stream.shards.library import reader_from_json
+
+    reader = reader_from_json(str(directory), None, shard)
+    reader.validate(allow_unsafe_types=False)
+    return reader
+
+
+def _samples(
+    path: Path, shard: ShardInfo, decoder: SampleDecoder, low: int, high: int
+) -> Iterator[dict[str, Any]]:
+    """Samples `low` to `high` of an MDS file, a group of them with one read."""
+    name, samples, size = path.name, int(shard["samples"]), int(shard["raw_data"]["bytes"])
+    with path.open("rb") as file:
+        header = np.frombuffer(file.read(4 * (samples + 2)), np.uint32)
+        bounds = sample_bounds(header, samples, size, f"shard {name!r}")
+        while low < high:
+            limit = int(bounds[low]) + _GROUP_BYTES
+            until = int(np.searchsorted(bounds, limit, side="right")) - 1
+            until = min(max(until, low + 1), low + _GROUP_SAMPLES, high)
+            ends = bounds[low : until + 1].tolist()
+            file.seek(ends[0])
+            data = file.read(ends[-1] - ends[0])
+            if len(data) < ends[-1] - ends[0]:
+                raise DamagedShardError(
+                    f"shard {name!r} must keep its size while it is read, got it cut short; "
+                    "something else wrote to it."
                 )
-        return
-    packed = [directory / info.basename for _, info in reader.file_pairs if info is not None]
-    if len(packed) != len(raw) or not all(path.is_file() for path in packed):
-        missing = next(path for path in raw if not path.is_file())
+            yield from decoder(
+                [data[begin - ends[0] : end - ends[0]] for begin, end in pairwise(ends)]
+            )
+            low = until
+
+
+def _unpacked(directory: Path, shard: ShardInfo, stack: ExitStack) -> Path:
+    """Where a shard's raw files are: in their place, or unpacked and there as long as the stack."""
+    raw = [shard[key] for key in ("raw_data", "raw_meta") if shard.get(key)]
+    if all((directory / file["basename"]).is_file() for file in raw):
+        for file in raw:
+            size = (directory / file["basename"]).stat().st_size
+            if size != file["bytes"]:
+                raise CorpusError(
+                    f"shard {file['basename']!r} must have the {file['bytes']} bytes that "
+                    f"index.json says, got {size}; fetch it or write the corpus again."
+                )
+        return directory
+    packed = [shard[key] for key in ("zip_data", "zip_meta") if shard.get(key)]
+    if len(packed) != len(raw) or not all(
+        (directory / file["basename"]).is_file() for file in packed
+    ):
+        missing = next(file for file in raw if not (directory / file["basename"]).is_file())
         raise CorpusError(
-            f"shards of {str(directory)!r} must be on local disk, got no {missing.name!r}; "
-            "download the corpus first, or write it again."
+            f"shards of {str(directory)!r} must be on local disk, got no "
+            f"{Path(missing['basename']).name!r}; download the corpus first, or write it again."
         )
+    from slap_stream.shards.library import decompress
+
     unpacked = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slap-shard-")))
-    for (info, _), path in zip(reader.file_pairs, packed, strict=True):
-        target = unpacked / info.basename
+    for file, zipped in zip(raw, packed, strict=True):
+        target = unpacked / file["basename"]
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(decompress(reader.compression, path.read_bytes()))
-    reader.dirname, reader.split = str(unpacked), ""
+        data = (directory / zipped["basename"]).read_bytes()
+        target.write_bytes(decompress(shard["compression"], data))
+    return unpacked

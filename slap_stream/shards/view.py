@@ -10,11 +10,11 @@ import numpy as np
 
 from slap_stream.shards.cache import ShardCache
 from slap_stream.shards.decode import SampleDecoder
+from slap_stream.shards.encodings import codec_of
 from slap_stream.shards.library import (
     MDSReader,
     Reader,
     StreamingDataset,
-    coder_of,
     without_process_state,
 )
 from slap_stream.shards.read import OpenShards, SampleGroups
@@ -123,7 +123,7 @@ def _decoders(shards: Sequence[Reader]) -> list[SampleDecoder | None]:
         columns = shard.column_names, shard.column_sizes, shard.column_encodings
         key = tuple(map(tuple, columns))
         if key not in made:
-            codecs = [coder_of(encoding) for encoding in shard.column_encodings]
+            codecs = list(map(codec_of, shard.column_encodings))
             made[key] = SampleDecoder(shard.column_names, shard.column_sizes, codecs)
         decoders.append(made[key])
     return decoders

@@ -156,3 +156,35 @@ def test_an_interrupted_process_puts_away_what_it_made(
         in_own_process("arm", "script", [str(made)])
     thread.join()
     assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("convert", "s3://bucket/in.jsonl out"),
+        ("convert", "in.jsonl s3://bucket/corpus"),
+        ("convert", "in.jsonl hf://datasets/a/b out"),
+        ("embed", "gs://bucket/corpus"),
+        ("embed", "corpus --out az://bucket/emb.zarr"),
+    ],
+)
+def test_a_place_that_cannot_be_served_is_refused_before_any_work(
+    tool: str,
+    arguments: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # They returned 0 and had made a folder `s3:`.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "corpus").mkdir()
+    main = import_module(f"slap_stream.cli.{tool}").main
+    try:
+        status = main(arguments.split())
+    except SystemExit as end:
+        status = end.code
+    assert status in (1, 2)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "must be a path on a local disk, got " in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "in.jsonl"]

@@ -75,7 +75,7 @@ def test_every_format_gives_the_records_in_order(tmp_path: Path, kind: str) -> N
     assert rows_of(path) == RECORDS
     (entry,) = find_inputs([path])
     assert entry.stem == "records"
-    assert peek(entry, cut(entry)) == RECORDS[:16]
+    assert list(peek(entry, cut(entry))) == RECORDS[:16]
     assert len(cut(entry)) > 1 or kind in ("gz", "zst")
 
 
@@ -209,10 +209,10 @@ def test_unknown_shape_lists_the_known_ones(tmp_path: Path) -> None:
     (entry,) = find_inputs([path])
     expected = r"fields \['question', 'solution'\] at the start of .*a\.jsonl.*ShareGPT.*Alpaca"
     with pytest.raises(CorpusError, match=expected):
-        peek(entry, cut(entry))
+        list(peek(entry, cut(entry)))
     path.write_text('[{"text": "hi"},\n{"text": "yo"},\n')
     with pytest.raises(CorpusError, match=r"got a line that is not JSON \(one record per line"):
-        peek(entry, cut(entry))
+        list(peek(entry, cut(entry)))
 
 
 def test_a_link_is_a_source_by_its_own_name(tmp_path: Path) -> None:
@@ -240,4 +240,4 @@ def test_empty_input_has_no_pieces(tmp_path: Path) -> None:
     path.write_bytes(b"")
     (entry,) = find_inputs([path])
     assert cut(entry) == []
-    assert peek(entry, []) == []
+    assert list(peek(entry, [])) == []

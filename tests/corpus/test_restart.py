@@ -24,13 +24,11 @@ from slap_stream import convert
 from slap_stream.corpus import convert as corpus
 from slap_stream.corpus import inputs, shuffle
 from slap_stream.errors import CorpusError
-from tests.helpers import plain_corpora
 from tests.helpers.plain_corpora import files_of, shards_of, write_pairs
 
 
 @pytest.fixture(autouse=True)
 def _many_pieces_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, plain_corpora.REPLACED, plain_corpora)
     # Small enough for tiny inputs to be cut. Decided in the parent, so workers agree.
     monkeypatch.setattr(inputs, "PIECE_BYTES", 2048)
     monkeypatch.setattr(corpus, "_SMALL_PART_BYTES", 2048)
@@ -135,14 +133,12 @@ def test_finished_call_made_again_returns_its_report(
 SLOWLY = """
 import time
 from slap_stream.corpus import convert as corpus, inputs, shuffle
-from tests.helpers import plain_corpora
 
 def slow(job, places, texts=shuffle._texts):
     for text in texts(job, places):
         time.sleep(0.01)
         yield text
 
-plain_corpora.stand_in()
 shuffle._texts = slow
 inputs.PIECE_BYTES = corpus._SMALL_PART_BYTES = 2048
 """

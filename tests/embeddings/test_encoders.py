@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.metrics import roc_auc_score
 from transformers import (
     BertConfig,
@@ -20,7 +21,14 @@ from transformers import (
 )
 
 from slap_stream.embeddings.encoders import HashingEncoder, HFEncoder, open_encoder
-from slap_stream.embeddings.features import FEATURE_NAMES, NUM_BUCKETS, HashedTfidf, feature_columns
+from slap_stream.embeddings.features import (
+    FEATURE_NAMES,
+    NUM_BUCKETS,
+    TOKEN_PATTERN,
+    HashedTfidf,
+    feature_columns,
+    words_and_pairs,
+)
 from slap_stream.embeddings.pretrained import pad, token_batches
 from slap_stream.embeddings.reference import ReferenceLoss
 from slap_stream.errors import ConfigError
@@ -339,3 +347,13 @@ def test_padding_is_zeros_on_the_right_that_the_mask_hides() -> None:
     ids, mask = pad([[5, 6, 7], [8]])
     assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@given(
+    st.lists(st.sampled_from(["a", "Bc", "É1", "คำ", "世界", "_x", "?", " ", "\n", "İ"])).map(
+        "".join
+    )
+)
+def test_words_and_pairs_are_those_of_scikit_learn(text: str) -> None:
+    own = HashingVectorizer(ngram_range=(1, 2), token_pattern=TOKEN_PATTERN).build_analyzer()
+    assert words_and_pairs(text) == own(text)

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import logging
 import pickle
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from slap_stream.embeddings.features import HashedTfidf, feature_columns
 from slap_stream.embeddings.pairing import (
@@ -184,6 +187,67 @@ def test_a_sample_is_judged_alike_in_any_company_and_after_a_journey() -> None:
     np.testing.assert_array_equal(
         again.mismatch(some, pairs, features), model.mismatch(some, pairs, features)
     )
+
+
+def test_judging_takes_one_thread_however_many_cores_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Each process of several has a core: BLAS's own threads would fight over them.
+    samples, _ = shuffle(pairs_of(SIZE), 0.2)
+    model, judged = learn(samples)
+    threads: list[int] = []
+    columns_of = model._columns
+
+    def watched(*args: Any) -> Any:
+        pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+        threads.extend(pool["num_threads"] for pool in pools)
+        return columns_of(*args)
+
+    monkeypatch.setattr(model, "_columns", watched)
+    pairs = model._tfidf.transform(samples)
+    with threadpool_limits(limits=2):
+        again = model.mismatch(samples, pairs, feature_columns(samples, pairs))
+    assert threads
+    assert set(threads) == {1}
+    np.testing.assert_array_equal(again, judged)
+
+
+def test_nothing_is_looked_at_where_no_share_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = pairs_of(SIZE, telling=False)
+    model, _ = learn(samples)
+    assert not model.share
+    assert not any(model.share_of.values())
+    monkeypatch.setattr(model, "_sides", None)
+    pairs = model._tfidf.transform(samples)
+    assert not model.mismatch(samples, pairs, feature_columns(samples, pairs)).any()
+
+
+def test_only_what_is_cut_is_hashed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One long sample had a whole batch hashed and compressed twice.
+    samples, _ = shuffle(pairs_of(SIZE), 0.2)
+    model, judged = learn(samples)
+    some = [n for n in range(SIZE) if n % 9 == 0]
+    mixed = [
+        replace(sample, target=sample.target.ljust(SIDE_CHARACTERS) + " more")
+        if n in some
+        else sample
+        for n, sample in enumerate(samples)
+    ]
+    pairs = model._tfidf.transform(mixed)
+    columns = feature_columns(mixed, pairs)
+    hashed: list[int] = []
+    transform = model._tfidf.transform
+    monkeypatch.setattr(
+        model._tfidf, "transform", lambda batch: (hashed.append(len(batch)), transform(batch))[1]
+    )
+    found = model.mismatch(mixed, pairs, columns)
+    assert hashed == [len(some)]
+    others = np.setdiff1d(np.arange(SIZE), some)
+    np.testing.assert_array_equal(found[others], judged[others])
+    alone = [mixed[n] for n in some]
+    pairs = transform(alone)
+    again = model.mismatch(alone, pairs, feature_columns(alone, pairs))
+    np.testing.assert_allclose(found[some], again, rtol=1e-4)
 
 
 def test_of_long_samples_the_end_of_the_prompt_and_the_beginning_of_the_target_count() -> None:

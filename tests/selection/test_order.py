@@ -24,6 +24,7 @@ def lanes_of(
     epoch: int = 0,
     shards_per_block: int = 2,
     min_block: int = 1,
+    max_block: int = 1 << 30,
 ) -> list[LaneOrder]:
     """Every lane's order."""
     return [
@@ -35,6 +36,7 @@ def lanes_of(
             num_lanes=num_lanes,
             shards_per_block=shards_per_block,
             min_block=min_block,
+            max_block=max_block,
         )
         for lane in range(num_lanes)
     ]
@@ -55,14 +57,20 @@ def table_of(sizes: Sequence[int], counts: Sequence[int] | None = None) -> Shard
 
 
 @settings(max_examples=150)
-@given(shards=shard_tables(), num_lanes=st.integers(1, 9), seed=seeds, epoch=st.integers(0, 3))
-@example(shards=([1], [9]), num_lanes=4, seed=0, epoch=0)
-@example(shards=([0, 3, 0], [0, 1, 0]), num_lanes=3, seed=0, epoch=0)
+@given(
+    shards=shard_tables(),
+    num_lanes=st.integers(1, 9),
+    seed=seeds,
+    epoch=st.integers(0, 3),
+    max_block=st.integers(1, 30) | st.just(1 << 30),
+)
+@example(shards=([1], [9]), num_lanes=4, seed=0, epoch=0, max_block=1 << 30)
+@example(shards=([0, 3, 0], [0, 1, 0]), num_lanes=3, seed=0, epoch=0, max_block=1 << 30)
 def test_lanes_offer_each_candidate_once(
-    shards: tuple[list[int], list[int]], num_lanes: int, seed: int, epoch: int
+    shards: tuple[list[int], list[int]], num_lanes: int, seed: int, epoch: int, max_block: int
 ) -> None:
     table = table_of(*shards)
-    orders = lanes_of(table, num_lanes, seed=seed, epoch=epoch)
+    orders = lanes_of(table, num_lanes, seed=seed, epoch=epoch, max_block=max_block)
     per_lane = [candidates_of(order) for order in orders]
 
     lengths = [len(candidates) for candidates in per_lane]
@@ -109,6 +117,54 @@ def test_turns_name_every_lane_that_shares_a_sample(
         for sample_id in order.turns:
             assert len(holders[sample_id]) > 1
             assert lane in holders[sample_id]
+
+
+@settings(max_examples=80)
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=8),
+    num_lanes=st.integers(1, 3),
+    shards_per_block=st.integers(1, 4),
+    min_block=st.integers(1, 20),
+    max_block=st.integers(1, 80),
+)
+def test_a_block_of_many_rows_is_dealt_into_several_of_the_same_shards(
+    sizes: list[int], num_lanes: int, shards_per_block: int, min_block: int, max_block: int
+) -> None:
+    # Its rows are in memory together: eight shards of short records were 2.7 GB.
+    table = table_of(sizes)
+    options = {"shards_per_block": shards_per_block, "min_block": min_block}
+    for whole, order in zip(
+        lanes_of(table, num_lanes, **options),
+        lanes_of(table, num_lanes, **options, max_block=max_block),
+        strict=True,
+    ):
+        limit = max(max_block, 2 * (min_block + order.visits_per_block))
+        announced = np.diff(order.block_start)
+        # Of each shard a block may have one row more than its share.
+        assert np.all(announced <= limit + order.visits_per_block)
+        assert np.all(announced[:-1] >= min_block)
+        assert order.visits_per_block == whole.visits_per_block
+        made = [order.block(index) for index in range(order.num_blocks)]
+        assert [len(block.sample_id) for block in made] == announced.tolist()
+        at = 0
+        for index in range(whole.num_blocks):
+            undivided = whole.block(index)
+            count, parts = len(undivided.sample_id), []
+            while sum(map(len, parts)) < count:
+                assert np.array_equal(order.shards_of_block(at), whole.shards_of_block(index))
+                parts.append(made[at].sample_id)
+                at += 1
+            assert sorted(np.concatenate(parts)) == sorted(undivided.sample_id)
+            assert len(parts) >= -(-count // limit)
+            if len(parts) == 1 and whole.num_blocks == order.num_blocks:
+                assert np.array_equal(parts[0], undivided.sample_id)
+
+
+def test_a_block_of_several_sees_a_part_of_each_shard() -> None:
+    [order] = lanes_of(table_of([40, 40]), 1, max_block=20)
+    for index in range(order.num_blocks):
+        ids = order.block(index).sample_id
+        assert [np.count_nonzero(ids < 40), np.count_nonzero(ids >= 40)] == [10, 10]
 
 
 @settings(max_examples=80)

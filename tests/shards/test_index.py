@@ -197,7 +197,7 @@ def test_pickled_columns_are_not_read(tmp_path: Path) -> None:
 def test_an_entry_that_streaming_cannot_read_is_refused(tmp_path: Path) -> None:
     shards = [{"version": 2, "format": "mds", "samples": 3}]
     (tmp_path / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
-    with pytest.raises(CorpusError, match=r"entry in index\.json of which streaming says"):
+    with pytest.raises(CorpusError, match=r"entry in index\.json that is not: 'raw_data'"):
         list(iter_corpus(tmp_path))
 
 
