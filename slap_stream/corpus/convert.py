@@ -175,7 +175,8 @@ def convert(
     pieces = [piece for group in pieces_of for piece in group]
     work_dir = out / WORK_NAME
     _require_ours(out)
-    with claimed(work_dir, plan, result=out, name="out", overwrite=None):
+    derived = ("num_parts",)
+    with claimed(work_dir, plan, result=out, name="out", overwrite=None, derived=derived):
         # Of processes that were killed.
         for unfinished in work_dir.glob("part-*.*/"):
             shutil.rmtree(unfinished)
