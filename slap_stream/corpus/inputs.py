@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -20,8 +20,15 @@ from slap_stream.corpus.loaded import (
     loaded_kind,
     travels,
 )
+from slap_stream.corpus.messages import DropReason, RecordDropped
 from slap_stream.corpus.readers import Kind, Piece, batch_bytes, explained, read, row_group_bytes
-from slap_stream.corpus.records import COLUMNS, KNOWN_SHAPES, has_known_shape
+from slap_stream.corpus.records import (
+    COLUMNS,
+    KNOWN_SHAPES,
+    has_known_shape,
+    normalise,
+    shape_by_names,
+)
 from slap_stream.errors import CorpusError
 
 logger = logging.getLogger(__name__)
@@ -173,22 +180,44 @@ def cut(entry: Input) -> list[Piece]:
 
 
 def peek(entry: Input, pieces: Sequence[Piece]) -> list[Mapping[str, Any]]:
-    """The first records of an input that are of a known shape; none only if it has no rows.
+    """The first records of an input that are of a known shape.
 
     Raises:
-        CorpusError: If a file cannot be read, or none of the first records is of a known shape.
+        CorpusError: If a file cannot be read, or none of the first records is of a known shape, nor
+            would be if its fields had values.
     """
     rows: list[Any] = []
     if pieces:
         with closing(read(pieces[0], COLUMNS)) as reader:
             rows = [row for row in islice(reader, _PEEKED_ROWS) if row is not None]
     known = [row for row in rows if has_known_shape(row)]
-    if rows and not known:
+    if rows and not any(map(shape_by_names, rows)):
         raise CorpusError(
             f"records must have one of the known shapes, got {_describe(rows[0])} at the start of "
             f"{entry.name!r}; known shapes are {'; '.join(KNOWN_SHAPES)}."
         )
     return known
+
+
+def read_records(path: str | Path) -> Iterator[dict[str, Any] | RecordDropped]:
+    """The records of files in their order, as messages; of one that cannot be used, why.
+
+    Raises:
+        CorpusError: If a file cannot be read, or is of no known format or shape.
+    """
+    for entry in find_inputs([path]):
+        pieces = cut(entry)
+        peek(entry, pieces)
+        for piece in pieces:
+            for fields in read(piece, COLUMNS):
+                if fields is None:
+                    continue
+                try:
+                    if isinstance(fields, DropReason):
+                        raise RecordDropped(fields)
+                    yield {"messages": normalise(fields, source_field=None).messages}
+                except RecordDropped as dropped:
+                    yield dropped
 
 
 def _describe(row: Any) -> str:
