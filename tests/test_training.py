@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slap_stream import LearnabilityProbe, SlapDataLoader, per_sample_loss
 from slap_stream.cli import convert, embed
+from slap_stream.errors import ConfigError
 from slap_stream.text.collate import ChatCollator
 from tests.laws import as_json, config_of
 
@@ -180,6 +181,15 @@ def test_a_probe_attached_after_loading_takes_its_part_of_the_state(folder: Path
     assert as_json(fresh.state_dict()) == as_json(state)
     probe = LearnabilityProbe(job.model, fresh, optimizer=job.optimizer)
     assert probe.state_dict()["step"] == 9
+
+
+def test_a_second_probe_is_refused_and_the_first_goes_on(folder: Path) -> None:
+    job = Job(folder)
+    with pytest.raises(ConfigError, match="loader must have one probe, got a second one; both"):
+        LearnabilityProbe(job.model, job.loader)
+    assert job.probe.state_dict()["step"] == 0
+    list(islice(job.steps(), 3))
+    assert job.loader.metrics()["probe_steps"] == 3
 
 
 def test_a_batch_holds_what_the_readme_says(folder: Path) -> None:

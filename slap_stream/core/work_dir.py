@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,13 @@ Manifest = dict[str, Any]
 
 @contextmanager
 def claimed(
-    work_dir: Path, plan: Mapping[str, Any], *, result: Path, name: str, overwrite: bool | None
+    work_dir: Path,
+    plan: Mapping[str, Any],
+    *,
+    result: Path,
+    name: str,
+    overwrite: bool | None,
+    derived: Collection[str] = (),
 ) -> Iterator[None]:
     """Hold a work directory until the block ends, for this process and its workers alone.
 
@@ -35,6 +41,7 @@ def claimed(
         name: Name of the argument that says so.
         overwrite: Whether what another plan left is thrown away; None if the caller has no such
             option.
+        derived: What in the plan follows from the rest, which errors name instead.
 
     Raises:
         CorpusError: If another process holds it, or another plan left it and is not to be
@@ -54,9 +61,10 @@ def claimed(
         changed = [] if saved is None else [key for key in plan if saved.get(key) != plan[key]]
         if changed and not overwrite:
             cure = "delete it" if overwrite is None else "pass overwrite to begin again"
+            told = [key for key in changed if key not in derived] or changed
             raise CorpusError(
                 f"{name} must be new, empty or left by the same call, got {str(result)!r}, left "
-                f"by one with other {', '.join(changed)}; make the same call, or {cure}."
+                f"by one with other {', '.join(told)}; make the same call, or {cure}."
             )
         if changed:
             # The plan goes first: a kill in between leaves nothing that would be gone on with.

@@ -19,7 +19,7 @@ from __future__ import annotations
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
     "convert": ("ConvertReport", "convert"),
-    "inputs": ("find_inputs",),
+    "inputs": ("find_inputs", "read_records"),
     "loaded": ("check_loaded", "loaded_kind"),
     "messages": ("DropReason", "RecordDropped", "is_given"),
     "records": ("KNOWN_SHAPES", "normalise"),
@@ -27,6 +27,7 @@ EXPORTS = {
         "find_tokenizer",
         "keep_tokenizer",
         "load_tokenizer",
+        "token_columns",
         "tokenizer_fingerprint",
     ),
 }

@@ -182,7 +182,14 @@ def convert(
     # A copy of the text, and the shards.
     needed = 2 * text_bytes
     with (
-        claimed(work_dir, work, result=out, name="out", overwrite=None),
+        claimed(
+            work_dir,
+            work,
+            result=out,
+            name="out",
+            overwrite=None,
+            derived=("num_parts", "work_version"),
+        ),
         told_when_full("out", out, needed),
     ):
         # Of processes that were killed.

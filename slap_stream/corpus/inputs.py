@@ -21,8 +21,15 @@ from slap_stream.corpus.loaded import (
     loaded_kind,
     travels,
 )
+from slap_stream.corpus.messages import DropReason, RecordDropped
 from slap_stream.corpus.readers import Kind, Piece, batch_bytes, explained, read, row_group_bytes
-from slap_stream.corpus.records import COLUMNS, KNOWN_SHAPES, has_known_shape
+from slap_stream.corpus.records import (
+    COLUMNS,
+    KNOWN_SHAPES,
+    has_known_shape,
+    normalise,
+    shape_by_names,
+)
 from slap_stream.errors import CorpusError
 
 logger = logging.getLogger(__name__)
@@ -185,21 +192,46 @@ def peek(entry: Input, pieces: Sequence[Piece]) -> Iterator[Mapping[str, Any]]:
     Read as they are asked for: of thousands of small files, more would be all of them.
 
     Raises:
-        CorpusError: If a file cannot be read, or none of the first records is of a known shape.
+        CorpusError: If a file cannot be read, or none of the first records is of a known shape, nor
+            would be if its fields had values.
     """
     first, known = None, False
     if pieces:
         with closing(read(pieces[0], COLUMNS)) as reader:
             for row in islice(reader, _PEEKED_ROWS):
+                if row is None:
+                    continue
                 first = row if first is None else first
+                known = known or shape_by_names(row) is not None
                 if isinstance(row, Mapping) and has_known_shape(row):
-                    known = True
                     yield row
     if first is not None and not known:
         raise CorpusError(
             f"records must have one of the known shapes, got {_describe(first)} at the start of "
             f"{entry.name!r}; known shapes are {'; '.join(KNOWN_SHAPES)}."
         )
+
+
+def read_records(path: str | Path) -> Iterator[dict[str, Any] | RecordDropped]:
+    """The records of files in their order, as messages; of one that cannot be used, why.
+
+    Raises:
+        CorpusError: If a file cannot be read, or is of no known format or shape.
+    """
+    for entry in find_inputs([path]):
+        pieces = cut(entry)
+        for _ in peek(entry, pieces):
+            break
+        for piece in pieces:
+            for fields in read(piece, COLUMNS):
+                if fields is None:
+                    continue
+                try:
+                    if isinstance(fields, DropReason):
+                        raise RecordDropped(fields)
+                    yield {"messages": normalise(fields, source_field=None).messages}
+                except RecordDropped as dropped:
+                    yield dropped
 
 
 def _describe(row: Any) -> str:

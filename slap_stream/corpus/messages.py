@@ -45,6 +45,7 @@ class DropReason(StrEnum):
     NOT_AN_OBJECT = "not an object of fields"
     TOO_LARGE = "larger than 64 MiB"
     UNKNOWN_SHAPE = "unknown shape"
+    NO_VALUE = "field without a value"
     MALFORMED = "malformed turn"
     UNKNOWN_ROLE = "unknown role"
     NOT_TEXT = "content that is not text"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ Row = Mapping[str, Any] | DropReason | None
 
 MAX_RECORD_BYTES = 64 << 20
 _REPORT_LINES = 256
+# An extension of Arrow's.
+_JSON = "arrow.json"
 # Tables become Python objects so many rows at a time.
 _SLICE_ROWS = 64
 # A chunk this small expands to at most 128 MiB, however well it was compressed.
@@ -208,8 +211,41 @@ def _parse(line: bytes) -> Row:
 
 def _table_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
     for batch in batches:
+        found = {field.name: _json_in(field) for field in batch.schema}
+        unfold = {name: function for name, function in found.items() if function is not None}
         for start in range(0, batch.num_rows, _SLICE_ROWS):
-            yield from batch.slice(start, _SLICE_ROWS).to_pylist()
+            rows = batch.slice(start, _SLICE_ROWS).to_pylist()
+            for row in rows:
+                for name, function in unfold.items():
+                    row[name] = function(row[name])
+            yield from rows
+
+
+def _json_in(field: pa.Field) -> Callable[[Any], Any] | None:
+    """What reads the JSON that the values of a column hold as text; None if they hold none.
+
+    `datasets` writes its feature `Json` so, wherever values of one field are of several kinds.
+    """
+    import pyarrow as pa
+
+    kind, metadata = field.type, field.metadata or {}
+    # Where pyarrow does not know the extension, the name alone is left.
+    name = getattr(kind, "extension_name", None) or metadata.get(b"ARROW:extension:name")
+    if name in (_JSON, _JSON.encode()):
+        return lambda value: None if value is None else json.loads(value)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = _json_in(kind.value_field)
+        if inner is None:
+            return None
+        return lambda value: None if value is None else [inner(entry) for entry in value]
+    if pa.types.is_struct(kind):
+        parts = {part.name: found for part in kind if (found := _json_in(part)) is not None}
+        if not parts:
+            return None
+        return lambda value: (
+            None if value is None else value | {name: parts[name](value[name]) for name in parts}
+        )
+    return None
 
 
 def _parquet_batches(

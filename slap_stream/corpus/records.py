@@ -86,6 +86,11 @@ def has_known_shape(fields: Any) -> bool:
     return isinstance(fields, Mapping) and _shape(fields) is not None
 
 
+def shape_by_names(fields: Any) -> tuple[str, ...] | None:
+    """The fields of the shape that a record would be of if all of its fields had values."""
+    return _shape(dict.fromkeys(fields, "")) if isinstance(fields, Mapping) else None
+
+
 def normalise(fields: Any, *, source_field: str | None = "source") -> Record:
     """Bring a record to messages.
 
@@ -105,7 +110,11 @@ def normalise(fields: Any, *, source_field: str | None = "source") -> Record:
         raise RecordDropped(DropReason.NOT_AN_OBJECT)
     shape = _shape(fields)
     if shape is None:
-        raise RecordDropped(DropReason.UNKNOWN_SHAPE, _some_names(fields))
+        named = shape_by_names(fields)
+        if named is None:
+            raise RecordDropped(DropReason.UNKNOWN_SHAPE, _some_names(fields))
+        empty = [name for name in named if fields[name] is None]
+        raise RecordDropped(DropReason.NO_VALUE, " and ".join(empty))
     unused: set[str] = set()
     used = {"id", source_field, *shape}
     if shape == ("text",):

@@ -132,6 +132,13 @@ def _telling(tokenizer: Any) -> list[Any]:
 def tokenise(
     name: str, messages: list[Message], max_length: int | None
 ) -> tuple[dict[str, Any], Encoded]:
+    """`token_columns` by the tokenizer of that path or name."""
+    return token_columns(load_tokenizer(name), messages, max_length)
+
+
+def token_columns(
+    tokenizer: Any, messages: list[Message], max_length: int | None
+) -> tuple[dict[str, Any], Encoded]:
     """Token columns of a sample, and what is to be told of them.
 
     Raises:
@@ -139,7 +146,7 @@ def tokenise(
             to learn from.
     """
     try:
-        encoded = encode(load_tokenizer(name), messages, max_length=max_length)
+        encoded = encode(tokenizer, messages, max_length=max_length)
     except TurnsError as error:
         raise RecordDropped(DropReason.TEMPLATE, error.short) from error
     # The first token is never predicted.

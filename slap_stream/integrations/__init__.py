@@ -3,6 +3,7 @@
 prepare.py            `prepare`: a Hugging Face dataset, or files, to a corpus with embeddings
 first_rank.py         work that one rank does while the others wait
 training_set.py       whatever a Trainer is given to train on, as a `StreamingDataset`
+evaluation_set.py     evaluation sets that are named by their path
 transformers.py       `SlapTrainer`: Hugging Face's Trainer
 trl.py                `SlapSFTTrainer`: TRL's SFTTrainer
 mixin.py              `SlapMixin`: what makes any Trainer choose its batches

@@ -18,6 +18,7 @@ from slap_stream.config import SlapConfig
 from slap_stream.core.state_bytes import from_bytes, to_bytes
 from slap_stream.errors import ConfigError, StateError
 from slap_stream.integrations.data_schedule import DataSchedule, planned_steps
+from slap_stream.integrations.evaluation_set import EvaluationSets, check_paths
 from slap_stream.integrations.trainer_callbacks import (
     METRICS_PREFIX,
     Companion,
@@ -30,12 +31,13 @@ from slap_stream.integrations.trainer_checks import (
     check_dataset,
     check_resumed,
     check_sharding,
+    check_steps,
     grouped_by_length,
     ungrouped,
 )
 from slap_stream.integrations.trainer_forward import TrainingForward
 from slap_stream.integrations.trainer_loader import ModelColumns, TrainerLoader
-from slap_stream.integrations.training_set import with_training_set
+from slap_stream.integrations.training_set import tokenizer_and_length, with_training_set
 from slap_stream.integrations.zero_state import ZeroOptimizer
 from slap_stream.loader.delivery import SAMPLE_ID
 from slap_stream.loader.loader import SlapDataLoader
@@ -87,9 +89,16 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         args = self.settings(given.get("args"), given.get("model"))
         check_arguments(args)
         self._slap_config = grouped_by_length(check_config(slap_config), args)
+        if given.get("train_dataset") is not None:
+            check_steps(args, self._slap_config)
+        check_paths(given.get("eval_dataset"))
         given, embeddings = self.with_training_set(given, embeddings, corpus, args)
         if given.get("train_dataset") is not None:
-            check_dataset(given["train_dataset"], embeddings, args)
+            check_dataset(given["train_dataset"], embeddings, args, self._slap_config)
+        tokenizer, max_length = tokenizer_and_length(given, args)
+        self._evaluation_sets = EvaluationSets(tokenizer, max_length, self.evaluated)
+        if "eval_dataset" in given:
+            given["eval_dataset"] = self._evaluation_sets.read(given["eval_dataset"])
         # The loader itself knows where to go on; batches skipped by the Trainer would be lost.
         args.ignore_data_skip = True
         if isinstance(given.get("data_collator"), ChatCollator):
@@ -127,6 +136,13 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
     ) -> tuple[dict[str, Any], Any]:
         """The arguments with a training set that can be streamed, and its embeddings."""
         return with_training_set(given, embeddings, corpus, args)
+
+    def evaluated(self, samples: list[Any]) -> Any:
+        """An evaluation set of samples that were read from a path.
+
+        Override it for a Trainer that wants it in another form.
+        """
+        return samples
 
     def construct(self, given: dict[str, Any]) -> None:
         """Make the Trainer that is mixed with, of what it is given by name; called once.
@@ -166,6 +182,15 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         # A fused loss is read by calling the head, in the precision of the training step.
         with self.accelerator.autocast():
             return self._forward.losses(outputs, labels, position_ids)
+
+    def evaluate(self, eval_dataset: Any = None, *rest: Any, **options: Any) -> dict[str, float]:
+        """As the Trainer's, which takes the name of one of its sets; and of a path."""
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if not (isinstance(eval_dataset, str) and eval_dataset in named):
+            check_paths(eval_dataset)
+            eval_dataset = self._evaluation_sets.read(eval_dataset)
+        metrics: dict[str, float] = super().evaluate(eval_dataset, *rest, **options)
+        return metrics
 
     def get_train_dataloader(self) -> SlapDataLoader:
         """A new loader over the training set, at the start of its first epoch."""

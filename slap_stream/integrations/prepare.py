@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -280,15 +281,8 @@ class _Work:
         return own if own.exists() else self.out / f"{name}{ending}.zarr"
 
     def _convert(self, corpus: Path) -> None:
-        others = sorted(path.name for path in self.out.glob("corpus-*/"))
-        if others and corpus.name not in others:
-            logger.warning(
-                "%s holds %d other corpora, of other data or settings; delete what you need no "
-                "more. This one goes to %s.",
-                self.out,
-                len(others),
-                corpus.name,
-            )
+        if not corpus.exists() and any(self.out.glob("corpus-*/")):
+            _warn_of_others(self.out.resolve())
         logger.info("making %s; later runs find it there", corpus)
         report = convert(
             self.dataset,
@@ -356,6 +350,17 @@ class _Work:
         major = version.partition(".")[0]
         name = f"tokenizer-{tokenizer_fingerprint(self.tokenizer)[:16]}-v{major}"
         return keep_tokenizer(self.tokenizer, self.out / name)
+
+
+@cache
+def _warn_of_others(out: Path) -> None:
+    """Say that a folder fills, once in this process."""
+    logger.warning(
+        "%s holds %d corpora of other data or settings, and gets one more; delete what you need no "
+        "more",
+        out,
+        len(list(out.glob("corpus-*/"))),
+    )
 
 
 @contextmanager

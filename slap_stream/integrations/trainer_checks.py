@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from slap_stream.config import SlapConfig
 from slap_stream.errors import ConfigError
 from slap_stream.integrations.trainer_loader import TrainerLoader
+from slap_stream.loader.checks import check_batches, check_run
 from slap_stream.selection.policies.registry import make_policy
 from slap_stream.shards.settings import dataset_shards
 
@@ -190,7 +191,20 @@ def ungrouped(args: TrainingArguments) -> Iterator[None]:
             setattr(args, name, value)
 
 
-def check_dataset(dataset: Any, embeddings: Any, args: TrainingArguments) -> None:
+def check_steps(args: TrainingArguments, config: SlapConfig) -> None:
+    """Refuse batches that cannot be composed, before anything is made of the training set."""
+    check_batches(
+        config,
+        args.train_batch_size,
+        world_size=args.world_size,
+        num_workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+
+
+def check_dataset(
+    dataset: Any, embeddings: Any, args: TrainingArguments, config: SlapConfig
+) -> None:
     """Refuse a training set that cannot be streamed, or that does not fit the arguments."""
     dataset_shards(dataset)
     if embeddings is None:
@@ -202,3 +216,4 @@ def check_dataset(dataset: Any, embeddings: Any, args: TrainingArguments) -> Non
             f"per_device_train_batch_size must be the dataset's batch_size, {dataset.batch_size}, "
             f"got {args.per_device_train_batch_size!r}; give both the same."
         )
+    check_run(dataset, embeddings, config, args.train_batch_size, world_size=args.world_size)

@@ -66,9 +66,7 @@ def with_training_set(
     dataset = given.get("train_dataset")
     if dataset is not None and corpus is not None:
         _check_corpus(dataset, embeddings, corpus)
-    tokenizer, max_length = _tokenizer(given, args), None
-    if tokenizer is not None:
-        max_length = _max_length(given, args, tokenizer)
+    tokenizer, max_length = tokenizer_and_length(given, args)
     if dataset is not None and not _streams(dataset):
         chosen = given.get("processing_class", given.get("tokenizer"))
         known = isinstance(chosen, PreTrainedTokenizerBase)
@@ -87,6 +85,14 @@ def with_training_set(
             pad_to_multiple_of=getattr(args, "pad_to_multiple_of", None),
         )
     return given, embeddings
+
+
+def tokenizer_and_length(
+    given: Mapping[str, Any], args: TrainingArguments
+) -> tuple[Any, int | None]:
+    """What makes token ids of the samples, and of how many at most; no tokenizer: nothing does."""
+    tokenizer = _tokenizer(given, args)
+    return tokenizer, None if tokenizer is None else _max_length(given, args, tokenizer)
 
 
 def _open(

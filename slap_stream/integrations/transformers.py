@@ -35,7 +35,8 @@ class SlapTrainer(SlapMixin):
         train_dataset: A `datasets.Dataset` or `IterableDataset` of chats or texts, a path to
             JSON lines, Parquet or MDS shards, or what `slap_stream.prepare` returned: converted and
             embedded once, and found again. Or a `StreamingDataset`.
-        eval_dataset: As for `Trainer`.
+        eval_dataset: As for `Trainer`; or a path, as of a training set, or what `prepare` returned,
+            which is read into memory. Also several by name.
         embeddings: Of a `StreamingDataset`, as for `SlapDataLoader`.
         corpus: Where other training sets are prepared; default `_slap_corpus` in the output_dir.
         slap_config: Settings; default `SlapConfig()`. `probe_fraction=0` switches the probe off.

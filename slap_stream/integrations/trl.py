@@ -13,11 +13,13 @@ from transformers import AutoProcessor, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from slap_stream.errors import ConfigError
+from slap_stream.integrations.evaluation_set import is_path
 from slap_stream.integrations.mixin import SlapMixin
 from slap_stream.integrations.prepare import is_shards
 from slap_stream.integrations.training_set import with_training_set
 from slap_stream.text.collate import ChatCollator
 from slap_stream.text.template import DEFAULT_CHAT_TEMPLATE
+from slap_stream.types import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         train_dataset: As for `SlapTrainer`: a `datasets.Dataset` or `IterableDataset`, a path, what
             `prepare` returned, or a `StreamingDataset`.
         corpus: As for `SlapTrainer`.
-        eval_dataset: As for `SFTTrainer`: no streaming set.
+        eval_dataset: As for `SFTTrainer`, or as for `SlapTrainer` a path; no streaming set.
         embeddings: The training set's, as for `SlapDataLoader`.
         slap_config: Settings; default `SlapConfig()`. `probe_fraction=0` switches the probe off.
         head: As for `LearnabilityProbe`.
@@ -104,6 +106,22 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         if given.get("processing_class") is None:
             given = {**given, "processing_class": _processor(given["model"], args)}
         return with_training_set(given, embeddings, corpus, args, collate=False)
+
+    def evaluated(self, samples: list[Any]) -> Dataset:
+        """With labels where there are token ids: the rest is ready for TRL, too."""
+        rows = []
+        for sample in samples:
+            row = dict(sample)
+            if {"input_ids", "supervised"} <= row.keys():
+                tokens = [int(token) for token in row["input_ids"]]
+                learnt = [bool(one) for one in row["supervised"]]
+                labels = [
+                    token if one else IGNORED_LABEL
+                    for token, one in zip(tokens, learnt, strict=True)
+                ]
+                row |= {"input_ids": tokens, "supervised": learnt, "labels": labels}
+            rows.append(row)
+        return Dataset.from_list(rows)
 
     def construct(self, given: dict[str, Any]) -> None:
         """Make the SFTTrainer, which looks at the first sample of its training set and prepares all
@@ -323,9 +341,9 @@ def check_turns(args: Any, *, chats: bool) -> None:
 def check_evaluation(dataset: Any) -> None:
     """Refuse evaluation sets that TRL does not read."""
     for one in dataset.values() if isinstance(dataset, Mapping) else [dataset]:
-        if not (one is None or isinstance(one, str | Dataset | IterableDataset)):
+        if not (one is None or is_path(one) or isinstance(one, Dataset | IterableDataset)):
             raise ConfigError(
-                "eval_dataset must be a datasets.Dataset or a dict of them, got "
+                "eval_dataset must be a datasets.Dataset, a path or a dict of them, got "
                 f"{type(one).__name__}; TRL reads no other: of a streaming set make one with "
                 "datasets.Dataset.from_list([dataset[i] for i in range(dataset.num_samples)])."
             )

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
+    "checks": ("check_batches", "check_run"),
     "delivery": ("SAMPLE_ID",),
     "loader": ("SlapDataLoader",),
 }

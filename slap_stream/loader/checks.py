@@ -11,9 +11,17 @@ import torch.distributed as dist
 from slap_stream.config import SlapConfig
 from slap_stream.core.checks import require_whole
 from slap_stream.embeddings.rows import StackedStore
+from slap_stream.embeddings.store import open_embeddings
 from slap_stream.errors import AlignmentError, ConfigError
 from slap_stream.selection.policies.registry import make_policy
-from slap_stream.shards.settings import launched_rank, launched_ranks, min_cache_bytes
+from slap_stream.selection.schedule import check_lanes, check_plan
+from slap_stream.shards.settings import (
+    dataset_shards,
+    index_digests,
+    launched_rank,
+    launched_ranks,
+    min_cache_bytes,
+)
 from slap_stream.types import IntArray, RowStore
 
 
@@ -83,6 +91,53 @@ def prefetch_within(num_workers: int, prefetch_factor: int | None, lookahead: in
             f"{prefetch_factor} * {num_workers}; raise SlapConfig(lookahead=...)."
         )
     return prefetch_factor
+
+
+def check_batches(
+    config: SlapConfig,
+    batch_size: int,
+    *,
+    world_size: int,
+    num_workers: int,
+    prefetch_factor: int | None,
+) -> None:
+    """Refuse batches that no data could be composed or read ahead in, before a loader is made.
+
+    Raises:
+        ConfigError: If lanes, ranks and batch do not fit together, or workers and lookahead.
+    """
+    prefetch_within(num_workers, prefetch_factor, config.lookahead)
+    num_lanes = world_size if config.num_lanes is None else config.num_lanes
+    check_lanes(num_lanes, batch_size=batch_size, world_size=world_size)
+
+
+def check_run(
+    dataset: Any, embeddings: Any, config: SlapConfig, batch_size: int, *, world_size: int
+) -> None:
+    """Refuse a dataset and embeddings that a loader would refuse, before one is made.
+
+    Args:
+        dataset: As for `SlapDataLoader`, as all that follows.
+        embeddings: Likewise.
+        config: Settings.
+        batch_size: Samples in a rank's batch.
+        world_size: Processes.
+
+    Raises:
+        ConfigError: If settings do not fit the dataset, which may be too small.
+        AlignmentError: If embeddings and dataset do not describe the same samples.
+    """
+    shards = dataset_shards(dataset)
+    store = open_embeddings(embeddings)
+    check_alignment(store, index_digests(dataset), shards.sizes, shards.stream_of_shard)
+    check_plan(
+        shards.sizes,
+        shards.counts,
+        store,
+        config,
+        batch_size=batch_size,
+        world_size=world_size // (dataset.replication or 1),
+    )
 
 
 def check_launched(dataset: Any) -> None:

@@ -15,6 +15,7 @@ from slap_stream.config import SlapConfig
 from slap_stream.core.background import BackgroundThread
 from slap_stream.core.rng import Purpose, generator
 from slap_stream.embeddings.store import open_embeddings
+from slap_stream.errors import ConfigError
 from slap_stream.loader.accelerated import Accelerated, never_divided
 from slap_stream.loader.checks import (
     batch_size_of,
@@ -313,6 +314,12 @@ class SlapDataLoader(DataLoader[Any]):
         )
 
     def _attach(self, probe: LearnabilityProbe) -> None:
+        if self._probe is not None:
+            raise ConfigError(
+                "loader must have one probe, got a second one; both would refresh it, and its "
+                "state holds one: step the first, or make a new loader, which goes on by "
+                "load_state_dict."
+            )
         if self._probe_state is not None:
             probe.load_state_dict(self._probe_state)
         self._probe, self._probe_state = probe, None
@@ -335,7 +342,10 @@ class SlapDataLoader(DataLoader[Any]):
         self._fetcher.hold(np.unique(np.concatenate(now)), np.concatenate(soon))
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers about the run, ready for TensorBoard or Weights & Biases."""
+        """Flat numbers about the run, ready for TensorBoard or Weights & Biases.
+
+        `epoch` is what `epochs_done` says, such as 1.25.
+        """
         return self._owner.call(self._metrics)
 
     def _metrics(self) -> dict[str, float]:
@@ -343,6 +353,7 @@ class SlapDataLoader(DataLoader[Any]):
         # What was composed ahead has not been trained on yet.
         ahead = len(self._pending.undelivered)
         metrics["undelivered"] = float(ahead)
+        metrics["epoch"] = self.epochs_done
         metrics["trained"] -= float(ahead * self._sampler.batch_size)
         metrics["step"] -= float(ahead)
         metrics |= self._padding.metrics()

@@ -33,6 +33,7 @@ from __future__ import annotations
 EXPORTS = {
     "policies.registry": ("make_policy",),
     "sampler": ("SlapSampler",),
+    "schedule": ("check_lanes", "check_plan"),
     "state": ("check_ranks_agree",),
     "shared": ("sum_in_order",),
 }

@@ -234,9 +234,9 @@ class Composer:
         return policy.loss_weights(self.view(slots))[np.searchsorted(slots, chosen)]
 
     def view(self, slots: IntArray) -> PoolView:
-        """What a policy sees of the candidates in (n,) slots, in their order."""
+        """What the policy in force sees of the candidates in (n,) slots, in their order."""
         pool = self._pool
-        return PoolView(
+        view = PoolView(
             sample_id=pool.columns.sample_id[slots],
             occurrence=pool.columns.occurrence[slots],
             stratum=pool.columns.stratum[slots],
@@ -263,6 +263,7 @@ class Composer:
                 self._progress.step,
             ),
         )
+        return view.restricted_to(self.policy.needs)
 
     def _compare_with_uniform(self, policy: Policy, slots: IntArray, positions: IntArray) -> None:
         """Learnability of a batch beside that of one drawn uniformly with the same quotas."""

@@ -12,6 +12,7 @@ from slap_stream.core.saved import Saved
 from slap_stream.errors import AlignmentError, ConfigError
 from slap_stream.selection.batch_kernels import fill_largest
 from slap_stream.selection.order import ShardTable
+from slap_stream.selection.policies.registry import make_policy
 from slap_stream.selection.state import Lookup
 from slap_stream.types import FloatArray, IntArray, RowStore, State
 
@@ -137,19 +138,8 @@ def plan_run(
         ConfigError: If lanes, ranks and batch do not fit together, or an epoch is too short.
         AlignmentError: If the store does not have one row per sample.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"batch_size must be a positive whole number, got {batch_size!r}.")
-    if num_lanes % world_size:
-        raise ConfigError(
-            f"num_lanes must be a multiple of the world size {world_size}, got {num_lanes}; each "
-            "rank hosts as many lanes as the others."
-        )
+    check_lanes(num_lanes, batch_size=batch_size, world_size=world_size)
     global_batch = batch_size * world_size
-    if global_batch % num_lanes:
-        raise ConfigError(
-            f"the global batch must be divisible by num_lanes, got {batch_size} * {world_size} "
-            f"samples and {num_lanes} lanes; each lane composes an equal part of it."
-        )
     if store.shape[0] != table.num_samples:
         raise AlignmentError(
             f"embeddings must have one row per sample, got {store.shape[0]} rows for "
@@ -179,6 +169,60 @@ def plan_run(
         parts=PARTS_PER_CANDIDATE * (table.num_candidates // num_lanes)
         if config.keep == "auto"
         else steps,
+    )
+
+
+def check_lanes(num_lanes: int, *, batch_size: int, world_size: int) -> None:
+    """Refuse lanes that do not fit batch and ranks, whatever the data.
+
+    Raises:
+        ConfigError: If they do not.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size must be a positive whole number, got {batch_size!r}.")
+    if num_lanes % world_size:
+        raise ConfigError(
+            f"num_lanes must be a multiple of the world size {world_size}, got {num_lanes}; each "
+            "rank hosts as many lanes as the others."
+        )
+    if batch_size * world_size % num_lanes:
+        raise ConfigError(
+            f"the global batch must be divisible by num_lanes, got {batch_size} * {world_size} "
+            f"samples and {num_lanes} lanes; each lane composes an equal part of it."
+        )
+
+
+def check_plan(
+    shard_sizes: IntArray,
+    shard_counts: IntArray,
+    store: RowStore,
+    config: SlapConfig,
+    *,
+    batch_size: int,
+    world_size: int,
+) -> None:
+    """Refuse, before a sampler is made, what it would refuse of a dataset.
+
+    Args:
+        shard_sizes: (num_shards,) as of `SlapSampler`.
+        shard_counts: (num_shards,) likewise.
+        store: The dataset's embeddings.
+        config: Settings.
+        batch_size: Samples of a rank's batch.
+        world_size: Ranks.
+
+    Raises:
+        ConfigError: As of `plan_run`, or if the policy lacks a column.
+        AlignmentError: As of `plan_run`.
+    """
+    make_policy(config, store.feature_names)
+    plan_run(
+        ShardTable.of(shard_sizes, shard_counts),
+        store,
+        config,
+        num_lanes=world_size if config.num_lanes is None else config.num_lanes,
+        batch_size=batch_size,
+        world_size=world_size,
     )
 
 

@@ -119,6 +119,18 @@ def test_every_stretch_sees_every_source(tmp_path: Path) -> None:
         assert set(sources[start : start + 100]) == {"a", "b", "c"}
 
 
+def test_rows_whose_fields_have_no_value_hide_none_of_those_that_have(tmp_path: Path) -> None:
+    empty = {"prompt": "a", "completion": None}
+    lines = [json.dumps(empty)] * 20 + [json.dumps(pair(0))]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    report = convert(tmp_path / "a.jsonl", tmp_path / "out")
+    assert report.num_samples == 1
+    assert report.dropped == {"field without a value: completion": 20}
+    (tmp_path / "b.jsonl").write_text("\n".join(lines[:20]))
+    with pytest.raises(CorpusError, match="left out were field without a value: completion: 20"):
+        convert(tmp_path / "b.jsonl", tmp_path / "none")
+
+
 def test_dropped_records_are_counted_by_reason_with_places(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     good = json.dumps(pair(0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,45 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def rows_of(path: Path) -> list[Any]:
     (entry,) = find_inputs([path])
     return [row for piece in cut(entry) for row in read(piece, COLUMNS)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+@pytest.mark.parametrize("known", [True, False])
+def test_values_that_datasets_keeps_as_json_arrive_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, known: bool
+) -> None:
+    parts = [{"type": "text", "text": "r"}]
+    records = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": parts}]},
+        {"messages": None},
+    ]
+    mixed = Dataset.from_list(records, on_mixed_types="use_json")
+    if kind == "parquet":
+        path = tmp_path / "mixed.parquet"
+        mixed.to_parquet(path)
+    else:
+        path = tmp_path / "mixed"
+        mixed.save_to_disk(path)
+    if not known:
+        # As to a pyarrow that has not the extension: a text, and its name beside it.
+        monkeypatch.setattr(
+            readers, "_table_rows", partial(_without_extensions, readers._table_rows)
+        )
+    assert rows_of(path) == list(mixed) == records
+
+
+def _without_extensions(read: Any, batches: Any) -> Any:
+    message = pa.struct(
+        [
+            pa.field("role", pa.string()),
+            pa.field("content", pa.string(), metadata={"ARROW:extension:name": "arrow.json"}),
+        ]
+    )
+    schema = pa.schema([pa.field("messages", pa.list_(message))])
+    for batch in batches:
+        texts = batch.to_pylist()
+        yield from read(iter([pa.RecordBatch.from_pylist(texts, schema=schema)]))
 
 
 def write(path: Path, kind: str) -> Path:

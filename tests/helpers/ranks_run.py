@@ -348,7 +348,7 @@ def training(run: Run) -> dict[str, Any]:
             found["again"] = [batch["sample_id"].tolist() for batch in islice(again, 4)]
             weight = model.lm_head.weight
             found["sharded"] = isinstance(weight, DTensor) and weight.to_local().shape[0]
-        probe = LearnabilityProbe(model, loader, optimizer=optimizer)
+        probe = LearnabilityProbe(model, run.loader(), optimizer=optimizer)
         found[f"{name} moment"] = probe._moment.factors()[0][:5].tolist()
         found[f"{name} probe"] = probe.metrics()
     return found

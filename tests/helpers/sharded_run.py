@@ -13,6 +13,8 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +24,29 @@ import torch.distributed as dist
 import transformers
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from streaming import StreamingDataset
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from slap_stream import LearnabilityProbe
-from slap_stream.errors import ConfigError
+from slap_stream.errors import ConfigError, HeadError
+from slap_stream.integrations.mixin import SlapMixin
 from slap_stream.integrations.transformers import SlapTrainer
+from slap_stream.probe.fused import FusedLosses
 from tests.helpers.forked import run_forked
 from tests.helpers.probe_host import Host, text_batch
 from tests.helpers.ranks_run import collate
-from tests.helpers.tiny_models import llama
+from tests.helpers.tiny_models import HIDDEN, llama, spread
 from tests.laws import config_of
+from tests.test_training import byte_tokenizer
 
 PROCESSES, BATCH = 2, 8
 BEFORE_5 = transformers.__version__.startswith("4.")
 
 
-class Recording(SlapTrainer):
+class Notes(SlapMixin):
     """Writes down what each batch was, and what came of it."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -55,6 +61,10 @@ class Recording(SlapTrainer):
         return loss
 
 
+class Recording(Notes, SlapTrainer):
+    """Of the stock Trainer."""
+
+
 class Run:
     """One process of the job, and the trainings that it makes."""
 
@@ -63,12 +73,22 @@ class Run:
         self.dataset = StreamingDataset(local=str(corpus), batch_size=BATCH)
         self.vectors = np.random.default_rng(0).normal(size=(400, 8)).astype(np.float16)
 
-    def trainer(self, *, keep: Any = 0.7, shard: Any = None, **settings: Any) -> Recording:
+    def trainer(
+        self,
+        *,
+        keep: Any = 0.7,
+        shard: Any = None,
+        trl: bool = False,
+        model: Any = None,
+        **settings: Any,
+    ) -> Notes:
         """A trainer as users make it.
 
         Args:
             keep: Of the candidates.
             shard: What `fsdp_config` is to hold besides what it takes to shard at all; None: DDP.
+            trl: Whether it is TRL's.
+            model: Makes one; None: a Llama.
             **settings: More of `TrainingArguments`.
         """
         # Each training of a job of its own: what the one before has put there would stay.
@@ -87,7 +107,15 @@ class Run:
             "remove_unused_columns": False,
             **settings,
         }
-        args = TrainingArguments(**settings, **({} if shard is None else sharded(**shard)))
+        settings |= {} if shard is None else sharded(**shard)
+        held_out: Any = [self.dataset[i] for i in range(4)]
+        made, args, also = Recording, None, {}
+        if trl:
+            made, args, also = supervised(settings)
+            # Ids say to TRL that there is nothing left to prepare.
+            rows = [{"number": sample["number"], "input_ids": [0]} for sample in held_out]
+            held_out = Dataset.from_list(rows)
+        args = args or TrainingArguments(**settings)
         if shard is not None:
             as_on_accelerators(distributed_type=DistributedType.MULTI_XPU)
         elif "deepspeed" in settings:
@@ -95,17 +123,30 @@ class Run:
             as_on_accelerators(num_processes=size, process_index=rank, local_process_index=rank)
         torch.manual_seed(0)
         config = config_of(keep=keep, num_lanes=4, lookahead=4)
-        held_out = [self.dataset[i] for i in range(4)]
-        return Recording(
+        return made(
             # In transformers 4 a cache would grow while a checkpointed layer is called again.
-            llama(use_cache=False),
+            llama(use_cache=False) if model is None else model(),
             args,
             collate,
             self.dataset,
             held_out,
             embeddings=self.vectors,
             slap_config=config,
+            **also,
         )
+
+
+def supervised(settings: dict[str, Any]) -> tuple[type[Notes], Any, dict[str, Any]]:
+    """TRL's trainer, its settings, and what else it is to be given."""
+    from trl import SFTConfig
+
+    from slap_stream.integrations.trl import SlapSFTTrainer
+
+    class RecordingSFT(Notes, SlapSFTTrainer):
+        """Of TRL's."""
+
+    usual = {"bf16": False, "gradient_checkpointing": False}
+    return RecordingSFT, SFTConfig(**usual | settings), {"processing_class": byte_tokenizer()}
 
 
 def sharded(**config: Any) -> dict[str, Any]:
@@ -133,7 +174,7 @@ def as_on_accelerators(**state: Any) -> None:
     PartialState._shared_state |= state
 
 
-def told(trainer: Recording) -> dict[str, Any]:
+def told(trainer: Notes) -> dict[str, Any]:
     """What a training was."""
     assert trainer.loader is not None
     assert trainer.probe is not None
@@ -162,7 +203,7 @@ def error_of(call: Callable[[], Any]) -> str:
     """What is said against it."""
     try:
         call()
-    except ConfigError as error:
+    except (ConfigError, HeadError) as error:
         return str(error)
     return ""
 
@@ -199,6 +240,11 @@ def fsdp(run: Run) -> dict[str, Any]:
         rich.pop("reshard_after_forward")  # the name of a strategy of FSDP1 there
     found |= resumed(run, "sharded", 8, shard=rich, bf16=True, max_steps=10)
     found["head alone"] = head_alone()
+    without_logits = run.trainer(shard={}, model=fused, **settings)
+    without_logits.train()
+    found["fused"] = told(without_logits)
+    if find_spec("trl") is not None:
+        found |= with_trl(run, {"trl": {"shard": {}}})
     found["errors"] = {
         "not sharded": error_of(lambda: run.trainer(**sharded())),
         "version": error_of(lambda: run.trainer(shard={"version": 1, "sync_module_states": False})),
@@ -206,6 +252,43 @@ def fsdp(run: Run) -> dict[str, Any]:
         "compiled": error_of(lambda: run.trainer(shard={}, torch_compile=True)),
     }
     return found
+
+
+def with_trl(run: Run, kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """TRL's trainer with DDP and, by name, with models that are sharded otherwise; resumed."""
+    settings: dict[str, Any] = {
+        "trl": True,
+        "gradient_accumulation_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+    }
+    ddp = run.trainer(**settings)
+    ddp.train()
+    found = {"trl ddp": told(ddp)}
+    for name, kind in kinds.items():
+        found |= resumed(run, name, 4, **kind, **settings)
+    return found
+
+
+def fused() -> Any:
+    """A model whose training loss keeps no logits and does not call the head, as Liger's."""
+
+    # By the name a Trainer knows that the first label is not counted.
+    class LlamaForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]  # not typed
+        def forward(
+            self, input_ids: Any, attention_mask: Any, labels: Any = None, **others: Any
+        ) -> Any:
+            if not self.training:
+                return super().forward(input_ids, attention_mask, labels=labels, **others)
+            hidden = self.model(input_ids, attention_mask).last_hidden_state
+            logits = hidden @ self.lm_head.weight.T
+            vocabulary = self.config.vocab_size
+            return {"loss": self.loss_function(logits, labels, vocabulary, **others)}
+
+    config = llama(use_cache=False).config
+    # The weights of the Llama that all other trainings begin with.
+    torch.manual_seed(0)
+    return spread(LlamaForCausalLM(config))
 
 
 def head_alone() -> dict[str, Any]:
@@ -221,6 +304,8 @@ def head_alone() -> dict[str, Any]:
         probe = LearnabilityProbe(model, Host())
         found[kind] = probe.mean_sketch([text_batch(range(6))]).tolist()
         found[f"{kind} resting"] = resting(model)
+        hidden, labels = torch.zeros(1, 3, HIDDEN), torch.zeros(1, 3, dtype=torch.int64)
+        found[f"{kind} fused"] = error_of(partial(FusedLosses(model).of, hidden, labels))
     return found
 
 
@@ -241,6 +326,8 @@ def deepspeed(run: Run) -> dict[str, Any]:
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
         asked = {**common, "zero_optimization": zero}
         found |= resumed(run, f"zero {stage}", 4, deepspeed=asked, **settings)
+        if stage > 1 and find_spec("trl") is not None:
+            found |= with_trl(run, {f"trl zero {stage}": {"deepspeed": asked}})
     asked["optimizer"] = {"type": "AdamW", "params": {**adam, "torch_adam": True}}
     found |= resumed(run, "auto", 8, deepspeed=asked, keep="auto")
     asked["scheduler"] = {"type": "WarmupLR", "params": {}}
@@ -258,6 +345,8 @@ def main(rank: int, port: int, corpus: Path, out: Path, scenario: str) -> None:
         "LOCAL_WORLD_SIZE": str(PROCESSES),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # TRL reports what it runs, but not from CI.
+        "CI": "1",
     }
     dist.init_process_group(
         "gloo", init_method=f"file://{out}/store", rank=rank, world_size=PROCESSES

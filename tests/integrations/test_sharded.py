@@ -80,6 +80,16 @@ def test_with_fsdp_a_training_is_the_one_with_ddp(fsdp: Results) -> None:
         check_alike(result["full"], result["ddp"])
 
 
+def test_with_fsdp_trls_training_is_the_one_with_ddp_and_resumed_exactly(fsdp: Results) -> None:
+    if find_spec("trl") is None:
+        pytest.skip("trl is an extra")
+    for result in fsdp:
+        assert result["trl"]["wrapped"] == "FSDPLlamaForCausalLM"
+        check_alike(result["trl"], result["trl ddp"])
+        check_resumed(result, "trl")
+        assert result["trl"]["resting"] == []
+
+
 @pytest.mark.parametrize("name", ["full", "sharded"])
 def test_with_fsdp_a_resumed_training_equals_the_unbroken_one(fsdp: Results, name: str) -> None:
     for result in fsdp:
@@ -98,6 +108,16 @@ def test_a_head_that_is_sharded_again_at_once_is_read_like_a_whole_one(fsdp: Res
     for result in fsdp:
         found = result["head alone"]
         np.testing.assert_allclose(found["sharded"], found["whole"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_fused_loss_is_fed_back_where_the_head_is_gathered_and_refused_where_it_is_not(
+    fsdp: Results,
+) -> None:
+    for result in fsdp:
+        check_alike(result["fused"], result["full"])
+        found = result["head alone"]
+        assert found["whole fused"] == ""
+        assert found["sharded fused"].startswith("the head's weight must be whole after a forward")
 
 
 def test_nothing_stays_gathered_after_a_probe(fsdp: Results) -> None:
@@ -128,6 +148,17 @@ def test_with_deepspeed_a_training_is_the_one_with_ddp(deepspeed: Results, stage
     for result in deepspeed:
         assert result[f"zero {stage}"]["wrapped"] == "DeepSpeedEngine"
         check_alike(result[f"zero {stage}"], result["ddp"])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_with_deepspeed_trls_training_is_the_one_with_ddp_and_resumed_exactly(
+    deepspeed: Results, stage: int
+) -> None:
+    if find_spec("trl") is None:
+        pytest.skip("trl is an extra")
+    for result in deepspeed:
+        check_alike(result[f"trl zero {stage}"], result["trl ddp"])
+        check_resumed(result, f"trl zero {stage}")
 
 
 @pytest.mark.parametrize("name", ["zero 1", "zero 2", "zero 3", "auto"])

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -14,7 +15,7 @@ from streaming import StreamingDataset
 from transformers import Trainer
 
 from slap_stream import ChatCollator, SlapConfig, prepare
-from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.errors import AlignmentError, ConfigError, CorpusError
 from slap_stream.integrations import prepare as module
 from slap_stream.integrations import training_set
 from slap_stream.integrations.training_set import CORPUS_FOLDER, RecordCollator
@@ -108,13 +109,13 @@ def test_a_resumed_run_finds_the_corpus_and_equals_the_unbroken_one(
 
 def test_shards_and_what_prepare_returned_are_taken_too(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     corpus = folder / "corpus"
-    prepared = prepare(corpus, tmp_path / "elsewhere")
+    prepared, store = prepare(corpus, tmp_path / "elsewhere"), corpus / "embeddings.zarr"
     assert prepared.found
     for dataset, options in (
         (corpus, {}),
         (str(corpus), {"embeddings": corpus / "embeddings.zarr"}),
         (prepared, {}),
-        (StreamingDataset(local=str(corpus), batch_size=BATCH), {"embeddings": corpus}),
+        (StreamingDataset(local=str(corpus), batch_size=BATCH), {"embeddings": store}),
     ):
         trainer = make(folder, tmp_path / "out", dataset, **options)
         assert trainer.train_dataset.streams[0].local == str(corpus)
@@ -271,6 +272,18 @@ CHATS = Dataset.from_list(RECORDS)
             ConfigError,
             "auto_find_batch_size must be off",
         ),
+        (
+            CHATS,
+            {"slap_config": SlapConfig(num_lanes=3)},
+            ConfigError,
+            r"the global batch must be divisible by num_lanes, got 8 \* 1 samples and 3 lanes",
+        ),
+        (
+            CHATS,
+            {"settings": {"dataloader_num_workers": 3, "dataloader_prefetch_factor": 2}},
+            ConfigError,
+            r"prefetch_factor \* num_workers must be at most lookahead = 2, got 2 \* 3",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_made(
@@ -322,3 +335,60 @@ def test_without_a_tokenizer_nothing_is_made(tmp_path: Path) -> None:
                 arguments(tmp_path),
             )
     assert not (tmp_path / "_slap_corpus").exists()
+
+
+def test_embeddings_and_settings_that_do_not_fit_a_dataset_are_refused_when_the_trainer_is_made(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    corpus = folder / "corpus"
+    store = corpus / "embeddings.zarr"
+    for embeddings, settings, error, message in (
+        (np.ones((7, 4), np.float32), {}, AlignmentError, "one row per sample, got 7 rows for"),
+        (store, {"keep": 0.001}, ConfigError, r"keep \* candidates must fill a global batch of 8"),
+        (store, {"policy": "rho_loss"}, ConfigError, "needs the feature column reference_loss"),
+    ):
+        dataset = StreamingDataset(local=str(corpus), batch_size=BATCH)
+        config = config_of(num_lanes=1, lookahead=2, **settings)
+        with pytest.raises(error, match=message):
+            make(folder, tmp_path, dataset, embeddings=embeddings, slap_config=config)
+
+
+@pytest.mark.parametrize("form", ["lines", "shards", "prepared", "by name"])
+def test_an_evaluation_set_may_be_a_path_and_is_what_its_records_are(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    form: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "lines.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in [{"messages": None}, *RECORDS[:8]])
+    )
+    dataset: Any = str(tmp_path / "lines.jsonl")
+    if form in ("shards", "prepared"):
+        prepared = prepare(dataset, tmp_path / "eval")
+        dataset = prepared if form == "prepared" else prepared.corpus
+    elif form == "by name":
+        dataset = {"some": dataset}
+    trainer = make(folder, tmp_path / "out", folder / "corpus", eval_dataset=dataset)
+    rows = make(folder, tmp_path / "out", folder / "corpus", eval_dataset=RECORDS[:8])
+    expected = rows.evaluate()["eval_loss"]
+    name = "eval_some_loss" if form == "by name" else "eval_loss"
+    assert trainer.evaluate()[name] == pytest.approx(expected, rel=1e-5)
+    assert rows.evaluate(dataset)[name] == pytest.approx(expected, rel=1e-5)
+    if form == "lines":
+        assert "left out: 1 for field without a value: messages" in caplog.text
+
+
+def test_a_path_to_no_evaluation_set_is_refused_before_anything_is_made(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    for path, message in (
+        ("hub/name", "eval_dataset must exist, got 'hub/name'; check the path"),
+        (tmp_path / "empty.jsonl", "eval_dataset must hold at least one .* 1 for empty turn: text"),
+    ):
+        with pytest.raises(CorpusError, match=message):
+            make(folder, tmp_path / "out", CHATS, eval_dataset={"some": path})
+        assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from streaming import StreamingDataset
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from slap_stream import SlapConfig, per_sample_loss
+from slap_stream import SlapConfig, convert, per_sample_loss
 from slap_stream.errors import ConfigError
 from slap_stream.text.chat import DEFAULT_CHAT_TEMPLATE
 from slap_stream.text.collate import ChatCollator
@@ -264,7 +265,7 @@ def test_evaluation_is_trls_and_changes_nothing(folder: Path, tmp_path: Path) ->
     for dataset in (Dataset.from_list(held_out), Dataset.from_list(pairs)):
         trainer.args.per_device_eval_batch_size = len(held_out)
         assert trainer.evaluate(dataset)["eval_loss"] == pytest.approx(mean, rel=1e-4)
-    with pytest.raises(ConfigError, match=r"must be a datasets.Dataset .* got StreamingDataset"):
+    with pytest.raises(ConfigError, match=r"must be a datasets.Dataset, .* got StreamingDataset"):
         trainer.evaluate(streaming(folder))
 
 
@@ -502,7 +503,11 @@ def test_a_collator_of_another_kind_makes_labels_of_any_records(
             {"data_collator": collate},
             "assistant_only_loss must be left out with a data_collator of your own",
         ),
-        ({}, {"eval_dataset": {"a": [{}]}}, "eval_dataset must be a datasets.Dataset .* got list"),
+        (
+            {},
+            {"eval_dataset": {"a": [{}]}},
+            "eval_dataset must be a datasets.Dataset, a path or .* got list",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
@@ -644,6 +649,28 @@ def test_pairs_of_texts_are_evaluated_as_they_are_trained_on(
     assert trainer.evaluate(pairs)["eval_loss"] == pytest.approx(
         trainer.evaluate()["eval_all_loss"]
     )
+
+
+@pytest.mark.parametrize("form", ["lines", "shards"])
+def test_an_evaluation_set_may_be_a_path_and_is_evaluated_as_it_would_be_trained_on(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    form: str,
+) -> None:
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    path = tmp_path / "lines.jsonl"
+    if form == "shards":
+        convert(path, tmp_path / "corpus")
+        path = tmp_path / "corpus"
+    trainer = make(folder, tmp_path, options={"eval_dataset": {"some": path}})
+    (row,) = trainer.eval_dataset["some"]
+    expected = ChatCollator(tokenizer())([{"messages": CHAT}])
+    assert row["input_ids"] == expected["input_ids"][0].tolist()
+    assert row["labels"] == expected["labels"][0].tolist()
+    rows = tokenised([{"messages": CHAT}])
+    loss = trainer.evaluate(rows)["eval_loss"]
+    assert trainer.evaluate()["eval_some_loss"] == pytest.approx(loss)
+    assert trainer.evaluate(str(path))["eval_loss"] == pytest.approx(loss)
 
 
 def test_texts_have_no_assistant(folder: Path, tmp_path: Path) -> None:  # noqa: F811

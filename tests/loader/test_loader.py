@@ -143,6 +143,9 @@ def progressing(loader: SlapDataLoader, batches: int) -> list[tuple[list[int], f
     while len(found) < batches:
         for batch in islice(loader, batches - len(found)):
             found.append((feed(loader, batch), loader.progress, loader.epoch))
+            # One clock, whoever is asked; also with an epoch's last batch.
+            assert loader.metrics()["epoch"] == loader.epochs_done
+            assert int(loader.epochs_done) == loader.epoch
     return found
 
 

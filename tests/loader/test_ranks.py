@@ -373,5 +373,5 @@ def test_what_fails_on_one_rank_while_preparing_is_told_to_all(results: Results)
 def test_a_rank_that_never_comes_is_not_waited_for_with_patience(results: Results) -> None:
     found = [result["preparing"] for result in results]
     for rank in found[1:]:
-        assert rank["not come"].startswith("all ranks must come to prepare their dataset, got an")
+        assert rank["not come"].startswith("all ranks must come to prepare their dataset and stay")
         assert rank["not come seconds"] < 60

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from slap_stream import Policy, SlapConfig, SlapSampler, register_policy
+from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.errors import ConfigError, FeedbackError
 from slap_stream.selection.policies import registry
 from slap_stream.selection.policies.base import PoolView, top
@@ -197,6 +198,49 @@ def test_a_policy_that_cannot_work_is_refused_before_any_row_is_read() -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             SlapSampler([60] * 8, Unreadable(), batch_size=16, config=SlapConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("loss", "losses"),
+        ("z", "losses"),
+        ("typical", "losses"),
+        ("utility", "evidence"),
+        ("recent", "recent"),
+        ("embedding", "embeddings"),
+        ("sketch", "sketches"),
+        ("chosen", "chosen_sketches"),
+        ("reference_loss", "reference_loss"),
+    ],
+)
+def test_a_policy_is_told_what_it_has_declared_and_nothing_else(
+    name: str, needs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what is computed for others by chance: it would be of no use on another day."""
+    monkeypatch.setattr(registry, "_registered", {})
+
+    class Curious(Faulty):
+        needs: frozenset[str] = frozenset()
+
+        def score(self, view: PoolView) -> FloatArray:
+            assert getattr(view, name) is not None
+            return view.gumbel
+
+    def sampler() -> SlapSampler:
+        rows = np.random.default_rng(0).normal(size=(480, 8)).astype(np.float16)
+        column = np.ones((480, 1), np.float16)
+        store = ArrayStore(rows, features=column, feature_names=["reference_loss"])
+        config = config_of(policy="mine", num_lanes=1)
+        return SlapSampler([60] * 8, store, batch_size=16, config=config)
+
+    register_policy("mine", Curious)
+    with pytest.raises(
+        ConfigError, match=rf"needs must hold .*'{needs}'.* reads view\.{name}, got"
+    ):
+        list(sampler())
+    Curious.needs = frozenset({needs})
+    assert list(sampler())
 
 
 def test_only_slap_finds_out_how_much_to_keep() -> None:

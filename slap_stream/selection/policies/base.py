@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,8 @@ class PoolView:
         target: (sketch_dim,) float32 mean gradient sketch of a target set, if one was given.
         rng: Makes the generator of this batch.
 
-    What is made costs a copy, so only policies that need it call for it.
+    What is made costs a copy, so only policies that need it call for it. A policy that reads what
+    it has not declared gets a ConfigError: nobody keeps that for it.
     """
 
     sample_id: IntArray
@@ -68,6 +70,36 @@ class PoolView:
     def __len__(self) -> int:
         return len(self.sample_id)
 
+    def restricted_to(self, needs: frozenset[str]) -> PoolView:
+        """The view itself, once it has forgotten what is not among these of `NEEDS`."""
+        for name, declared in _TOLD_FOR.items():
+            if needs.isdisjoint(declared):
+                object.__delattr__(self, name)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        # Only asked for what is not there.
+        if name not in _TOLD_FOR:
+            raise AttributeError(name)
+        declared = " or ".join(map(repr, _TOLD_FOR[name]))
+        raise ConfigError(
+            f"needs must hold {declared} for a policy that reads view.{name}, got a policy without "
+            "it; declare it: what no policy needs is not kept."
+        )
+
+
+# Of what a view holds: which declaration it is there for.
+_TOLD_FOR = {
+    "loss": ("losses",),
+    "z": ("losses",),
+    "typical": ("losses",),
+    "utility": ("losses", "evidence"),
+    "recent": ("recent",),
+    "embedding": ("embeddings",),
+    "sketch": ("sketches",),
+    "chosen": ("chosen_sketches",),
+    "reference_loss": ("reference_loss",),
+}
 
 # What a policy may ask to be told, besides who its candidates are.
 NEEDS = {

@@ -1,0 +1,102 @@
+"""Evaluation sets that are named by their path, as samples of the kind that is trained on."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from slap_stream.corpus.inputs import read_records
+from slap_stream.corpus.messages import RecordDropped
+from slap_stream.corpus.tokenising import token_columns
+from slap_stream.errors import CorpusError
+from slap_stream.integrations.first_rank import first_rank_first
+from slap_stream.integrations.prepare import Prepared, check_source, is_shards
+from slap_stream.shards.reader import iter_corpus
+
+logger = logging.getLogger(__name__)
+
+
+class EvaluationSets:
+    """Reads sets that are given as paths, whole and in their order; others are left as they are.
+
+    Args:
+        tokenizer: Makes token ids of chats and texts; None leaves messages.
+        max_length: Tokens kept of a record.
+        made: What the Trainer is to be given of the samples of a set.
+    """
+
+    def __init__(
+        self, tokenizer: Any, max_length: int | None, made: Callable[[list[Any]], Any]
+    ) -> None:
+        self._tokenizer, self._max_length, self._made = tokenizer, max_length, made
+
+    def read(self, sets: Any) -> Any:
+        """A set, or several by name, of which none is a path any more.
+
+        Raises:
+            CorpusError: If a path leads to nothing that can be read.
+        """
+        if isinstance(sets, Mapping):
+            return {name: self.read(one) for name, one in sets.items()}
+        if not is_path(sets):
+            return sets
+        path = Path(sets.corpus if isinstance(sets, Prepared) else sets)
+        samples: list[dict[str, Any]] = []
+        dropped: Counter[str] = Counter()
+        for row in iter_corpus(path) if is_shards(path) else read_records(path):
+            try:
+                if isinstance(row, RecordDropped):
+                    raise row
+                samples.append(self._sample(row))
+            except RecordDropped as unfit:
+                dropped[str(unfit)] += 1
+        if not samples:
+            raise _nothing_in(path, dropped)
+        if dropped:
+            logger.warning("of eval_dataset %s are left out: %s", path, _counted(dropped))
+        return self._made(samples)
+
+    def _sample(self, sample: dict[str, Any]) -> dict[str, Any]:
+        if self._tokenizer is None or "messages" not in sample:
+            return sample
+        return token_columns(self._tokenizer, sample["messages"], self._max_length)[0]
+
+
+def is_path(dataset: Any) -> bool:
+    """Whether an evaluation set is named and not given."""
+    return isinstance(dataset, str | Path | Prepared)
+
+
+def check_paths(sets: Any) -> None:
+    """Refuse paths to nothing that can be used, on all ranks; before anything long is begun."""
+    for one in sets.values() if isinstance(sets, Mapping) else [sets]:
+        if is_path(one) and not isinstance(one, Prepared):
+            check: Any = partial(_check, one)
+            first_rank_first(check, lambda _, check=check: check())  # type: ignore[misc]
+
+
+def _check(path: str | Path) -> None:
+    check_source(path, "eval_dataset")
+    if is_shards(path):
+        return
+    dropped: Counter[str] = Counter()
+    for row in read_records(path):
+        if not isinstance(row, RecordDropped):
+            return
+        dropped[str(row)] += 1
+    raise _nothing_in(path, dropped)
+
+
+def _nothing_in(path: str | Path, dropped: Counter[str]) -> CorpusError:
+    return CorpusError(
+        f"eval_dataset must hold at least one record that can be used, got none in {str(path)!r}; "
+        f"left out: {_counted(dropped) or 'no records at all'}."
+    )
+
+
+def _counted(dropped: Counter[str]) -> str:
+    return ", ".join(f"{count} for {reason}" for reason, count in dropped.items())
