@@ -178,6 +178,11 @@ class ShardFetcher:
             )
         return np.array(sorted(self._withdrawn.intersection(wanted)), np.int64)
 
+    @property
+    def withdrawn_fraction(self) -> float:
+        """Of the dataset's candidates, in [0, 1]."""
+        return self._withdrawn_candidates() / max(1, int(self._counts.sum()))
+
     def metrics(self) -> dict[str, float]:
         """Counts since the start; seconds are those that `require` made its caller wait."""
         return {
@@ -187,7 +192,7 @@ class ShardFetcher:
             "shard_retries": float(self._cache.retries),
             "shard_bytes_fetched": float(self._bytes_fetched),
             "shard_wait_seconds": self._wait_seconds,
-            "withdrawn_fraction": self._withdrawn_candidates() / max(1, int(self._counts.sum())),
+            "withdrawn_fraction": self.withdrawn_fraction,
         }
 
     def close(self) -> None:
