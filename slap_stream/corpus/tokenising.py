@@ -14,7 +14,7 @@ import numpy as np
 
 from slap_stream.corpus.messages import DropReason, Message, RecordDropped
 from slap_stream.errors import ConfigError
-from slap_stream.text.chat import Encoded, encode
+from slap_stream.text.chat import Encoded, Truncate, cut, encode
 from slap_stream.text.template import TurnsError
 
 
@@ -130,7 +130,7 @@ def _telling(tokenizer: Any) -> list[Any]:
 
 
 def tokenise(
-    name: str, messages: list[Message], max_length: int | None
+    name: str, messages: list[Message], max_length: int | None, truncate: Truncate = "right"
 ) -> tuple[dict[str, Any], Encoded]:
     """Token columns of a sample, and what is to be told of them.
 
@@ -139,9 +139,12 @@ def tokenise(
             to learn from.
     """
     try:
-        encoded = encode(load_tokenizer(name), messages, max_length=max_length)
+        whole = encode(load_tokenizer(name), messages)
     except TurnsError as error:
         raise RecordDropped(DropReason.TEMPLATE, error.short) from error
+    encoded = cut(whole, load_tokenizer(name), max_length, truncate)
+    if encoded is None:
+        raise RecordDropped(DropReason.TOO_LONG)
     # The first token is never predicted.
     if not any(encoded.supervised[1:]):
         raise RecordDropped(DropReason.NOTHING_SUPERVISED)
