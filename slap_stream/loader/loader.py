@@ -23,6 +23,7 @@ from slap_stream.loader.checks import (
     check_arguments,
     check_cache_limit,
     check_launched,
+    embedded_hashes,
     prefetch_within,
 )
 from slap_stream.loader.delivery import SAMPLE_ID, Delivery
@@ -145,6 +146,7 @@ class SlapDataLoader(DataLoader[Any]):
             on_bad_shard=config.on_bad_shard,
             max_withdrawn=config.max_withdrawn,
             ranks_on_node=ranks_on_node,
+            embedded=embedded_hashes(store, shards.stream_of_shard),
         )
         self._sampler = SlapSampler(
             shards.sizes,
