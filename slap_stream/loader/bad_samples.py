@@ -19,7 +19,6 @@ import numpy as np
 from slap_stream.config import OnBadSample
 from slap_stream.core.background import BackgroundThread
 from slap_stream.errors import ConfigError, SampleError, ShardError
-from slap_stream.selection.lane import Lane
 from slap_stream.selection.sampler import SlapSampler
 from slap_stream.selection.withdrawal import (
     composed_around,
@@ -214,15 +213,14 @@ class BadSamples:
         lanes = self._owner.call(lambda: self._sampler.lanes)
         delivered: list[IntArray] = []
         withdrawals = []
-        for lane, mine, good in zip(
-            lanes, np.split(ids, len(lanes)), np.split(kept, len(lanes)), strict=True
-        ):
+        by_lane = zip(np.split(ids, len(lanes)), np.split(kept, len(lanes)), strict=True)
+        for place, (mine, good) in enumerate(by_lane):
             again = None
             if not good.any():
-                again = self._usable(self._composed_around(lane, mine), mine)
+                again = self._usable(self._composed_around(place, mine), mine)
             delivered.append(mine[good] if again is None else again)
             if not good.all():
-                withdrawals.append(partial(withdraw_composed, lane, mine[~good], again))
+                withdrawals.append(partial(withdraw_composed, lanes[place], mine[~good], again))
         found = np.concatenate(delivered)
         # With samples of another batch it must be collated again.
         batch = part.batch if len(found) == len(part.kept) else self._read_all(found)
@@ -243,10 +241,10 @@ class BadSamples:
             return made, ids, None
         usable = ids[made.kept]
         if not len(usable):
-            lane = self._owner.call(lambda: lane_probing(self._sampler.lanes, ids))
+            place = self._owner.call(lambda: lane_probing(self._sampler.lanes, ids))
             # Before anything is composed, a probe looks at the first samples.
             first = np.setdiff1d(np.arange(min(_FIRST, self._sampler.table.num_samples)), ids)
-            usable = self._usable(self._composed_around(lane, ids) or [first], ids)
+            usable = self._usable(self._composed_around(place, ids) or [first], ids)
         read = ids.copy()
         places = list(made.reasons)
         read[places] = np.resize(usable, len(places))
@@ -272,8 +270,8 @@ class BadSamples:
         samples = ShardView.__getitems__(self._view, ids)
         return (collate.collate if isinstance(collate, LenientCollate) else collate)(samples)
 
-    def _composed_around(self, lane: Lane, ids: IntArray) -> list[IntArray]:
-        return self._owner.call(partial(composed_around, lane, ids))
+    def _composed_around(self, place: int, ids: IntArray) -> list[IntArray]:
+        return self._owner.call(lambda: composed_around(self._sampler.lanes[place], ids))
 
     def _usable(self, around: Sequence[IntArray], ids: IntArray) -> IntArray:
         """Samples to be had in the place of (n,) ids of which none is, out of batches around."""

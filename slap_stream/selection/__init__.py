@@ -31,7 +31,6 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
-    "lane": ("Lane",),
     "policies.registry": ("make_policy",),
     "sampler": ("SlapSampler",),
     "state": ("check_ranks_agree",),

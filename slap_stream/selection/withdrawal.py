@@ -68,13 +68,13 @@ def _ask_again(lane: Lane, ids: IntArray, step: int) -> None:
     awaiting.ask(step, ids, rows[order[np.searchsorted(names[order], ids)]])
 
 
-def lane_probing(lanes: Sequence[Lane], ids: IntArray) -> Lane:
-    """The lane that has asked for these (n,) samples to be probed; the first if none has."""
-    for lane in lanes:
+def lane_probing(lanes: Sequence[Lane], ids: IntArray) -> int:
+    """Place of the lane that has asked for these (n,) samples to be probed; 0 if none has."""
+    for place, lane in enumerate(lanes):
         last = lane.feedback.awaiting_probed.last()
         if last is not None and np.isin(ids, last[0]).all():
-            return lane
-    return lanes[0]
+            return place
+    return 0
 
 
 def withdraw_pooled(lane: Lane, ids: IntArray) -> None:

@@ -143,7 +143,7 @@ def unhashed_contents(corpus_dir: PathLike) -> tuple[str, ...]:
 def content_hash(path: Path) -> str:
     """Hash of a file, as fast as it can be read, in hex."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()  # type: ignore[arg-type]
+        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 
 
 def corpus_size(corpus_dir: PathLike) -> int:

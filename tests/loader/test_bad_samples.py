@@ -17,8 +17,11 @@ from torch.utils.data import default_collate
 
 from slap_stream.errors import ConfigError, SampleError, ShardError
 from slap_stream.loader.bad_samples import LenientCollate, PartOfBatch, is_of_sample
+from slap_stream.shards.writer import open_writer
+from slap_stream.text.collate import ChatCollator
 from tests.laws import as_json, config_of
-from tests.loader.test_loader import BATCH, LOSSES, NUM_SAMPLES, make
+from tests.loader.test_loader import BATCH, LOSSES, NUM_SAMPLES, make, vectors
+from tests.test_training import byte_tokenizer
 
 
 class Failing(StreamingDataset):
@@ -245,6 +248,33 @@ def test_what_cannot_be_probed_leaves_the_pool(corpus: Path) -> None:
     # Nor need the first samples of a dataset be such as can be read.
     fresh = loader_of(corpus, range(30)).probe_host().read_batch(np.array([0, 1]))
     assert set(fresh["sample_id"].tolist()) == {30, 31}
+
+
+def test_records_that_a_chat_template_or_max_length_has_no_place_for_end_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def chat(prompt: str, **more: Any) -> list[dict[str, Any]]:
+        answer = {"role": "assistant", "content": "yes", **more}
+        return [{"role": "user", "content": prompt}, answer]
+
+    tools = [{"role": "user", "content": "?", "tools": [{"name": "clock"}]}, chat("")[1]]
+    bad = {7: chat("long " * 99), 50: tools, 90: chat("?", reasoning_content="well")}
+    with open_writer(tmp_path / "chats", {"messages": "json"}, shard_bytes=2000) as writer:
+        for number in range(120):
+            writer.write({"messages": bad.get(number, chat(f"is {number} a number?"))})
+    for truncate, expected in (("right", {7, 50, 90}), ("left", {50, 90})):
+        loader = make(
+            tmp_path / "chats",
+            dataset=StreamingDataset(local=str(tmp_path / "chats"), batch_size=BATCH),
+            embeddings=vectors(120),
+            config=config_of(num_lanes=1, keep=1.0, max_withdrawn=0.05),
+            collate_fn=ChatCollator(byte_tokenizer(), max_length=64, truncate=truncate),
+        )
+        found = {i for batch in loader for i in batch["sample_id"].tolist()}
+        # Seven batches of sixteen are not quite all.
+        assert not found & expected
+        assert loader.metrics()["trained"] + loader.metrics()["samples_withdrawn"] == 112
+    assert "which the template does not write" in caplog.text or "none in a record" in caplog.text
 
 
 def test_an_interrupt_counts_no_sample_twice(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
