@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args
 from slap_stream.errors import ConfigError
 
 OnBadShard = Literal["raise", "skip"]
+OnBadSample = Literal["raise", "skip"]
 
 # Settings of running: they may be others when a run goes on from a checkpoint.
-RUNNING = ("lookahead", "length_grouping", "on_bad_shard", "max_withdrawn")
+RUNNING = ("lookahead", "length_grouping", "on_bad_shard", "on_bad_sample", "max_withdrawn")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +95,7 @@ class Advanced:
 class SlapConfig:
     """Settings of a run; the defaults are meant to work without tuning.
 
-    The last four before `advanced` are settings of running, which may be others when a run goes
+    The last five before `advanced` are settings of running, which may be others when a run goes
     on from a checkpoint. All others decide which samples come, and stay.
 
     Attributes:
@@ -114,8 +115,11 @@ class SlapConfig:
             where they were composed. What an optimizer step trains on stays the same.
         on_bad_shard: Whether a damaged shard raises, or is withdrawn and counted. A shard that
             cannot be fetched raises in any case.
+        on_bad_sample: Whether a sample that cannot be read or collated is withdrawn and counted,
+            or raises. A shard is storage, which can be mended; a record is as it is, and hours of
+            training are worth more.
         max_withdrawn: Fraction of the dataset's candidates, in [0, 1], that a process may withdraw
-            with their damaged shards; beyond it, the run stops.
+            with damaged shards, and of an epoch's as samples; beyond it, the run stops.
         advanced: Settings of the method.
     """
 
@@ -129,6 +133,7 @@ class SlapConfig:
     lookahead: int = 8
     length_grouping: int = 1
     on_bad_shard: OnBadShard = "raise"
+    on_bad_sample: OnBadSample = "skip"
     max_withdrawn: float = 0.01
     advanced: Advanced = field(default_factory=Advanced)
 
@@ -171,11 +176,12 @@ class SlapConfig:
         for name in ("probe_fraction", "max_withdrawn"):
             if not 0.0 <= _take_number(self, name) <= 1.0:
                 raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)!r}.")
-        if self.on_bad_shard not in get_args(OnBadShard):
-            raise ConfigError(
-                f"on_bad_shard must be one of {', '.join(get_args(OnBadShard))}, got "
-                f"{self.on_bad_shard!r}."
-            )
+        for name, choices in (("on_bad_shard", OnBadShard), ("on_bad_sample", OnBadSample)):
+            if getattr(self, name) not in get_args(choices):
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(get_args(choices))}, got "
+                    f"{getattr(self, name)!r}."
+                )
         if not isinstance(self.advanced, Advanced):
             raise ConfigError(
                 f"advanced must be an Advanced, got {self.advanced!r}; write "

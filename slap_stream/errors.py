@@ -35,6 +35,10 @@ class DamagedShardError(ShardError):
     """A shard is not what its index promised: its size, its hash, its header or its packing."""
 
 
+class SampleError(SlapStreamError, RuntimeError):
+    """More samples than may be withdrawn cannot be read or collated."""
+
+
 class HeadError(SlapStreamError, TypeError):
     """The probe cannot read this model without being told more about it."""
 

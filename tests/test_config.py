@@ -194,7 +194,13 @@ def test_differences_name_old_and_new() -> None:
 
 def test_settings_of_running_may_be_others_when_a_run_goes_on() -> None:
     saved = SlapConfig().to_dict()
-    other = SlapConfig(lookahead=2, length_grouping=4, on_bad_shard="skip", max_withdrawn=0.5)
+    other = SlapConfig(
+        lookahead=2,
+        length_grouping=4,
+        on_bad_shard="skip",
+        on_bad_sample="raise",
+        max_withdrawn=0.5,
+    )
     assert other.differences(saved) == []
     assert {name for name, value in other.to_dict().items() if value != saved[name]} == {*RUNNING}
 

@@ -33,6 +33,12 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("out", metavar="OUT", type=to_write, help="directory of the corpus")
     line.add_argument("--tokenizer", help="path or name; writes tokens instead of messages")
     line.add_argument("--max-length", type=int, help="tokens kept of a record; default: all")
+    line.add_argument(
+        "--truncate",
+        choices=("right", "left", "drop"),
+        default="right",
+        help="what is done with a longer one: keep its start (right), its end (left), or none",
+    )
     line.add_argument("--seed", type=int, default=0, help="of the shuffle")
     line.add_argument("--num-workers", type=int, help="processes; default: one per core")
     line.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="default %(default)s")

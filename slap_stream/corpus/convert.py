@@ -41,7 +41,7 @@ from slap_stream.corpus.tally import Tally
 from slap_stream.corpus.tokenising import find_tokenizer, load_tokenizer, tokenizer_digest
 from slap_stream.errors import ConfigError, CorpusError
 from slap_stream.shards.index import INDEX_NAME, SHARD_BYTES, merge_indexes
-from slap_stream.text.chat import encode
+from slap_stream.text.chat import Truncate, check_truncate, encode
 
 CORPUS_NAME, WORK_NAME = "corpus.json", ".convert"
 
@@ -102,6 +102,7 @@ def convert(
     *,
     tokenizer: str | Path | None = None,
     max_length: int | None = None,
+    truncate: Truncate = "right",
     seed: int = 0,
     num_workers: int | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -121,7 +122,9 @@ def convert(
             loaded: one or several. `records.KNOWN_SHAPES` is what they may hold.
         out: Directory of the corpus, new or empty or left by the same call.
         tokenizer: Path or name of a Hugging Face tokenizer; None keeps messages.
-        max_length: Tokens kept of a record, from its start; None keeps all.
+        max_length: Tokens kept of a record; None keeps all.
+        truncate: What is done with a longer record: "right" keeps its start, "left" its end with
+            the token of the beginning, "drop" leaves it out.
         seed: Of the shuffle.
         num_workers: Processes; None means one per core, or none but this for little text.
         shard_bytes: Size above which a new shard is started.
@@ -145,6 +148,7 @@ def convert(
         )
     if max_length is not None:
         max_length = require_whole("max_length", max_length, 2)
+    check_truncate(truncate, max_length)
     out = path_to_write("out", out)
     found = find_inputs(_several(inputs))
     pieces_of = [cut(entry) for entry in found]
@@ -164,6 +168,9 @@ def convert(
         "source_field": source_field,
         "num_parts": num_parts,
     }
+    if truncate != "right":
+        # Where it stands corpora of before are found again.
+        plan["truncate"] = truncate
     earlier = _finished(out, plan)
     if earlier is not None:
         return earlier
@@ -236,6 +243,7 @@ def convert(
                 seed=seed,
                 tokenizer=name,
                 max_length=max_length,
+                truncate=truncate,
                 shard_bytes=shard_bytes,
                 work_dir=work_dir,
                 out=out,
@@ -338,6 +346,7 @@ def _describe(report: ConvertReport, plan: Mapping[str, Any], command: str | Non
     described = report.to_dict() | {
         "tokenizer": plan["tokenizer"],
         "max_length": plan["max_length"],
+        "truncate": plan.get("truncate", "right"),
         "seed": plan["seed"],
         "version": __version__,
         "command": command,

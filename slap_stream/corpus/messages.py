@@ -61,6 +61,7 @@ class DropReason(StrEnum):
     BAD_LABEL = "id or source that is neither text nor a whole number"
     NOT_UNICODE = "text that is not valid Unicode"
     TEMPLATE = "does not fit the chat template"
+    TOO_LONG = "longer than max_length"
     NOTHING_SUPERVISED = "no supervised token within max_length"
 
 

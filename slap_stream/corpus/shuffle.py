@@ -29,6 +29,7 @@ from slap_stream.corpus.records import COLUMNS, normalise
 from slap_stream.corpus.tally import Tally
 from slap_stream.corpus.tokenising import tokenise
 from slap_stream.shards.writer import open_writer
+from slap_stream.text.chat import Truncate
 from slap_stream.types import IntArray
 
 RAW_COLUMNS = {"id": "str", "source": "str", "messages": "json"}
@@ -99,6 +100,7 @@ class GatherJob:
         seed: Of the order inside the part.
         tokenizer: Path or name to load it by; None leaves messages as they are.
         max_length: Tokens kept of a record; None keeps all.
+        truncate: What is done with a longer one.
         shard_bytes: Limit of a shard.
         work_dir: Where the pieces are, and the manifest goes.
         out: Directory of the corpus.
@@ -111,6 +113,7 @@ class GatherJob:
     seed: int
     tokenizer: str | None
     max_length: int | None
+    truncate: Truncate
     shard_bytes: int
     work_dir: Path
     out: Path
@@ -208,7 +211,7 @@ def gather(job: GatherJob, advance: Callable[[int], None]) -> None:
                     sample["messages"] = messages
                 else:
                     turns = json.loads(messages)
-                    tokens, encoded = tokenise(job.tokenizer, turns, job.max_length)
+                    tokens, encoded = tokenise(job.tokenizer, turns, job.max_length, job.truncate)
                     sample |= tokens
                     tally.truncated += encoded.truncated
                     tally.shared += encoded.shared

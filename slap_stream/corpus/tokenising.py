@@ -14,7 +14,7 @@ import numpy as np
 
 from slap_stream.corpus.messages import DropReason, Message, RecordDropped
 from slap_stream.errors import ConfigError
-from slap_stream.text.chat import Encoded, encode
+from slap_stream.text.chat import Encoded, Truncate, cut, encode
 from slap_stream.text.template import TurnsError
 
 
@@ -130,14 +130,17 @@ def _telling(tokenizer: Any) -> list[Any]:
 
 
 def tokenise(
-    name: str, messages: list[Message], max_length: int | None
+    name: str, messages: list[Message], max_length: int | None, truncate: Truncate = "right"
 ) -> tuple[dict[str, Any], Encoded]:
     """`token_columns` by the tokenizer of that path or name."""
-    return token_columns(load_tokenizer(name), messages, max_length)
+    return token_columns(load_tokenizer(name), messages, max_length, truncate)
 
 
 def token_columns(
-    tokenizer: Any, messages: list[Message], max_length: int | None
+    tokenizer: Any,
+    messages: list[Message],
+    max_length: int | None,
+    truncate: Truncate = "right",
 ) -> tuple[dict[str, Any], Encoded]:
     """Token columns of a sample, and what is to be told of them.
 
@@ -146,9 +149,12 @@ def token_columns(
             to learn from.
     """
     try:
-        encoded = encode(tokenizer, messages, max_length=max_length)
+        whole = encode(tokenizer, messages)
     except TurnsError as error:
         raise RecordDropped(DropReason.TEMPLATE, error.short) from error
+    encoded = cut(whole, tokenizer, max_length, truncate)
+    if encoded is None:
+        raise RecordDropped(DropReason.TOO_LONG)
     # The first token is never predicted.
     if not any(encoded.supervised[1:]):
         raise RecordDropped(DropReason.NOTHING_SUPERVISED)

@@ -25,7 +25,7 @@ from slap_stream.embeddings.pairing import PairModel, cut_sides
 from slap_stream.embeddings.reference import ReferenceLoss
 from slap_stream.embeddings.store import EmbeddingStore, EmbeddingWriter
 from slap_stream.errors import ConfigError, CorpusError
-from slap_stream.shards.index import INDEX_NAME, corpus_size
+from slap_stream.shards.index import INDEX_NAME, corpus_size, unhashed_contents
 from slap_stream.text.sample import TextSample
 from slap_stream.types import MISMATCH_COLUMN, Rows
 
@@ -180,6 +180,7 @@ def embed(
         feature_names=feature_names,
         source_names=names,
         command=command or "",
+        shard_hashes=unhashed_contents(corpus),
         rows_per_chunk=rows_per_chunk,
     )
     writer = EmbeddingWriter(path, layout)

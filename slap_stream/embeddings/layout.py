@@ -30,6 +30,8 @@ class StoreLayout:
         feature_names: Names of the feature columns.
         source_names: Names of the sources; empty if the dataset has none.
         command: What the store was made with.
+        shard_hashes: (num_shards,) of the dataset, as `unhashed_contents` gives them: where its
+            index says nothing of what is in its shards, this does.
         rows_per_chunk: Rows of one file.
     """
 
@@ -41,6 +43,7 @@ class StoreLayout:
     feature_names: tuple[str, ...] = ()
     source_names: tuple[str, ...] = ()
     command: str = ""
+    shard_hashes: tuple[str, ...] = ()
     rows_per_chunk: int = ROWS_PER_CHUNK
 
     def __post_init__(self) -> None:
@@ -88,6 +91,7 @@ class StoreLayout:
             "source_names": list(self.source_names),
             "command": self.command,
             "rows_per_chunk": self.rows_per_chunk,
+            **({"shard_hashes": list(self.shard_hashes)} if self.shard_hashes else {}),
         }
 
     def plan(self) -> dict[str, Any]:

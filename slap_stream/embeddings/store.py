@@ -236,6 +236,8 @@ class EmbeddingStore(ArrayStore):
         length_unit: `tokens`, or `characters / 4`.
         index_digest: `file_digest` of the index.json of the dataset that was embedded.
         encoder: Name, version and dimension of the encoder.
+        shard_hashes: (num_shards,) of the dataset that was embedded; empty where its index has
+            hashes of its own, and () where it has of all, or where an earlier version made this.
 
     Raises:
         AlignmentError: If there is no finished store.
@@ -275,6 +277,7 @@ class EmbeddingStore(ArrayStore):
         names, features = said["source_names"], said["feature_names"]
         self.length_unit, self.index_digest = str(said["length_unit"]), str(said["index_digest"])
         self.encoder: dict[str, Any] = dict(said["encoder"])
+        self.shard_hashes = tuple(map(str, said.get("shard_hashes", ())))
         needed = {"embedding": True, "length": True, "source": names, "feature": features}
         for name, wanted in needed.items():
             if wanted and name not in arrays:

@@ -30,6 +30,7 @@ from slap_stream.embeddings.store import EmbeddingStore
 from slap_stream.errors import ConfigError, CorpusError
 from slap_stream.shards.index import INDEX_NAME, corpus_columns, corpus_size
 from slap_stream.shards.opening import open_local
+from slap_stream.text.chat import Truncate, check_truncate
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def prepare(
     *,
     tokenizer: Any = None,
     max_length: int | None = None,
+    truncate: Truncate = "right",
     encoder: str = _HASHING,
     seed: int = 0,
     source_field: str | None = _SOURCE_FIELD,
@@ -97,7 +99,8 @@ def prepare(
         out: Directory for this and other corpora; made if it is not there.
         tokenizer: A Hugging Face tokenizer, or its path or name. The corpus then holds its tokens,
             with a mask of what is learnt; None keeps messages.
-        max_length: Tokens kept of a record, from its start; None keeps all, as it must of shards.
+        max_length: Tokens kept of a record; None keeps all, as it must of shards.
+        truncate: As for `convert`.
         encoder: As for `embed`.
         seed: Of the shuffle.
         source_field: Field that names a record's source; None: all are one source. Shards have
@@ -119,6 +122,7 @@ def prepare(
             out=Path(out),
             tokenizer=tokenizer,
             max_length=max_length,
+            truncate=truncate,
             encoder=encoder,
             seed=seed,
             source_field=source_field,
@@ -177,6 +181,7 @@ class _Work:
     out: Path
     tokenizer: Any
     max_length: int | None
+    truncate: Truncate
     encoder: str
     seed: int
     source_field: str | None
@@ -208,6 +213,7 @@ class _Work:
                     "tokens."
                 )
             max_length = require_whole("max_length", max_length, 2)
+        check_truncate(self.truncate, max_length)
         seed = require_whole("seed", self.seed, 0)
         return replace(self, tokenizer=tokenizer, max_length=max_length, seed=seed)
 
@@ -247,6 +253,9 @@ class _Work:
             "seed": self.seed,
             "source_field": self.source_field,
         }
+        if self.truncate != "right":
+            # Where it stands corpora of before are found again.
+            told["truncate"] = self.truncate
         return f"corpus-{_digest(told)}"
 
     def _make(self, name: str) -> Prepared:
@@ -289,6 +298,7 @@ class _Work:
             corpus,
             tokenizer=self._kept_tokenizer(),
             max_length=self.max_length,
+            truncate=self.truncate,
             seed=self.seed,
             num_workers=self.num_workers,
             source_field=self.source_field,

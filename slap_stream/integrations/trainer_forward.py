@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slap_stream.errors import ConfigError
 from slap_stream.probe.fused import FusedLosses, body_outputs
-from slap_stream.probe.head import entry, hidden_of
+from slap_stream.probe.head import check_causal, entry, hidden_of, unwrap
 from slap_stream.probe.packing import mean_by_sample, sample_bounds, supervised_targets
 from slap_stream.probe.readout import per_sample_loss
 
@@ -95,6 +95,7 @@ class TrainingForward:
             (batch,) float32 without gradient.
 
         Raises:
+            HeadError: If the model predicts something else than the next token.
             ConfigError: If there was not one forward, if there is nothing to make losses of, or if
                 they do not make up the model's own loss.
         """
@@ -104,6 +105,8 @@ class TrainingForward:
                 f"{len(outputs)} calls; which of them is the samples' cannot be known: override "
                 "sample_losses, which is given a list of what they returned."
             )
+        if not self._checked and self._model is not None:
+            check_causal(unwrap(self._model))
         with torch.no_grad():
             log_probs, mask = entry(outputs, "log_probs"), entry(outputs, "label_mask")
             if log_probs is not None and mask is not None:

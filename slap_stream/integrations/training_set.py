@@ -17,6 +17,7 @@ from slap_stream.integrations.first_rank import first_rank_first
 from slap_stream.integrations.prepare import Prepared, check_source, is_shards, prepare
 from slap_stream.shards.index import corpus_columns
 from slap_stream.shards.opening import is_stock, open_local
+from slap_stream.text.chat import Truncate
 from slap_stream.text.collate import ChatCollator
 
 # A Trainer that pushes its output_dir to the hub leaves out what begins with an underscore.
@@ -76,7 +77,12 @@ def with_training_set(
                 f"data_collator is given, got {type(chosen).__name__}; load one with "
                 "AutoTokenizer.from_pretrained(...)."
             )
-        dataset, embeddings = _open(dataset, embeddings, corpus, args, tokenizer, max_length)
+        collator = given.get("data_collator")
+        # One that cuts otherwise finds nothing left to cut in what is prepared.
+        truncate = collator.truncate if isinstance(collator, ChatCollator) else "right"
+        dataset, embeddings = _open(
+            dataset, embeddings, corpus, args, tokenizer, max_length, truncate
+        )
         given["train_dataset"] = dataset
     if collate and given.get("data_collator") is None and tokenizer and _holds_chats(dataset):
         given["data_collator"] = RecordCollator(
@@ -102,6 +108,7 @@ def _open(
     args: TrainingArguments,
     tokenizer: Any,
     max_length: int | None,
+    truncate: Truncate,
 ) -> tuple[Any, Any]:
     if not isinstance(dataset, Prepared):
         # On all ranks: one that has not what the others have would keep them waiting.
@@ -122,6 +129,7 @@ def _open(
             tokenizer=tokenizer,
             # Shards are as long as they are; the collator cuts what it is given.
             max_length=None if is_shards(dataset) else max_length,
+            truncate="right" if is_shards(dataset) or max_length is None else truncate,
             # As the Trainer's own bars are.
             progress=not args.disable_tqdm,
         )

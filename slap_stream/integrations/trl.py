@@ -30,7 +30,10 @@ _FIXED: dict[str, tuple[Any, str]] = {
         "a row must not hold parts of samples: padding_free=True saves padding, too",
     ),
     "shuffle_dataset": (False, "the sampler composes the batches, and slap-convert shuffles"),
-    "truncation_mode": ("keep_start", "records are cut at their end"),
+    "truncation_mode": (
+        "keep_start",
+        "to keep the end of records give ChatCollator(tokenizer, max_length=..., truncate='left')",
+    ),
 }
 # What TRL reads of a record, and neither slap-convert nor ChatCollator does.
 _UNREAD = ("image", "images", "chat_template_kwargs")

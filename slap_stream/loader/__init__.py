@@ -6,6 +6,7 @@ out  batches for the training step; checkpoints; metrics
 loader.py       `SlapDataLoader`: torch's DataLoader over a sampler
 pending.py      batches that are composed and not delivered yet
 dealing.py      batches of one optimizer step, dealt by length
+bad_samples.py  samples that cannot be read or collated
 delivery.py     one iteration: pending batches to the training loop
 padding.py      how much of the batches was padding
 accelerated.py  a loader that Accelerate has prepared

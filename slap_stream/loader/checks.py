@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -192,6 +193,24 @@ def check_alignment(
                 f"embeddings must have one row per sample, got {part.shape[0]} rows for {count} "
                 "samples; make them again for this dataset."
             )
+
+
+def embedded_hashes(store: RowStore, stream_of_shard: IntArray) -> dict[int, str]:
+    """What embeddings say of the content of shards of which the dataset's index says nothing.
+
+    Args:
+        store: Embeddings that are aligned with the dataset.
+        stream_of_shard: (num_shards,) stream of each shard, ascending.
+    """
+    shards = np.bincount(stream_of_shard).tolist()
+    parts = store.stores if isinstance(store, StackedStore) else [store]
+    if len(parts) != len(shards):
+        return {}
+    told = [
+        getattr(part, "shard_hashes", ()) or ("",) * count
+        for part, count in zip(parts, shards, strict=True)
+    ]
+    return {shard_id: one for shard_id, one in enumerate(chain.from_iterable(told)) if one}
 
 
 def check_cache_limit(dataset: Any, shards_at_hand: int, ranks_on_node: int) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from slap_stream.errors import SlapStreamError, WorkerError
 from slap_stream.loader.accelerated import Accelerated
+from slap_stream.loader.bad_samples import BadSamples, PartOfBatch
 from slap_stream.loader.pending import PendingBatches
 from slap_stream.loader.workers import describe_dead
 from slap_stream.types import IntArray
@@ -29,6 +30,7 @@ class Delivery(Iterator[Any]):
         pending: The pending batches.
         is_newest: Whether no other iteration has begun since, and no state was loaded.
         hold_shards: Says which shards are still needed; called before a batch is read.
+        bad_samples: Settles what becomes of a batch of which samples cannot be used.
         count: Takes note of a batch, of how many samples it has, and of the share of the epoch that
             is done after it.
         accelerated: What Accelerate is told of the batches, if it has prepared the loader.
@@ -42,13 +44,14 @@ class Delivery(Iterator[Any]):
         *,
         is_newest: Callable[[], bool],
         hold_shards: Callable[[], None],
+        bad_samples: BadSamples,
         count: Callable[[Any, int, float], None],
         accelerated: Accelerated | None,
     ) -> None:
         self._batches: Iterator[Any] | None = batches
         self._pending, self._workers = pending, workers
         self._is_newest, self._hold_shards, self._count = is_newest, hold_shards, count
-        self._accelerated = accelerated
+        self._accelerated, self._bad_samples = accelerated, bad_samples
 
     def __next__(self) -> Any:
         if not self._is_newest():
@@ -67,8 +70,13 @@ class Delivery(Iterator[Any]):
                     self._accelerated.end()
                 raise StopIteration
             self._hold_shards()
-            batch = with_ids(next(batches, None), oldest.ids)
-            self._count(batch, len(oldest.ids), oldest.progress)
+            batch, ids = next(batches, None), oldest.ids
+            if isinstance(batch, PartOfBatch):
+                # Before anything is withdrawn: torch's prefetch may have had it composed already.
+                self._pending.compose_ahead()
+                batch, ids = self._bad_samples.settle(batch, ids)
+            batch = with_ids(batch, ids)
+            self._count(batch, len(ids), oldest.progress)
             self._pending.compose_ahead()
             self._pending.delivered = oldest
             if self._accelerated is not None:

@@ -17,12 +17,14 @@ from slap_stream.core.rng import Purpose, generator
 from slap_stream.embeddings.store import open_embeddings
 from slap_stream.errors import ConfigError
 from slap_stream.loader.accelerated import Accelerated, never_divided
+from slap_stream.loader.bad_samples import BadSamples, reading
 from slap_stream.loader.checks import (
     batch_size_of,
     check_alignment,
     check_arguments,
     check_cache_limit,
     check_launched,
+    embedded_hashes,
     prefetch_within,
 )
 from slap_stream.loader.delivery import SAMPLE_ID, Delivery
@@ -42,7 +44,6 @@ from slap_stream.shards.settings import (
     launched_ranks,
     processes_per_node,
 )
-from slap_stream.shards.view import ShardView
 from slap_stream.types import Position, State
 
 
@@ -146,6 +147,7 @@ class SlapDataLoader(DataLoader[Any]):
             on_bad_shard=config.on_bad_shard,
             max_withdrawn=config.max_withdrawn,
             ranks_on_node=ranks_on_node,
+            embedded=embedded_hashes(store, shards.stream_of_shard),
         )
         self._sampler = SlapSampler(
             shards.sizes,
@@ -168,10 +170,14 @@ class SlapDataLoader(DataLoader[Any]):
         self._iteration = 0
         self._line, self._padding = StatusLine(), Padding()
         self._accelerated: Accelerated | None = None
+        view, collate = reading(dataset, collate_fn or default_collate, config.on_bad_sample)
+        self._bad_samples = BadSamples(
+            self._sampler, self._owner, view=view, collate=collate, fetcher=self._fetcher
+        )
         super().__init__(
-            ShardView(dataset),  # type: ignore[arg-type]  # map-style by duck typing
+            view,  # type: ignore[arg-type]  # map-style by duck typing
             batch_sampler=self._pending,  # type: ignore[arg-type]  # arrays, which pickle faster
-            collate_fn=collate_fn or default_collate,
+            collate_fn=collate,
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
             persistent_workers=persistent_workers,
@@ -213,6 +219,7 @@ class SlapDataLoader(DataLoader[Any]):
             self._pending,
             is_newest=lambda: iteration == self._iteration,
             hold_shards=self._hold_shards,
+            bad_samples=self._bad_samples,
             count=self._count,
             accelerated=self._accelerated,
         )
@@ -303,14 +310,8 @@ class SlapDataLoader(DataLoader[Any]):
 
     def probe_host(self) -> ProbeLink:
         """What `LearnabilityProbe` asks of this loader and tells it: internal, the probe's."""
-        view: ShardView = self.dataset  # type: ignore[assignment]
-        collate = self.collate_fn
-        assert collate is not None, "set in the constructor"
         return ProbeLink(
-            self._sampler,
-            self._owner,
-            read=lambda ids: collate(view.__getitems__(ids)),
-            attach=self._attach,
+            self._sampler, self._owner, bad_samples=self._bad_samples, attach=self._attach
         )
 
     def _attach(self, probe: LearnabilityProbe) -> None:
@@ -350,6 +351,7 @@ class SlapDataLoader(DataLoader[Any]):
 
     def _metrics(self) -> dict[str, float]:
         metrics = self._sampler.metrics() | self._fetcher.metrics() | self._ranks.metrics()
+        metrics["withdrawn_fraction"] += self._bad_samples.withdrawn_fraction
         # What was composed ahead has not been trained on yet.
         ahead = len(self._pending.undelivered)
         metrics["undelivered"] = float(ahead)
@@ -438,8 +440,7 @@ class SlapDataLoader(DataLoader[Any]):
 
 def _on_cpu(values: Any) -> Any:
     if isinstance(values, torch.Tensor):
-        values = values.detach()
-        # NumPy has no bfloat16.
-        values = values.double() if values.is_floating_point() else values
-        return values.cpu().numpy()
+        # Only then to float64, which NumPy has and Apple's GPUs have not; bfloat16 is the opposite.
+        values = values.detach().cpu()
+        return (values.double() if values.is_floating_point() else values).numpy()
     return np.asarray(values)

@@ -10,6 +10,7 @@ import numpy as np
 
 from slap_stream.config import SlapConfig
 from slap_stream.core.background import BackgroundThread
+from slap_stream.loader.bad_samples import BadSamples, PartOfBatch
 from slap_stream.loader.delivery import with_ids
 from slap_stream.probe.probe import LearnabilityProbe
 from slap_stream.selection.sampler import SlapSampler
@@ -22,7 +23,7 @@ class ProbeLink:
     Args:
         sampler: The loader's.
         owner: The thread that owns the sampler.
-        read: Reads and collates samples by id.
+        bad_samples: Reads and collates samples by id, and settles what cannot be.
         attach: Keeps a probe, whose state travels in the loader's; the owner calls it.
     """
 
@@ -31,11 +32,13 @@ class ProbeLink:
         sampler: SlapSampler,
         owner: BackgroundThread,
         *,
-        read: Callable[[IntArray], Any],
+        bad_samples: BadSamples,
         attach: Callable[[LearnabilityProbe], None],
     ) -> None:
         self._sampler, self._owner = sampler, owner
-        self._read, self._attach = read, attach
+        self._bad_samples, self._attach = bad_samples, attach
+        # Of what is being probed, with the ids that were asked for.
+        self._parts: list[tuple[PartOfBatch, IntArray]] = []
 
     @property
     def config(self) -> SlapConfig:
@@ -58,12 +61,16 @@ class ProbeLink:
 
     def probe_candidates(self, count: int) -> IntArray:
         """(count,) sample ids to probe, lane by lane, equally many per lane."""
+        self._parts = []
         return self._owner.call(partial(self._sampler.probe_candidates, count))
 
     def read_batch(self, ids: Sequence[int] | IntArray) -> Any:
-        """Read and collate samples by id, in this process."""
-        ids = np.array(ids, np.int64)
-        return with_ids(self._read(ids), ids)
+        """Read and collate samples by id, in this process; what others stand in for is left out of
+        the next `update`."""
+        batch, read, part = self._bad_samples.read_probed(np.array(ids, np.int64))
+        if part is not None:
+            self._parts.append((part, np.array(ids, np.int64)))
+        return with_ids(batch, read)
 
     def update(
         self,
@@ -72,8 +79,21 @@ class ProbeLink:
         sketches: Float32Array | None,
         measurements: Mapping[str, FloatArray],
     ) -> None:
-        """Feed back what the probe measured of the ids that `probe_candidates` gave."""
+        """Feed back what the probe measured of the ids that `probe_candidates` gave; those that
+        could not be read are withdrawn.
+
+        Raises:
+            SampleError: If more candidates are withdrawn than may be.
+        """
+        if self._parts:
+            bad = np.concatenate([asked[list(part.reasons)] for part, asked in self._parts])
+            fine = ~np.isin(ids, bad)
+            ids, losses = ids[fine], losses[fine]
+            sketches = None if sketches is None else sketches[fine]
+            measurements = {name: values[fine] for name, values in measurements.items()}
         self._owner.call(partial(self._sampler.update, ids, losses, sketches, measurements))
+        while self._parts:
+            self._bad_samples.withdraw_probed(*self._parts.pop())
 
     def refresh(
         self,

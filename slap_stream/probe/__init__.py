@@ -19,7 +19,7 @@ from __future__ import annotations
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
     "fused": ("FusedLosses", "body_outputs"),
-    "head": ("entry", "find_head", "hidden_of", "unwrap"),
+    "head": ("check_causal", "entry", "find_head", "hidden_of", "unwrap"),
     "packing": (
         "check_apart",
         "mean_by_sample",

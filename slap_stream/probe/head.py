@@ -125,6 +125,48 @@ def _text_config(model: nn.Module) -> Any:
     return text_config() if callable(text_config) else config
 
 
+def check_causal(model: nn.Module) -> None:
+    """Refuse a model that is known to predict something else than the next token.
+
+    By its configuration and class: an untrained masked model's loss is about log(vocabulary),
+    whichever token it is asked for, and so is a causal one's.
+
+    Args:
+        model: Unwrapped by `unwrap`.
+
+    Raises:
+        HeadError: If it is an encoder with a decoder, a masked language model, or an encoder that
+            was not made a decoder.
+    """
+    inner = getattr(model, "get_base_model", None)
+    base = inner() if callable(inner) else model
+    kinds = [kind for kind in type(base).__mro__ if kind.__module__.startswith("transformers.")]
+    config, what = getattr(base, "config", None), None
+    if getattr(config, "is_encoder_decoder", False):
+        what = "an encoder with a decoder (config.is_encoder_decoder)"
+    elif kinds:
+        # Names of classes, and no class: loaded as the model is, and not before.
+        from transformers.models.auto import modeling_auto as auto
+
+        names = {kind.__name__ for kind in kinds}
+        causal, masked = (
+            auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        )
+        only_masked = set(masked.values()) - set(causal.values())
+        only_causal = set(causal.values()) - set(masked.values())
+        # Of these types the causal class, too, looks ahead unless it is told that it is a decoder.
+        either = getattr(config, "model_type", None) in masked.keys() & causal.keys()
+        if names & only_masked:
+            what = "a masked language model"
+        elif either and names & only_causal and not getattr(config, "is_decoder", True):
+            what = "an encoder that sees what comes after a token (config.is_decoder is False)"
+    if what is not None:
+        raise HeadError(
+            f"model must predict the next token, got {type(base).__name__}, {what}; {CURE}."
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogitTransform:
     """What a model does to the head's output before the loss: cap * tanh(scale * z / cap).

@@ -23,7 +23,15 @@ from torch import nn
 
 from slap_stream.config import SlapConfig
 from slap_stream.core.saved import Saved
-from slap_stream.probe.head import find_head, head_weight, quiet, reshard, to_device, unwrap
+from slap_stream.probe.head import (
+    check_causal,
+    find_head,
+    head_weight,
+    quiet,
+    reshard,
+    to_device,
+    unwrap,
+)
 from slap_stream.probe.packing import count_samples
 from slap_stream.probe.readout import (
     CausalReader,
@@ -188,6 +196,8 @@ class LearnabilityProbe:
         self._seconds = 0.0
         self._last_loss = 0.0
 
+        if loss_fn is None:
+            check_causal(self._model)
         reshard(self._model)
         found = find_head(self._model, head)
         weight = head_weight(found)

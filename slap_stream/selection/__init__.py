@@ -24,6 +24,7 @@ shared.py         what all lanes share: strata, loss model, keep
   moments.py      the sums that it is solved from
 refresh.py        sums over lanes and ranks, every few steps
 state.py          does a saved state fit this run
+withdrawal.py     candidates that turn out to be of no use: out of batches and pools
 metrics.py        counts over lanes
 """
 
@@ -36,4 +37,11 @@ EXPORTS = {
     "schedule": ("check_lanes", "check_plan"),
     "state": ("check_ranks_agree",),
     "shared": ("sum_in_order",),
+    "withdrawal": (
+        "composed_around",
+        "lane_probing",
+        "unusable_samples",
+        "withdraw_composed",
+        "withdraw_pooled",
+    ),
 }

@@ -116,6 +116,10 @@ class Awaiting:
         """The `count` questions that were asked last, in the order asked."""
         return list(self._asked)[len(self._asked) - count :]
 
+    def all(self) -> list[Asked]:
+        """All that are remembered, oldest first."""
+        return list(self._asked)
+
     def still_open(self) -> list[Asked]:
         """Questions of which something is open, oldest first; as a rule a few."""
         return [asked for asked in self._asked if not asked.answered]

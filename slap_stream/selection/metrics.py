@@ -9,6 +9,7 @@ import numpy as np
 
 from slap_stream.selection.lane import Lane
 from slap_stream.selection.schedule import LanePlan
+from slap_stream.selection.withdrawal import unusable_samples
 
 
 def count_lanes(lanes: Sequence[Lane]) -> dict[str, float]:
@@ -16,14 +17,18 @@ def count_lanes(lanes: Sequence[Lane]) -> dict[str, float]:
 
     `batch_learnability` and `uniform_learnability` are there once two batches were compared.
     """
+    unusable = unusable_samples(lanes)
     result = {
         "offered": float(sum(int(lane.progress.offered.sum()) for lane in lanes)),
-        "trained": float(sum(int(lane.progress.trained.sum()) for lane in lanes)),
+        "trained": float(
+            sum(int(lane.progress.trained.sum()) - lane.progress.unusable_trained for lane in lanes)
+        ),
         "pruned": float(sum(int(lane.progress.pruned.sum()) for lane in lanes)),
         "pooled": float(sum(len(lane.pool) for lane in lanes)),
         "withdrawn": float(
-            sum(lane.intake.withdrawn + lane.counters["withdrawn"] for lane in lanes)
+            unusable + sum(lane.intake.withdrawn + lane.counters["withdrawn"] for lane in lanes)
         ),
+        "samples_withdrawn": float(unusable),
         "nonfinite_rows": float(sum(lane.intake.nonfinite_rows for lane in lanes)),
     }
     for name in ("observed", "nonfinite", "repeats_in_batch", "batches_repeated"):

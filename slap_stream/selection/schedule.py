@@ -236,6 +236,8 @@ class LaneProgress:
         step: Batches composed in it.
         part: Parts of it that are done.
         before: The same before the last batch.
+        unusable_trained: Of the samples composed into batches, those that could not be used.
+        unusable_pooled: Candidates withdrawn from the pool because they could not be used.
         offered: (num_strata,) candidates offered so far.
         trained: (num_strata,) samples composed into batches so far.
         pruned: (num_strata,) candidates pruned so far.
@@ -248,6 +250,8 @@ class LaneProgress:
     step: int = 0
     part: int = 0
     before: int = 0
+    unusable_trained: int = 0
+    unusable_pooled: int = 0
     offered: IntArray = field(init=False)
     trained: IntArray = field(init=False)
     pruned: IntArray = field(init=False)
@@ -260,6 +264,7 @@ class LaneProgress:
         """Begin an epoch."""
         self.epoch = epoch
         self.step = self.part = self.before = 0
+        self.unusable_trained = self.unusable_pooled = 0
         self.offered, self.trained, self.pruned = np.zeros((3, self.num_strata), np.int64)
         self.worth = np.zeros(self.num_strata)
 
@@ -287,7 +292,7 @@ class LaneProgress:
         self.worth = state.numbers("worth", self.num_strata, least=0.0)
 
 
-_COUNTERS = ("epoch", "step", "part", "before")
+_COUNTERS = ("epoch", "step", "part", "before", "unusable_trained", "unusable_pooled")
 _COUNTS = ("offered", "trained", "pruned")
 
 

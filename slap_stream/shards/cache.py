@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from time import monotonic, time_ns
@@ -21,8 +22,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from slap_stream.errors import DamagedShardError, ShardError
+from slap_stream.errors import AlignmentError, DamagedShardError, ShardError
 from slap_stream.shards.decode import sample_bounds
+from slap_stream.shards.index import content_hash
 from slap_stream.shards.library import (
     LOCAL,
     PREPARING,
@@ -72,13 +74,20 @@ class ShardCache:
     Args:
         dataset: The dataset; only its streams, shards and shared state are used.
         deadline_seconds: Time after which nothing new is tried to fetch a shard.
+        embedded: Hashes of what was embedded, by shards of which the index has none.
 
     Attributes:
         retries: How often fetching or verifying a shard was tried again.
     """
 
-    def __init__(self, dataset: Any, deadline_seconds: float = DEADLINE_SECONDS) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        deadline_seconds: float = DEADLINE_SECONDS,
+        embedded: Mapping[int, str] | None = None,
+    ) -> None:
         self._dataset = dataset
+        self._embedded = dict(embedded or {})
         self._deadline_seconds = deadline_seconds
         self._per_thread = threading.local()
         self._counting = threading.Lock()
@@ -145,6 +154,7 @@ class ShardCache:
         Raises:
             DamagedShardError: If it is not what its index says, also after it was fetched again.
             ShardError: If it cannot be fetched or read.
+            AlignmentError: If it is not what was embedded.
         """
         deadline = monotonic() + self._deadline_seconds
         added = failures = damages = 0
@@ -161,7 +171,7 @@ class ShardCache:
                         f"{self._name(shard_id)!r}, of which attempt {damages} said: {error}; "
                         "restore it, or withdraw what is damaged with on_bad_shard='skip'."
                     ) from error
-            except (ShardError, *BUGS):
+            except (ShardError, AlignmentError, *BUGS):
                 raise
             except Exception as error:
                 failures += 1
@@ -278,6 +288,7 @@ class ShardCache:
         Raises:
             DamagedShardError: If a file has another size or hash, or does not hold the samples it
                 should.
+            AlignmentError: If it is not what was embedded.
         """
         shard = self._dataset.shards[shard_id]
         validate_hash = self._stock_stream(shard_id).validate_hash
@@ -288,6 +299,8 @@ class ShardCache:
                 sample_bounds(header, shard.samples, raw.bytes, path.name)
             if raw.hashes:
                 check_hash(path, validate_hash or _cheapest(raw.hashes), raw.hashes)
+            elif embedded := self._embedded.get(shard_id):
+                check_embedded(path, embedded)
 
     def _refetchable(self, shard_id: int) -> bool:
         stream = self._stock_stream(shard_id)
@@ -346,6 +359,21 @@ def check_size(path: Path, size: int) -> None:
     found = path.stat().st_size
     if found != size:
         raise DamagedShardError(f"{path.name} has {found} bytes, its index says {size}")
+
+
+def check_embedded(path: Path, embedded: str) -> None:
+    """Refuse embeddings of a shard that has been written anew since.
+
+    Raises:
+        AlignmentError: If what is in it has another hash.
+    """
+    found = content_hash(path)
+    if found != embedded:
+        raise AlignmentError(
+            f"embeddings must be made of the shards as they are, got {path.name} with other content"
+            f" ({found}) than was embedded ({embedded}), though its index is the same; run "
+            "slap-embed on this dataset again, with --overwrite."
+        )
 
 
 def check_hash(path: Path, algorithm: str, hashes: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 import weakref
+from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from time import monotonic
@@ -57,6 +58,7 @@ class ShardFetcher:
         deadline_seconds: Time after which a shard that has not arrived raises.
         num_threads: Shards fetched at the same time.
         ranks_on_node: Ranks that share the node's `cache_limit`.
+        embedded: Hashes of what was embedded, by shards of which the index has none.
     """
 
     def __init__(
@@ -69,12 +71,13 @@ class ShardFetcher:
         deadline_seconds: float = DEADLINE_SECONDS,
         num_threads: int = 4,
         ranks_on_node: int = 1,
+        embedded: Mapping[int, str] | None = None,
     ) -> None:
         self.on_bad_shard = on_bad_shard
         self.max_withdrawn = max_withdrawn
         self.deadline_seconds = deadline_seconds
         self._counts = np.asarray(dataset.samples_per_shard if counts is None else counts, np.int64)
-        self._cache = ShardCache(dataset, deadline_seconds)
+        self._cache = ShardCache(dataset, deadline_seconds, embedded)
         self._jobs: dict[int, _Job] = {}
         self._verified: set[int] = set()
         self._held: set[int] = set()
@@ -158,6 +161,7 @@ class ShardFetcher:
 
         Raises:
             DamagedShardError: If a shard is damaged and to be raised.
+            AlignmentError: If one is not what was embedded.
             ShardError: If a shard cannot be fetched or has not arrived by the deadline, or if too
                 many candidates are withdrawn.
         """
@@ -178,6 +182,11 @@ class ShardFetcher:
             )
         return np.array(sorted(self._withdrawn.intersection(wanted)), np.int64)
 
+    @property
+    def withdrawn_fraction(self) -> float:
+        """Of the dataset's candidates, in [0, 1]."""
+        return self._withdrawn_candidates() / max(1, int(self._counts.sum()))
+
     def metrics(self) -> dict[str, float]:
         """Counts since the start; seconds are those that `require` made its caller wait."""
         return {
@@ -187,7 +196,7 @@ class ShardFetcher:
             "shard_retries": float(self._cache.retries),
             "shard_bytes_fetched": float(self._bytes_fetched),
             "shard_wait_seconds": self._wait_seconds,
-            "withdrawn_fraction": self._withdrawn_candidates() / max(1, int(self._counts.sum())),
+            "withdrawn_fraction": self.withdrawn_fraction,
         }
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from slap_stream.core.files import write_text
 from slap_stream.errors import ConfigError, CorpusError
@@ -116,6 +118,32 @@ def merge_indexes(out: PathLike, part_dirs: Sequence[PathLike]) -> int:
     columns_of(merged)
     write_index(root, merged)
     return num_samples
+
+
+def unhashed_contents(corpus_dir: PathLike) -> tuple[str, ...]:
+    """Hashes of what is in the shards of which the index has none, as streaming's writer leaves
+    them by default: of these it says no more than how large they are.
+
+    Args:
+        corpus_dir: Directory with an index.json and the shards.
+
+    Returns:
+        (num_shards,) in sample-id order, empty for shards that the index has hashes of, and for
+        those that are there compressed only; () if there is none to tell.
+    """
+    shards = read_index(corpus_dir)
+    found = []
+    for shard in shards:
+        file = shard.get("raw_data") or {}
+        path = Path(corpus_dir, str(file.get("basename")))
+        found.append("" if file.get("hashes") or not path.is_file() else content_hash(path))
+    return tuple(found) if any(found) else ()
+
+
+def content_hash(path: Path) -> str:
+    """Hash of a file, as fast as it can be read, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 
 
 def corpus_size(corpus_dir: PathLike) -> int:

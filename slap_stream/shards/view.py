@@ -81,7 +81,7 @@ class ShardView:
         return [self._reading[sample_id] for sample_id in ids.tolist()]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardView, (without_process_state(self._dataset),)
+        return type(self), (without_process_state(self._dataset),)
 
     def _get_item(self, sample_id: int, retry: int = 0) -> Any:
         """Stands in for the dataset's own: each sample at hand is given out once."""

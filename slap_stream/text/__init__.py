@@ -15,7 +15,7 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
-    "chat": ("Encoded", "encode"),
+    "chat": ("Encoded", "Truncate", "check_truncate", "cut", "encode"),
     "template": ("DEFAULT_CHAT_TEMPLATE", "REASONING_FIELDS", "TurnsError"),
     "turns": ("LEARN_FIELDS", "is_learnt", "tools_of"),
     "collate": ("ChatCollator",),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from slap_stream.errors import ConfigError
 from slap_stream.text.template import DEFAULT_CHAT_TEMPLATE, Message, TurnsError
 from slap_stream.text.turns import Span, find_turns, is_learnt
 
-__all__ = ["DEFAULT_CHAT_TEMPLATE", "Encoded", "encode"]
+__all__ = ["DEFAULT_CHAT_TEMPLATE", "Encoded", "Truncate", "check_truncate", "cut", "encode"]
+
+Truncate = Literal["right", "left", "drop"]
+"""What becomes of a record that is longer than max_length: its start is kept, its end, or none."""
 
 # How byte-level tokenizers spell a blank.
 _BLANK = "\u0120"
@@ -33,6 +36,45 @@ class Encoded:
     supervised: list[bool]
     truncated: bool
     shared: int = 0
+
+
+def check_truncate(truncate: Any, max_length: int | None) -> None:
+    """Refuse an unknown way to truncate, or one that never comes to bear.
+
+    Raises:
+        ConfigError: If it is either.
+    """
+    if truncate not in get_args(Truncate):
+        raise ConfigError(
+            f"truncate must be one of {', '.join(get_args(Truncate))}, got {truncate!r}."
+        )
+    if truncate != "right" and max_length is None:
+        raise ConfigError(
+            f"truncate must be 'right' without max_length, got {truncate!r}; nothing is too long."
+        )
+
+
+def cut(
+    record: Encoded, tokenizer: Any, max_length: int | None, truncate: Truncate
+) -> Encoded | None:
+    """Truncate a record to at most `max_length` tokens; None if it is rather left out.
+
+    Of the end that "left" keeps, the token of the beginning goes with it, where there is one:
+    models are hardly ever shown a text without.
+    """
+    excess = len(record.input_ids) - (max_length or len(record.input_ids))
+    if excess <= 0:
+        return record
+    if truncate == "drop":
+        return None
+    ids, supervised = record.input_ids, record.supervised
+    if truncate == "right":
+        ids, supervised = ids[:max_length], supervised[:max_length]
+    else:
+        head = int(ids[0] == tokenizer.bos_token_id and not supervised[0])
+        tail = head + excess
+        ids, supervised = ids[:head] + ids[tail:], supervised[:head] + supervised[tail:]
+    return replace(record, input_ids=ids, supervised=supervised, truncated=True)
 
 
 def encode(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from slap_stream.errors import ConfigError, CorpusError
-from slap_stream.text.chat import Encoded, encode
+from slap_stream.text.chat import Encoded, Truncate, check_truncate, cut, encode
 from slap_stream.types import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class ChatCollator:
         tokenizer: Any,
         *,
         max_length: int | None = None,
+        truncate: Truncate = "right",
         padding_side: Literal["right", "left"] = "right",
         pad_to_multiple_of: int | None = None,
         packing: Literal["padding_free"] | None = None,
@@ -34,7 +35,10 @@ class ChatCollator:
         """
         Args:
             tokenizer: A Hugging Face tokenizer, as for `encode`.
-            max_length: Tokens kept of a record, from its start; None keeps all.
+            max_length: Tokens kept of a record; None keeps all.
+            truncate: What is done with a longer record. "right" keeps its start, "left" its end
+                (the target of a long prompt), with the token of the beginning before it; "drop"
+                keeps none: it is an error, by which a loader withdraws the sample.
             padding_side: Side of the padding.
             pad_to_multiple_of: Batches are padded to a multiple of this many tokens; None pads to
                 the longest record.
@@ -48,6 +52,7 @@ class ChatCollator:
                 f"max_length must be at least 2 tokens or None, got {max_length!r}; "
                 "the first token of a record is never predicted."
             )
+        check_truncate(truncate, max_length)
         if padding_side not in ("right", "left"):
             raise ConfigError(f"padding_side must be one of right, left, got {padding_side!r}.")
         if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
@@ -64,6 +69,7 @@ class ChatCollator:
             )
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.truncate: Truncate = truncate
         self.padding_side = padding_side
         self.pad_to_multiple_of = pad_to_multiple_of
         self.packing = packing
@@ -121,14 +127,10 @@ class ChatCollator:
                     f"supervised must be as long as input_ids ({len(input_ids)}), "
                     f"got {len(supervised)} in {name}."
                 )
-            record = Encoded(
-                input_ids=input_ids[: self.max_length],
-                supervised=supervised[: self.max_length],
-                truncated=self.max_length is not None and len(input_ids) > self.max_length,
-            )
+            whole = Encoded(input_ids=input_ids, supervised=supervised, truncated=False)
         elif "messages" in sample:
             try:
-                record = encode(self.tokenizer, sample["messages"], max_length=self.max_length)
+                whole = encode(self.tokenizer, sample["messages"])
             except CorpusError as error:
                 raise CorpusError(f"{name}: {error}") from error
         else:
@@ -136,12 +138,20 @@ class ChatCollator:
                 f"samples must hold 'messages', or 'input_ids' and 'supervised', got the columns "
                 f"{sorted(sample)!r} in {name}; use a collate_fn of your own for other columns."
             )
+        record = cut(whole, self.tokenizer, self.max_length, self.truncate)
+        if record is None:
+            raise CorpusError(
+                f"a record must be at most max_length = {self.max_length} tokens with "
+                f"truncate='drop', got {len(whole.input_ids)} in {name}; raise max_length, or "
+                "leave such records out with slap-convert --tokenizer ... --truncate drop"
+            )
         # Models shift labels by one, so that the first token is never predicted.
         if not any(record.supervised[1:]):
             raise CorpusError(
                 f"supervised must mark at least one token after the first, got none in {name} "
-                f"(max_length {self.max_length}); raise max_length, or leave such records out "
-                "with slap-convert --tokenizer ... --max-length ..."
+                f"(max_length {self.max_length}); raise max_length, keep the end with "
+                "truncate='left', or leave such records out with slap-convert --tokenizer ... "
+                "--max-length ..."
             )
         return record
 

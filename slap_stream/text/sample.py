@@ -61,7 +61,8 @@ def _characters(count: int) -> int:
 
 def from_messages(messages: Sequence[Mapping[str, Any]], source: str | None) -> TextSample:
     """A sample from chat turns: those of the assistant that are learnt are the target, with what
-    it thinks; the tools, as JSON, and the others are the prompt.
+    it thinks and, as JSON, which tools it calls; the tools, likewise, and the others are the
+    prompt.
     """
     if len(messages) == 1 and messages[0]["role"] == "text":
         return from_text(messages[0]["content"], source)
@@ -72,6 +73,8 @@ def from_messages(messages: Sequence[Mapping[str, Any]], source: str | None) -> 
     for turn in messages:
         learnt = turn["role"] == "assistant" and is_learnt(turn)
         told[learnt] += [turn[name] for name in _TOLD if turn.get(name)]
+        if calls := turn.get("tool_calls"):
+            told[learnt].append(json.dumps(calls, ensure_ascii=False, default=str))
     prompt, target = "\n".join(told[False]), "\n".join(told[True])
     length = sum(len(text) for text in (*told[False], *told[True]))
     return TextSample(

@@ -290,6 +290,25 @@ def test_truncation_and_what_it_leaves_nothing_of_are_counted(
     assert report.dropped == {"no supervised token within max_length": 1}
     lengths = Counter(len(sample["input_ids"]) for sample in list(iter_corpus(tmp_path / "out")))
     assert lengths[24] == 1
+    left = convert(
+        [path], tmp_path / "left", tokenizer=tokenizer_dir, max_length=24, truncate="left"
+    )
+    assert (left.num_samples, left.truncated, left.dropped) == (3, 2, {})
+    assert all(sample["supervised"].any() for sample in iter_corpus(tmp_path / "left"))
+    drop = convert(
+        [path], tmp_path / "drop", tokenizer=tokenizer_dir, max_length=24, truncate="drop"
+    )
+    assert (drop.num_samples, drop.truncated) == (1, 0)
+    assert drop.dropped == {"longer than max_length": 2}
+    # Each is found again, and is no other's.
+    again = convert(
+        [path], tmp_path / "drop", tokenizer=tokenizer_dir, max_length=24, truncate="drop"
+    )
+    assert again.resumed
+    with pytest.raises(CorpusError, match="out must be new, empty or left by the same call"):
+        convert([path], tmp_path / "drop", tokenizer=tokenizer_dir, max_length=24)
+    with pytest.raises(ConfigError, match="truncate must be 'right' without max_length"):
+        convert([path], tmp_path / "none", tokenizer=tokenizer_dir, truncate="drop")
 
 
 def test_records_that_do_not_fit_the_template_are_dropped_unless_all_are(

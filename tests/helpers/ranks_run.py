@@ -103,8 +103,14 @@ class Run:
             BATCH // ranks,
             embeddings=self.vectors[: dataset.num_samples],
             config=config or config_of(num_lanes=4, lookahead=4),
-            collate_fn=collate,
-            **({"process_group": self.groups[world_size], "exchange_timeout": 60.0} | options),
+            **(
+                {
+                    "process_group": self.groups[world_size],
+                    "exchange_timeout": 60.0,
+                    "collate_fn": collate,
+                }
+                | options
+            ),
         )
 
 
@@ -214,6 +220,25 @@ def cut_short(run: Run) -> dict[str, Any]:
             found[str(world_size)] = batches(loader)
             found[f"metrics {world_size}"] = loader.metrics()
             found[f"next {world_size}"] = batches(loader, most=3)
+            loader.close()
+    return found
+
+
+def collate_odd(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    if any(sample["number"] % 2 == 0 for sample in samples):
+        raise ValueError("an even one")
+    return collate(samples)
+
+
+def bad_samples(run: Run) -> dict[str, Any]:
+    """Half of all samples cannot be used: in some batches all of a lane's."""
+    config = config_of(num_lanes=4, lookahead=4, max_withdrawn=1.0)
+    found: dict[str, Any] = {}
+    for world_size in (4, 1):
+        if run.rank < world_size:
+            loader = run.loader(world_size, config=config, collate_fn=collate_odd)
+            found[str(world_size)] = batches(loader, frozen(loader))
+            found[f"withdrawn {world_size}"] = loader.metrics()["samples_withdrawn"]
             loader.close()
     return found
 
@@ -443,7 +468,10 @@ def preparing(run: Run) -> dict[str, Any]:
     return found
 
 
-SCENARIOS = [laws, cost, cut_short, replicas, limited, errors, training, trainer, preparing]
+SCENARIOS = [
+    *(laws, cost, cut_short, bad_samples, replicas, limited, errors),
+    *(training, trainer, preparing),
+]
 
 
 def main(rank: int, corpus: Path, broken: Path, out: Path) -> None:

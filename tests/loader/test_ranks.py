@@ -81,6 +81,16 @@ def test_saved_on_four_ranks_a_run_goes_on_on_any_number(results: Results, feedb
     assert all(result["laws"][f"{feedback} lanes"] == [0, 1, 2, 3] for result in results)
 
 
+def test_bad_samples_leave_the_world_size_free(results: Results) -> None:
+    alone = joined(results, "bad_samples", "1", 1)
+    assert joined(results, "bad_samples", "4", 4) == alone
+    assert len(alone) == 17
+    assert all(ids and all(number % 2 for number in ids) for ids in alone)
+    withdrawn = [result["bad_samples"]["withdrawn 4"] for result in results]
+    assert sum(withdrawn) == results[0]["bad_samples"]["withdrawn 1"]
+    assert min(withdrawn) > 0
+
+
 def test_feedback_counts(results: Results) -> None:
     assert results[0]["laws"]["table 1"] != results[0]["laws"]["probe 1"]
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from slap_stream.errors import ConfigError, CorpusError, SlapStreamError
 from slap_stream.text import template as chat_template
-from slap_stream.text.chat import DEFAULT_CHAT_TEMPLATE, encode
+from slap_stream.text.chat import DEFAULT_CHAT_TEMPLATE, Encoded, cut, encode
 from slap_stream.text.collate import ChatCollator
 
 TEXT = ["The quick brown fox jumps over the lazy dog.\n", "def area(r): return 3 * r ** 2  # äöü"]
@@ -389,6 +389,64 @@ def test_without_padding_records_follow_each_other_in_one_row() -> None:
     assert row["use_cache"] is False
 
 
+@given(length=st.integers(2, 60), begins=st.booleans(), prompt=st.integers(1, 60))
+def test_a_long_record_keeps_what_truncate_says(length: int, begins: bool, prompt: int) -> None:
+    tokenizer = byte_level(CHATML)
+    tokenizer.bos_token = tokenizer.eos_token
+    first = [tokenizer.bos_token_id] if begins else []
+    ids = [*first, *range(5, 5 + prompt + 6)]
+    supervised = [False] * (len(ids) - 6) + [True] * 6
+    whole = Encoded(input_ids=ids, supervised=supervised, truncated=False)
+    right = cut(whole, tokenizer, length, "right")
+    left = cut(whole, tokenizer, length, "left")
+    fits = len(ids) <= length
+    assert cut(whole, tokenizer, length, "drop") == (whole if fits else None)
+    assert cut(whole, tokenizer, None, "left") is whole
+    if fits:
+        assert left == right == whole
+        return
+    assert right.truncated
+    assert left.truncated
+    assert right.input_ids == ids[:length]
+    assert right.supervised == supervised[:length]
+    assert len(left.input_ids) == len(left.supervised) == length
+    assert left.input_ids[len(first) :] == ids[len(ids) - length + len(first) :]
+    assert left.input_ids[: len(first)] == first
+    # The target is kept as far as it fits.
+    assert sum(left.supervised) == min(6, length - len(first))
+
+
+def test_a_prompt_that_fills_max_length_is_cut_from_the_left() -> None:
+    tokenizer = byte_level(CHATML)
+    chat = {
+        "id": "r7",
+        "messages": [
+            {"role": "user", "content": "why " * 40},
+            {"role": "assistant", "content": "because"},
+        ],
+    }
+    whole = encode(tokenizer, chat["messages"])
+    tokens = {"input_ids": whole.input_ids, "supervised": whole.supervised}
+    for sample in (chat, tokens):
+        batch = ChatCollator(tokenizer, max_length=32, truncate="left")([sample])
+        learnt = batch["labels"][0][batch["labels"][0] != -100].tolist()
+        assert tokenizer.decode(learnt) == "because<|im_end|>"
+        assert batch["input_ids"].shape == (1, 32)
+    with pytest.raises(CorpusError, match="keep the end with truncate='left', or leave"):
+        ChatCollator(tokenizer, max_length=32)([chat])
+    with pytest.raises(
+        CorpusError,
+        match=rf"at most max_length = 32 tokens with truncate='drop', got {len(whole.input_ids)} in"
+        " record 'r7'; raise max_length",
+    ):
+        ChatCollator(tokenizer, max_length=32, truncate="drop")([chat])
+    assert ChatCollator(tokenizer, max_length=999, truncate="drop")([chat])["labels"].any()
+    with pytest.raises(ConfigError, match="truncate must be one of right, left, drop, got 'both'"):
+        ChatCollator(tokenizer, max_length=32, truncate="both")
+    with pytest.raises(ConfigError, match="truncate must be 'right' without max_length, got 'lef"):
+        ChatCollator(tokenizer, truncate="left")
+
+
 def test_tokenised_and_raw_records_collate_alike() -> None:
     tokenizer = byte_level(CHATML)
     encoded = encode(tokenizer, DIALOGUE)
@@ -426,7 +484,7 @@ def test_a_collator_survives_the_way_to_a_worker() -> None:
         ({"text": "x"}, r"got the columns \['text'\] in a record"),
         (
             {"id": "r7", "messages": DIALOGUE},
-            r"got none in record 'r7' \(max_length 8\); raise max_length, or",
+            r"got none in record 'r7' \(max_length 8\); raise max_length, keep",
         ),
         (
             {"id": "r7", "input_ids": [1, 2], "supervised": [1]},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from slap_stream.errors import CorpusError
@@ -30,3 +32,14 @@ def test_tools_are_part_of_the_prompt() -> None:
     assert sample.target == "yes"
     assert sample.length == -(-(len(written) + 5) // 4)
     assert from_messages([ASKED | {"tools": []}, said], None).prompt == "hi"
+
+
+def test_calls_of_tools_are_part_of_the_target() -> None:
+    call = {"type": "function", "function": {"name": "uhr", "arguments": {"zone": "größte"}}}
+    said = {"role": "assistant", "content": None, "tool_calls": [call]}
+    sample = from_messages([ASKED, said], None)
+    assert json.loads(sample.target) == [call]
+    assert sample.length == -(-(len(sample.target) + 2) // 4)
+    unlearnt = from_messages([ASKED, said | {"train": False}, {**said, "content": "yes"}], None)
+    assert unlearnt.prompt == f"hi\n{sample.target}"
+    assert unlearnt.target == f"yes\n{sample.target}"
