@@ -22,6 +22,7 @@ shared.py         what all lanes share: strata, loss model, keep
   loss_model.py   losses and gradients as the embeddings predict them
   moments.py      the sums that it is solved from
 refresh.py        sums over lanes and ranks, every few steps
+departures.py     what has left the pools, and why
 state.py          does a saved state fit this run
 metrics.py        counts over lanes
 """
@@ -31,6 +32,7 @@ from __future__ import annotations
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
     "policies.registry": ("make_policy",),
+    "departures": ("OUTCOMES", "ROW"),
     "sampler": ("SlapSampler",),
     "state": ("check_ranks_agree",),
     "shared": ("sum_in_order",),

@@ -17,7 +17,7 @@ from slap_stream.core.kernels import heads_of, nearest_of_group, project, unit_r
 from slap_stream.core.saved import Saved
 from slap_stream.selection.loss_model import NUM_OWN_COLUMNS, LossModel, RankTable
 from slap_stream.selection.policies.base import Policy
-from slap_stream.selection.pool import Pool, RecentlyTrained
+from slap_stream.selection.pool import EMPTY, Pool, RecentlyTrained
 from slap_stream.selection.state import Lookup
 from slap_stream.types import (
     MISMATCH_COLUMN,
@@ -33,6 +33,8 @@ from slap_stream.types import (
 # questions 0 to 1 %, of a set that repeats its examples under several templates about 10 %
 # (hashing encoder). With 0.6 these would be 16 %, and hardly more copies.
 SURE_COPY, NO_COPY = 0.3, 0.5
+# What may show that a candidate can be spared, by name.
+EVIDENCE = ("copy", "mismatch")
 
 
 def copy_likelihood(distance: FloatArray) -> FloatArray:
@@ -319,7 +321,7 @@ class Scorer:
     def _look_for_copies(self, slots: IntArray) -> None:
         """Compare (n,) pooled candidates with all that was trained on lately."""
         pool = self._pool
-        pool.columns.distance[slots] = np.inf
+        pool.columns.distance[slots], found = np.inf, np.full(len(slots), EMPTY, np.int64)
         if self._weighs_evidence:
             pool.columns.distance[slots] = self._recent.nearest_embedding(
                 pool.x,
@@ -328,7 +330,17 @@ class Scorer:
                 pool.columns.sample_id[slots],
                 within=self.reach,
                 heads=pool.heads,
+                found=found,
             )
+        pool.columns.nearest[slots] = found
+
+    def evidence(self, slots: IntArray) -> dict[str, FloatArray]:
+        """By name of `EVIDENCE`, how likely it is that (n,) pooled candidates can be spared for
+        it; nothing where nobody asks."""
+        if not self._weighs_evidence:
+            return {}
+        distance = self._pool.columns.distance[slots] / self._yardsticks.apart
+        return {"copy": copy_likelihood(distance), "mismatch": self._pool.columns.mismatch[slots]}
 
     def _weigh(self, slots: IntArray) -> None:
         """Renew the utility and the worth of (n,) candidates that have been scored."""
@@ -358,7 +370,7 @@ class Scorer:
         waiting, before = pool.columns.stratum[slots], pool.columns.distance[slots]
         order = np.argsort(stratum, kind="stable")
         counts = np.bincount(stratum, minlength=int(waiting.max(initial=0)) + 1)
-        known = x[order]
+        known, found = x[order], np.empty(len(slots), np.int64)
         near = nearest_of_group(
             pool.x,
             slots,
@@ -371,9 +383,11 @@ class Scorer:
             within=self.reach,
             heads=pool.heads,
             known_heads=heads_of(known[:, pool.first_of_unit :]),
+            found=found,
         )
         nearer = near < before
         pool.columns.distance[slots[nearer]] = near[nearer]
+        pool.columns.nearest[slots[nearer]] = found[nearer]
         self._weigh(slots[nearer])
 
     def refresh(self) -> bool:
