@@ -23,6 +23,7 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
+    "run_files": ("RunEvents", "find_log", "read_log"),
     "delivery": ("SAMPLE_ID",),
     "loader": ("SlapDataLoader",),
 }

@@ -54,7 +54,7 @@ class RunEvents:
     Attributes:
         about: What run it is: its last beginning, as `RunLog` writes it.
         begins: Every beginning, in order of time, of rank 0.
-        spans: Of all ranks, in the order in which they ended.
+        spans: Of all ranks, in the order in which they ended; each says of which `rank` it is.
         values: Likewise, of rank 0.
         rows: (n,) what has left the pools, in the order of epochs and steps; of 1 in 2 ** level
             sample ids.
@@ -105,7 +105,8 @@ def read_log(run_dir: str | os.PathLike[str]) -> RunEvents:
     for path, (events, _) in by_file.items():
         kept, cut = surviving(events, every)
         straddling += cut
-        mine = [event for event in kept if event["kind"] == "span"]
+        rank = begins[path][-1]["rank"] if begins[path] else 0
+        mine = [{**event, "rank": rank} for event in kept if event["kind"] == "span"]
         spans += mine
         level = max([level, *(span["level"] for span in mine)])
         if path == event_file(path.parent, 0):

@@ -32,7 +32,8 @@ from __future__ import annotations
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
     "policies.registry": ("make_policy",),
-    "departures": ("OUTCOMES", "ROW"),
+    "departures": ("OUTCOMES", "ROW", "TRAINED"),
+    "scoring": ("copy_likelihood", "neighbour_distance"),
     "sampler": ("SlapSampler",),
     "state": ("check_ranks_agree",),
     "shared": ("sum_in_order",),

@@ -39,6 +39,7 @@ ROW = np.dtype(
     + [(name, "u1") for name in EVIDENCE]
 )
 Rows = NDArray[Any]
+_KEPT, _KEPT_OF_PRUNED = ("sample_id", "nearest", "stratum", "rank"), ("loss", "gumbel")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,17 +77,21 @@ class Departures:
         if not len(slots):
             return
         columns = self.pool.columns
-        names = "sample_id", "nearest", "stratum", "rank", "loss", "gumbel"
-        kept: dict[str, NDArray[Any]] = {name: getattr(columns, name)[slots] for name in names}
+        kept: dict[str, NDArray[Any]] = self.scorer.evidence(slots)
+        for name in _KEPT if trained else _KEPT + _KEPT_OF_PRUNED:
+            kept[name] = getattr(columns, name).take(slots)
         kept["log_length"] = self.pool.x[slots, LOG_LENGTH]
-        self._parts.append((trained, epoch, step, kept | self.scorer.evidence(slots)))
+        self._parts.append((trained, epoch, step, kept))
 
     def take(self) -> Departed:
-        """What was noted since the last call, in that order."""
+        """What was noted since the last call, in that order, but first what was trained on."""
         parts, self._parts = self._parts, []
         if not parts:
             return Departed(rows=np.zeros(0, ROW), tokens=np.zeros(0))
-        told = {name: np.concatenate([part[name] for *_, part in parts]) for name in parts[0][3]}
+        # The pruned ones last, of which alone it is asked why.
+        parts.sort(key=lambda part: not part[0])
+        names = {name for *_, part in parts for name in part} - {*_KEPT_OF_PRUNED}
+        told = {name: np.concatenate([part[name] for *_, part in parts]) for name in names}
         sizes = [len(part["sample_id"]) for *_, part in parts]
         rows = np.zeros(sum(sizes), ROW)
         for name in ("sample_id", "stratum"):
@@ -99,8 +104,12 @@ class Departures:
             rows[name] = np.round(np.clip(values, 0.0, 1.0) * _STEPS)
         # What is no copy is near to nothing.
         rows["nearest"] = np.where(evidence["copy"] > 0.0, told["nearest"], -1)
-        why = reasons(self.policy, told["rank"], told["loss"], told["gumbel"], evidence)
-        rows["outcome"] = np.where(trained, 0, why)
+        pruned = [part for was_trained, *_, part in parts if not was_trained]
+        if pruned:
+            whole = np.count_nonzero(trained)
+            loss, noise = (np.concatenate([p[n] for p in pruned]) for n in _KEPT_OF_PRUNED)
+            shown = {name: values[whole:] for name, values in evidence.items()}
+            rows["outcome"][whole:] = reasons(self.policy, told["rank"][whole:], loss, noise, shown)
         # Design rows hold log(1 + length).
         return Departed(rows=rows, tokens=np.expm1(told["log_length"].astype(np.float64)))
 

@@ -115,8 +115,8 @@ class Yardsticks:
         if not len(ids):
             return
         self._ranks = RankTable(self._predict(x)[1], stratum)
-        self.typical = _neighbour_distance(self.project(x), stratum, 0.5)
-        self.apart = _neighbour_distance(x, stratum, NOT_COPIED, first=x.shape[1] - self._dim)
+        self.typical = neighbour_distance(self.project(x), stratum, 0.5)
+        self.apart = neighbour_distance(x, stratum, NOT_COPIED, first=x.shape[1] - self._dim)
 
     def score(self, x: Float32Array, stratum: IntArray, own_loss: FloatArray) -> Scores:
         """Score candidates.
@@ -203,7 +203,7 @@ class _Window:
         return ids, x, stratum
 
 
-def _neighbour_distance(
+def neighbour_distance(
     vectors: Float32Array, stratum: IntArray, quantile: float, *, first: int = 0
 ) -> float:
     """Quantile over candidates of their distance to the nearest other one of their stratum.
