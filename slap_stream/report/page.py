@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
-from slap_stream.report.texts import Text
+from slap_stream.report.texts import Text, visible
 
 # Runs in the page; nothing else does, whatever a text holds: the page's policy names its hash.
 SCRIPT = """
@@ -131,7 +131,11 @@ def render(
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     template = environment.from_string(files(__package__).joinpath("page.html").read_text("utf-8"))
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()

@@ -34,9 +34,14 @@ class Text:
     target: str
 
 
+def visible(text: str) -> str:
+    """A text without characters that cannot be seen."""
+    return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def shown(text: str, most: int = SHOWN) -> str:
     """The beginning of a text, without characters that cannot be seen."""
-    seen = _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text[: most + 1])
+    seen = visible(text[: most + 1])
     return seen if len(seen) <= most else seen[:most] + " \N{HORIZONTAL ELLIPSIS}"
 
 
