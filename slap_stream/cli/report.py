@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from slap_stream.cli.command_line import CommandLine, ended
+from slap_stream.cli.command_line import CommandLine, add_common, ended
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,22 +31,31 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--text-column", help="column with plain text")
     line.add_argument("--prompt-column", help="column with the prompt")
     line.add_argument("--completion-column", help="column with the target")
+    add_common(line, quiet="no summary")
     return line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `slap-report`."""
     arguments = parser().parse_args(argv)
+    options = vars(arguments)
+    debug, told = options.pop("debug"), options.pop("progress") is not False
 
     def run_and_tell() -> int:
         # Not on top: it takes seconds to load, which nobody need wait for to read the help.
         from slap_stream.report.report import report
 
-        made = report(**vars(arguments))
+        made = report(**options)
+        if told:
+            for name, value in made.summary.items():
+                print(f"{name.replace('_', ' '):>20}  {value}")
+            for warning in made.warnings:
+                print(f"             warning  {warning}")
+            print(f"                page  {made.page}")
         print(json.dumps(asdict(made)))
         return 0
 
-    return ended("slap-report", run_and_tell)
+    return ended("slap-report", run_and_tell, debug=debug)
 
 
 if __name__ == "__main__":
