@@ -6,8 +6,9 @@ One folder a stage, in the order in which data flows:
                                                   ^                        |
                                                   +------- probe <---------+
 
-`core` holds what all of them use, `integrations` other libraries' training loops, `cli` the command
-lines. Each folder's `__init__` says what comes in, what goes out, and which file to open for what.
+`core` holds what all of them use, `integrations` other libraries' training loops, `report` pages
+for people, `cli` the command lines. Each folder's `__init__` says what comes in, what goes out, and
+which file to open for what.
 """
 
 from __future__ import annotations

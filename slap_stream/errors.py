@@ -49,3 +49,7 @@ class ExchangeError(SlapStreamError, RuntimeError):
 
 class WorkerError(SlapStreamError, RuntimeError):
     """A process that reads and collates batches has died."""
+
+
+class RunLogError(SlapStreamError, ValueError):
+    """A run's log cannot be read, or there is none."""

@@ -24,6 +24,7 @@ FOLDERS = (
     "selection",
     "probe",
     "loader",
+    "report",
     "integrations",
     "cli",
 )

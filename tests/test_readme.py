@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 
-from slap_stream.cli import convert, embed
+from slap_stream.cli import convert, embed, report
 from tests.test_training import folder  # noqa: F401  (a fixture)
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-PARSERS = {"slap-convert": convert.parser, "slap-embed": embed.parser}
+PARSERS = {
+    "slap-convert": convert.parser,
+    "slap-embed": embed.parser,
+    "slap-report": report.parser,
+}
 
 
 def blocks(language: str, text: str = README) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -99,8 +100,38 @@ def _told(check: Callable[[str, str], Path], text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error).strip()) from error
 
 
-def ended(program: str, run: Callable[[], int], *, interrupted: str = "interrupted") -> int:
+def add_common(line: argparse.ArgumentParser, *, quiet: str) -> None:
+    """Add what all tools of the package have.
+
+    Args:
+        line: The tool's parser.
+        quiet: What it leaves out when it prints a line of JSON only.
+    """
+    line.add_argument(
+        "--quiet",
+        "--json",
+        action="store_const",
+        const=False,
+        dest="progress",
+        help=f"{quiet}: only the line of JSON",
+    )
+    line.add_argument("--debug", action="store_true", help="show where an error comes from")
+
+
+def ended(
+    program: str,
+    run: Callable[[], int],
+    *,
+    interrupted: str = "interrupted",
+    debug: bool = False,
+) -> int:
     """Run a tool to its end; what it must expect to go wrong is told in one line.
+
+    Args:
+        program: Its name.
+        run: Does its work.
+        interrupted: What is said after an interrupt.
+        debug: Whether to show where an error comes from, too.
 
     Returns:
         The exit status: 1 after an error, 130 after an interrupt.
@@ -108,6 +139,8 @@ def ended(program: str, run: Callable[[], int], *, interrupted: str = "interrupt
     try:
         return run()
     except (SlapStreamError, OSError) as error:
+        if debug:
+            traceback.print_exc()
         print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

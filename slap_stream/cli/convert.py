@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from slap_stream.cli.command_line import CommandLine, ended, to_write
+from slap_stream.cli.command_line import CommandLine, add_common, ended, to_write
 from slap_stream.corpus.convert import ConvertReport, convert
 from slap_stream.corpus.records import KNOWN_SHAPES
 from slap_stream.shards.index import SHARD_BYTES
@@ -21,8 +21,13 @@ def parser() -> argparse.ArgumentParser:
     line = CommandLine(
         prog="slap-convert",
         description=__doc__,
-        epilog=f"Records may be {'; '.join(KNOWN_SHAPES)}. Run the same command again to go on "
-        "with a conversion that was cut off.",
+        epilog=f"""Records may be {"; ".join(KNOWN_SHAPES)}.
+Run the same command again to go on with a conversion that was cut off.
+
+examples:
+  slap-convert chats.jsonl.gz more.parquet saved_dataset/ corpus
+  slap-convert chats.jsonl corpus --tokenizer path/to/tokenizer --max-length 2048""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     line.add_argument(
         "inputs",
@@ -48,13 +53,7 @@ def parser() -> argparse.ArgumentParser:
         default="source",
         help="field that names a record's source (default source); '': each input is a source",
     )
-    line.add_argument(
-        "--quiet",
-        action="store_const",
-        const=False,
-        dest="progress",
-        help="no progress bar, no table",
-    )
+    add_common(line, quiet="no progress bar, no table")
     return line
 
 
@@ -85,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `slap-convert`."""
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(given)
+    debug = vars(arguments).pop("debug")
 
     def run_and_tell() -> int:
         report = convert(**vars(arguments), command=shlex.join(["slap-convert", *given]))
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     hint = "interrupted; run the same command to go on"
-    return ended("slap-convert", run_and_tell, interrupted=hint)
+    return ended("slap-convert", run_and_tell, interrupted=hint, debug=debug)
 
 
 if __name__ == "__main__":

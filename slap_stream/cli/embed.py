@@ -8,12 +8,20 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from slap_stream.cli.command_line import CommandLine, device, ended, to_write
+from slap_stream.cli.command_line import CommandLine, add_common, device, ended, to_write
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    line = CommandLine(prog="slap-embed", description=__doc__)
+    line = CommandLine(
+        prog="slap-embed",
+        description=__doc__,
+        epilog="""examples:
+  slap-embed corpus                                         no model, no download
+  slap-embed shards --text-column text                      shards of your own
+  slap-embed corpus --encoder hf:path/to/encoder --overwrite""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     line.add_argument("corpus", help="directory with index.json")
     line.add_argument("--out", type=to_write, help="default: CORPUS/embeddings.zarr")
     line.add_argument("--encoder", default="hashing", help="hashing (default) or hf:PATH")
@@ -44,9 +52,7 @@ def parser() -> argparse.ArgumentParser:
         help="rows of one file of the store; default 16384, a quarter of that for models",
     )
     line.add_argument("--overwrite", action="store_true", help="replace embeddings that are there")
-    line.add_argument(
-        "--quiet", action="store_const", const=False, dest="progress", help="no progress bar"
-    )
+    add_common(line, quiet="no progress bar")
     return line
 
 
@@ -54,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `slap-embed`."""
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(given)
+    debug = vars(arguments).pop("debug")
 
     def run_and_tell() -> int:
         # Not on top: it takes seconds to load, which nobody need wait for to read the help.
@@ -64,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     hint = "interrupted; run the same command to go on"
-    return ended("slap-embed", run_and_tell, interrupted=hint)
+    return ended("slap-embed", run_and_tell, interrupted=hint, debug=debug)
 
 
 if __name__ == "__main__":

@@ -248,6 +248,7 @@ def nearest_of_group(
     within: float = np.inf,
     heads: Heads | None = None,
     known_heads: Heads | None = None,
+    found: IntArray | None = None,
 ) -> FloatArray:
     """Distance of unit vectors to the nearest known one of their group and of another sample.
 
@@ -263,6 +264,7 @@ def nearest_of_group(
         within: Distances from here on need not be told apart, which is quicker with heads.
         heads: Of the (rows,) vectors.
         known_heads: Of the (m,) known ones.
+        found: (n,) int64, is given the nearest samples themselves; -1 where the distance is inf.
 
     Returns:
         (n,) distances; inf where there is no other sample, and in place of some beyond `within`.
@@ -285,6 +287,9 @@ def nearest_of_group(
             f"known, got {len(heads.head)} and {len(known_heads.head)}."
         )
     out = np.full(len(at), np.inf)
+    found = np.empty(len(at), np.int64) if found is None else found
+    if found.shape != out.shape or found.dtype != np.int64:
+        raise ValueError(f"found must be {out.shape} int64, got {found.shape} {found.dtype}.")
     _nearest_of_group(
         np.ascontiguousarray(vectors, np.float32),
         np.ascontiguousarray(at, np.int64),
@@ -301,6 +306,7 @@ def nearest_of_group(
         # What the product of two unit vectors is at that distance.
         max(-np.inf, 1.0 - 0.5 * within * within),
         out,
+        found,
     )
     return out
 
@@ -321,11 +327,12 @@ def _nearest_of_group(
     first: int,
     least: float,
     out: Any,
+    found: Any,
 ) -> None:
     bounded = known_head.shape[1] > 0
     for i in range(at.shape[0]):
         row = at[i]
-        best = -np.inf
+        best, nearest = -np.inf, -1
         for j in range(start[group[i]], start[group[i] + 1]):
             if known_id[j] < 0 or known_id[j] == sample_id[i]:
                 continue
@@ -334,5 +341,8 @@ def _nearest_of_group(
                 # With some room for rounding.
                 if bound < max(best, least) - 1e-4:
                     continue
-            best = max(best, float(_dot(vectors[row, first:], known[j, first:])))
+            product = float(_dot(vectors[row, first:], known[j, first:]))
+            if product > best:
+                best, nearest = product, known_id[j]
+        found[i] = nearest
         out[i] = np.sqrt(max(0.0, 2.0 - 2.0 * best))

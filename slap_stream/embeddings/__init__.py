@@ -20,6 +20,7 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
+    "corpus_texts": ("CorpusTexts",),
     "store": ("EmbeddingStore", "open_embeddings"),
     "rows": ("StackedStore", "as_row_store", "take"),
     "embed": ("embed",),

@@ -215,6 +215,7 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
+            run_dir=args.output_dir,
             # transformers has it since version 5.
             multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         )
@@ -323,7 +324,10 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         return int(super().num_examples(dataloader))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the loader's metrics beside the training loss."""
+        """Log, with the loader's metrics beside the training loss; held-out ones are noted."""
+        if self.loader is not None:
+            held_out = {k: v for k, v in logs.items() if k.startswith("eval_") and "loss" in k}
+            self.loader.note(**held_out)
         if self.loader is None or "loss" not in logs:
             super().log(logs, start_time)
             return

@@ -15,6 +15,8 @@ ranks.py        what ranks tell each other
 state.py        a checkpoint of all ranks
 checks.py       settings and data that do not fit together
 workers.py      what is said when a worker process dies
+run_log.py      what left the pools and why, losses and cost: the run's log, as it is written
+run_files.py    the log's files, and how they are read while they grow
 status_line.py  a line of log, now and then
 """
 
@@ -23,6 +25,7 @@ from __future__ import annotations
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
     "checks": ("check_batches", "check_run"),
+    "run_files": ("RunEvents", "find_log", "read_log"),
     "delivery": ("SAMPLE_ID",),
     "loader": ("SlapDataLoader",),
 }

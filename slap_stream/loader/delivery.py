@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from slap_stream.errors import SlapStreamError, WorkerError
@@ -111,3 +112,12 @@ def with_ids(batch: Any, ids: IntArray) -> Any:
     # A copy: what a training loop does to its batch must not change what is checkpointed.
     batch[SAMPLE_ID] = torch.tensor(ids)
     return batch
+
+
+def on_cpu(values: Any) -> Any:
+    """What a training loop hands back, as an array in this process's memory."""
+    if isinstance(values, torch.Tensor):
+        # Only then to float64, which NumPy has and Apple's GPUs have not; bfloat16 is the opposite.
+        values = values.detach().cpu()
+        return (values.double() if values.is_floating_point() else values).numpy()
+    return np.asarray(values)

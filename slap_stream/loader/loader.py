@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -27,11 +29,12 @@ from slap_stream.loader.checks import (
     embedded_hashes,
     prefetch_within,
 )
-from slap_stream.loader.delivery import SAMPLE_ID, Delivery
+from slap_stream.loader.delivery import SAMPLE_ID, Delivery, on_cpu
 from slap_stream.loader.padding import Padding
 from slap_stream.loader.pending import PendingBatches
 from slap_stream.loader.probe_link import ProbeLink
 from slap_stream.loader.ranks import TIMEOUT_SECONDS, join_ranks
+from slap_stream.loader.run_log import RunLog, describe
 from slap_stream.loader.state import check_loader_state, whole_state
 from slap_stream.loader.status_line import StatusLine
 from slap_stream.probe.probe import LearnabilityProbe, check_probe_state
@@ -95,6 +98,7 @@ class SlapDataLoader(DataLoader[Any]):
             torch.distributed, or in `process_group`. Processes of equal rank get the same.
         world_size: Ranks; default likewise.
         process_group: Processes that have a loader; default: all.
+        run_dir: Where a log of the run is kept, for `slap-report`; None: none is.
         exchange_timeout: Deadline of everything that ranks tell each other, in seconds.
 
     Raises:
@@ -122,6 +126,7 @@ class SlapDataLoader(DataLoader[Any]):
         rank: int | None = None,
         world_size: int | None = None,
         process_group: Any = None,
+        run_dir: str | PathLike[str] | None = None,
         exchange_timeout: float = TIMEOUT_SECONDS,
     ) -> None:
         config = check_arguments(config, num_workers, prefetch_factor, collate_fn)
@@ -161,7 +166,13 @@ class SlapDataLoader(DataLoader[Any]):
             exchange=self._ranks,
         )
         self._owner = BackgroundThread("slap-sampler")
-        self._pending = PendingBatches(self._sampler, self._owner)
+        self._log = RunLog(
+            run_dir if self._ranks.speaks else None,
+            self._sampler,
+            about=partial(describe, dataset, store, self._sampler),
+            metrics=self._metrics,
+        )
+        self._pending = PendingBatches(self._sampler, self._owner, self._log.composed)
         # Of the rank that needs most: then all are refused or none.
         check_cache_limit(dataset, self._owner.call(self._meet_ranks), ranks_on_node)
         self._probe: LearnabilityProbe | None = None
@@ -234,6 +245,8 @@ class SlapDataLoader(DataLoader[Any]):
         return workers
 
     def _begin(self) -> int:
+        if not self._log.begun:
+            self._log.begin()
         delivered = self._pending.begin()
         if self.num_workers:
             # A fork in the middle of a read would copy whatever lock is held there.
@@ -290,8 +303,16 @@ class SlapDataLoader(DataLoader[Any]):
             FeedbackError: If shapes differ, or an id was not yielded lately or already observed.
         """
         # First what waits for the model, while a batch is still composed in the background.
-        ids, losses = _on_cpu(ids), _on_cpu(losses)
-        self._owner.call(partial(self._sampler.observe, ids, losses))
+        ids, losses = on_cpu(ids), on_cpu(losses)
+        self._owner.call(partial(self._observe, ids, losses))
+
+    def _observe(self, ids: Any, losses: Any) -> None:
+        self._sampler.observe(ids, losses)
+        self._log.observed(losses, last=self._pending.finished)
+
+    def note(self, **values: float) -> None:
+        """Put numbers that were measured now, such as `held_out_loss=3.2`, into the run's log."""
+        self._owner.call(partial(self._log.note, values))
 
     def loss_weights(self, ids: Any) -> torch.Tensor:
         """Weights of the losses of the batch at hand; call it before `observe`.
@@ -305,7 +326,7 @@ class SlapDataLoader(DataLoader[Any]):
         Raises:
             FeedbackError: If an id was not yielded lately or was already observed.
         """
-        ids = _on_cpu(ids)
+        ids = on_cpu(ids)
         return torch.from_numpy(self._owner.call(partial(self._sampler.loss_weights, ids)))
 
     def probe_host(self) -> ProbeLink:
@@ -334,13 +355,10 @@ class SlapDataLoader(DataLoader[Any]):
 
     def _hold_needed(self) -> None:
         first_id = self._sampler.table.first_id
-        now = [np.searchsorted(first_id, self._pending.ids, side="right") - 1]
-        soon = []
-        for lane in self._sampler.lanes:
-            pooled, following = lane.intake.shards_in_use()
-            now.append(pooled)
-            soon.append(following)
-        self._fetcher.hold(np.unique(np.concatenate(now)), np.concatenate(soon))
+        pending = np.searchsorted(first_id, self._pending.ids, side="right") - 1
+        in_use = [lane.intake.shards_in_use() for lane in self._sampler.lanes]
+        pooled, soon = zip(*in_use, strict=True)
+        self._fetcher.hold(np.unique(np.concatenate([pending, *pooled])), np.concatenate(soon))
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers about the run, ready for TensorBoard or Weights & Biases.
@@ -361,7 +379,7 @@ class SlapDataLoader(DataLoader[Any]):
         metrics |= self._padding.metrics()
         if self._probe is not None:
             metrics |= self._probe.metrics()
-        return metrics
+        return metrics | self._log.metrics()
 
     def state_dict(self) -> State:
         """Everything a resumed run needs: arrays, numbers and strings; only reads.
@@ -375,6 +393,7 @@ class SlapDataLoader(DataLoader[Any]):
         return self._owner.call(self._state)
 
     def _state(self) -> State:
+        self._log.flush(saved=True)
         return whole_state(
             self._ranks,
             self._position(),
@@ -387,10 +406,11 @@ class SlapDataLoader(DataLoader[Any]):
     def _meet_ranks(self) -> int:
         """Check that all ranks were given the same run; most shards that one needs at a time."""
         run = self.config.to_dict() | self._sampler.describe()
-        mine = run | {"index_digests": self._digests}, self._sampler.shards_at_hand
+        mine = run | {"index_digests": self._digests}, self._sampler.shards_at_hand, time.time()
         everyones = self._ranks.gather(json.dumps(mine).encode(), self._position())
-        runs, needs = zip(*map(json.loads, everyones), strict=True)
+        runs, needs, clocks = zip(*map(json.loads, everyones), strict=True)
         check_ranks_agree(runs)
+        self._log.started = max(clocks)
         return int(max(needs))
 
     def _position(self) -> Position:
@@ -423,6 +443,7 @@ class SlapDataLoader(DataLoader[Any]):
         # The last that may fail.
         sampler.load_state_dict(state["sampler"])
         self._pending.load_state_dict(state)
+        self._log.begin()
         self._iteration += 1
         if probe is None or self._probe is None:
             self._probe_state = probe
@@ -434,13 +455,6 @@ class SlapDataLoader(DataLoader[Any]):
         self._owner.call(self._close)
 
     def _close(self) -> None:
+        self._log.flush()
         self._fetcher.close()
         self._ranks.close()
-
-
-def _on_cpu(values: Any) -> Any:
-    if isinstance(values, torch.Tensor):
-        # Only then to float64, which NumPy has and Apple's GPUs have not; bfloat16 is the opposite.
-        values = values.detach().cpu()
-        return (values.double() if values.is_floating_point() else values).numpy()
-    return np.asarray(values)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from time import perf_counter
 
 import numpy as np
 
@@ -50,14 +51,20 @@ class PendingBatches:
     Args:
         sampler: Composes the batches.
         owner: The thread that owns the sampler.
+        composed: Is told of each batch that is composed, in that thread, how long it has taken.
 
     Attributes:
         delivered: The batch delivered last; one of no samples at the start of an epoch.
         epoch: Epoch of the batches composed last, counted from 0.
     """
 
-    def __init__(self, sampler: SlapSampler, owner: BackgroundThread) -> None:
-        self._sampler, self._owner = sampler, owner
+    def __init__(
+        self,
+        sampler: SlapSampler,
+        owner: BackgroundThread,
+        composed: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self._sampler, self._owner, self._told = sampler, owner, composed
         self._lookahead = sampler.config.lookahead
         self._window = sampler.config.length_grouping
         # Batch of the epoch from which on every `_window` batches are an optimizer step.
@@ -161,8 +168,10 @@ class PendingBatches:
         if failed is not None:
             raise failed
         while (self._last_number < last or self._undealt) and not self._sampler.exhausted:
+            began = perf_counter()
             ids = self._sampler.compose()
             if ids is not None:
+                self._told(perf_counter() - began)
                 number, progress = self._last_number + 1, self._sampler.progress
                 self._composed = (*self._composed, ComposedBatch(number, ids, progress, False))
             # Without ids: a refresh has found that there are none left.

@@ -158,6 +158,11 @@ class Ranks:
         )
 
     @property
+    def speaks(self) -> bool:
+        """Whether this process is the one of its rank that speaks for it."""
+        return self._group is None or self._group.place == self._speakers[self.rank]
+
+    @property
     def learns(self) -> bool:
         """Whether this process is given the sums over lanes, and tells the others about them."""
         return self._group is None or self._group.place == self._speakers[0]

@@ -23,6 +23,7 @@ shared.py         what all lanes share: strata, loss model, keep
   loss_model.py   losses and gradients as the embeddings predict them
   moments.py      the sums that it is solved from
 refresh.py        sums over lanes and ranks, every few steps
+departures.py     what has left the pools, and why
 state.py          does a saved state fit this run
 withdrawal.py     candidates that turn out to be of no use: out of batches and pools
 metrics.py        counts over lanes
@@ -33,6 +34,8 @@ from __future__ import annotations
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
     "policies.registry": ("make_policy",),
+    "departures": ("OUTCOMES", "ROW", "TRAINED"),
+    "scoring": ("copy_likelihood", "neighbour_distance"),
     "sampler": ("SlapSampler",),
     "schedule": ("check_lanes", "check_plan"),
     "state": ("check_ranks_agree",),

@@ -15,6 +15,7 @@ from slap_stream.core.rng import gumbels
 from slap_stream.core.saved import Saved
 from slap_stream.errors import ShardError
 from slap_stream.selection.composer import Composer
+from slap_stream.selection.departures import Departures
 from slap_stream.selection.feedback import LaneFeedback
 from slap_stream.selection.intake import Intake
 from slap_stream.selection.loss_model import NUM_OWN_COLUMNS
@@ -122,6 +123,8 @@ class Lane:
             )
         self._scorer = Scorer(policy, model, self.pool, self._recent, self._yardsticks, outliers)
         self.feedback = LaneFeedback(plan, policy, model, self.pool, self._scorer, outliers)
+        # Until somebody wants to be told.
+        self.departures: Departures | None = None
         clusters, dim = strata.centroids.shape
         self._since_refresh = SinceRefresh(clusters=clusters, dim=dim)
         self._composed = 0
@@ -143,6 +146,10 @@ class Lane:
         # Where an error has ended the offering of candidates before a batch.
         self._unfinished: tuple[int, bool] | None = None
         self.start_epoch(0)
+
+    def watch_departures(self) -> None:
+        """Note from now on, in `departures`, what leaves the pool; nothing is decided by it."""
+        self.departures = Departures(pool=self.pool, scorer=self._scorer, policy=self._policy)
 
     def start_epoch(self, epoch: int) -> None:
         """Begin an epoch; what was learnt about the data stays."""
@@ -280,16 +287,19 @@ class Lane:
             self._recent.add(ids, stratum, x, self.pool.z[slots])
         self._chosen.add(self.pool.sketch[slots])
         self.progress.trained += self.progress.by_stratum(stratum)
-        self._leave(slots)
+        self._leave(slots, trained=True)
         self._scorer.bring_near(ids, stratum, x)
 
     def _drop(self, slots: IntArray) -> None:
         stratum = self.pool.columns.stratum[slots]
         self.progress.pruned += self.progress.by_stratum(stratum)
-        self._leave(slots)
+        self._leave(slots, trained=False)
 
-    def _leave(self, slots: IntArray) -> None:
+    def _leave(self, slots: IntArray, *, trained: bool) -> None:
         """Free slots of candidates that were trained on or pruned, and book their worth."""
+        if self.departures is not None:
+            now = self.progress.epoch, self.progress.step
+            self.departures.note(slots, trained=trained, epoch=now[0], step=now[1])
         weight = self.pool.columns.worth[slots]
         self.progress.worth += np.bincount(
             self.pool.columns.stratum[slots], weights=weight, minlength=self.progress.num_strata

@@ -43,6 +43,7 @@ class Columns:
         outlier: (capacity,) probability that the target is noise, as the sample's losses tell.
         distance: (capacity,) distance of the unit embedding to the nearest one trained on lately;
             inf also where it is only known to be too far for a copy.
+        nearest: (capacity,) sample that it is to; -1 if none is known.
         utility: (capacity,) utility u, as the policy makes it of these.
         worth: (capacity,) probability that the candidate is not dispensable.
     """
@@ -60,6 +61,7 @@ class Columns:
     mismatch: FloatArray
     outlier: FloatArray
     distance: FloatArray
+    nearest: IntArray
     utility: FloatArray
     worth: FloatArray
 
@@ -239,10 +241,13 @@ class Pool:
         slots = state.wholes("slots", None, below=self.capacity)
         if len(np.unique(slots)) != len(slots):
             raise state.refusal("slots", "all different", slots)
-        below = {"sample_id": lookup.num_samples, "stratum": lookup.num_strata}
+        below = {"stratum": lookup.num_strata}
+        below |= dict.fromkeys(("sample_id", "nearest"), lookup.num_samples)
         for name, values in self.columns.by_name().items():
             if values.dtype == np.int64:
-                values[slots] = state.wholes(name, len(slots), below=below.get(name, 2**63))
+                least = EMPTY if name == "nearest" else 0
+                most = below.get(name, 2**63)
+                values[slots] = state.wholes(name, len(slots), least=least, below=most)
             elif name in NOT_FINITE:
                 values[slots] = state.any_numbers(name, len(slots))
             else:
@@ -324,15 +329,16 @@ class RecentlyTrained:
         *,
         within: float = np.inf,
         heads: Heads | None = None,
+        found: IntArray | None = None,
     ) -> FloatArray:
         """The same between unit embeddings: those in rows `at` (n,) of `x` (rows, columns).
 
         The metric space says what teaches alike; only the embeddings tell copies apart from what
         is merely of the same kind. Distances beyond `within` may be given as inf, which is quicker
-        with the heads of `x`.
+        with the heads of `x`. `found` (n,) is given the nearest samples, -1 where there is none.
         """
         return self._nearest(
-            self.x, x, at, stratum, sample_id, self._first, within, heads, self._heads
+            self.x, x, at, stratum, sample_id, self._first, within, heads, self._heads, found
         )
 
     def nearest_of_all(self, unit: Float32Array, sample_id: IntArray) -> FloatArray:
@@ -356,6 +362,7 @@ class RecentlyTrained:
         within: float = np.inf,
         heads: Heads | None = None,
         known_heads: Heads | None = None,
+        found: IntArray | None = None,
     ) -> FloatArray:
         per = self._per_stratum
         return nearest_of_group(
@@ -370,6 +377,7 @@ class RecentlyTrained:
             within=within,
             heads=heads,
             known_heads=known_heads,
+            found=found,
         )
 
     def state_dict(self) -> State:

@@ -19,7 +19,7 @@ from slap_stream.core.saved import Saved
 from slap_stream.selection.loss_model import NUM_OWN_COLUMNS, LossModel, RankTable
 from slap_stream.selection.outliers import Outliers
 from slap_stream.selection.policies.base import Policy
-from slap_stream.selection.pool import Pool, RecentlyTrained
+from slap_stream.selection.pool import EMPTY, Pool, RecentlyTrained
 from slap_stream.selection.state import Lookup
 from slap_stream.types import (
     MISMATCH_COLUMN,
@@ -35,6 +35,8 @@ from slap_stream.types import (
 # questions 0 to 1 %, of a set that repeats its examples under several templates about 10 %
 # (hashing encoder). With 0.6 these would be 16 %, and hardly more copies.
 SURE_COPY, NO_COPY = 0.3, 0.5
+# What may show that a candidate can be spared, by name.
+EVIDENCE = ("copy", "mismatch", "outlier")
 
 
 def copy_likelihood(distance: FloatArray) -> FloatArray:
@@ -115,8 +117,8 @@ class Yardsticks:
         if not len(ids):
             return
         self._ranks = RankTable(self._predict(x)[1], stratum)
-        self.typical = _neighbour_distance(self.project(x), stratum, 0.5)
-        self.apart = _neighbour_distance(x, stratum, NOT_COPIED, first=x.shape[1] - self._dim)
+        self.typical = neighbour_distance(self.project(x), stratum, 0.5)
+        self.apart = neighbour_distance(x, stratum, NOT_COPIED, first=x.shape[1] - self._dim)
 
     def score(self, x: Float32Array, stratum: IntArray, own_loss: FloatArray) -> Scores:
         """Score candidates.
@@ -203,7 +205,7 @@ class _Window:
         return ids, x, stratum
 
 
-def _neighbour_distance(
+def neighbour_distance(
     vectors: Float32Array, stratum: IntArray, quantile: float, *, first: int = 0
 ) -> float:
     """Quantile over candidates of their distance to the nearest other one of their stratum.
@@ -326,7 +328,7 @@ class Scorer:
     def _look_for_copies(self, slots: IntArray) -> None:
         """Compare (n,) pooled candidates with all that was trained on lately."""
         pool = self._pool
-        pool.columns.distance[slots] = np.inf
+        pool.columns.distance[slots], found = np.inf, np.full(len(slots), EMPTY, np.int64)
         if self._weighs_evidence:
             pool.columns.distance[slots] = self._recent.nearest_embedding(
                 pool.x,
@@ -335,7 +337,22 @@ class Scorer:
                 pool.columns.sample_id[slots],
                 within=self.reach,
                 heads=pool.heads,
+                found=found,
             )
+        pool.columns.nearest[slots] = found
+
+    def evidence(self, slots: IntArray) -> dict[str, FloatArray]:
+        """By name of `EVIDENCE`, how likely it is that (n,) pooled candidates can be spared for
+        it; nothing where nobody asks."""
+        if not self._weighs_evidence:
+            return {}
+        distance = self._pool.columns.distance[slots] / self._yardsticks.apart
+        columns = self._pool.columns
+        return {
+            "copy": copy_likelihood(distance),
+            "mismatch": columns.mismatch[slots],
+            "outlier": columns.outlier[slots],
+        }
 
     def _weigh(self, slots: IntArray) -> None:
         """Renew the utility and the worth of (n,) candidates that have been scored."""
@@ -365,7 +382,7 @@ class Scorer:
         waiting, before = pool.columns.stratum[slots], pool.columns.distance[slots]
         order = np.argsort(stratum, kind="stable")
         counts = np.bincount(stratum, minlength=int(waiting.max(initial=0)) + 1)
-        known = x[order]
+        known, found = x[order], np.empty(len(slots), np.int64)
         near = nearest_of_group(
             pool.x,
             slots,
@@ -378,9 +395,11 @@ class Scorer:
             within=self.reach,
             heads=pool.heads,
             known_heads=heads_of(known[:, pool.first_of_unit :]),
+            found=found,
         )
         nearer = near < before
         pool.columns.distance[slots[nearer]] = near[nearer]
+        pool.columns.nearest[slots[nearer]] = found[nearer]
         self._weigh(slots[nearer])
 
     def refresh(self) -> bool:

@@ -102,10 +102,33 @@ def test_errors_and_interrupts_are_told_and_bugs_are_not_hidden(
     assert capsys.readouterr().err == "tool: a must be b, got c.\n"
     assert ended("tool", lambda: failing(OSError("disk full"))) == 1
     assert capsys.readouterr().err == "tool: disk full\n"
+    assert ended("tool", lambda: failing(OSError("disk full")), debug=True) == 1
+    traced = capsys.readouterr().err
+    assert "in failing\n" in traced
+    assert traced.endswith("tool: disk full\n")
     assert ended("tool", lambda: failing(KeyboardInterrupt()), interrupted="stopped") == 130
     assert capsys.readouterr().err == "tool: stopped.\n"
     with pytest.raises(ZeroDivisionError):
         ended("tool", lambda: 1 // 0)
+
+
+@pytest.mark.parametrize("tool", ["convert", "embed", "report"])
+def test_the_tools_of_the_package_are_used_alike(
+    tool: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = import_module(f"slap_stream.cli.{tool}").main
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--help"])
+    told = capsys.readouterr().out
+    assert f"examples:\n  slap-{tool} " in told
+    assert "--quiet, --json" in told
+    out = [str(tmp_path / "corpus")] if tool == "convert" else []
+    for debug in ([], ["--debug"]):
+        assert main([str(tmp_path / "none"), *out, "--json", *debug]) == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.splitlines()[-1].startswith(f"slap-{tool}: ")
+        assert ("Traceback" in said.err) == bool(debug)
 
 
 def test_what_a_process_found_or_why_it_failed_is_handed_on(

@@ -153,8 +153,15 @@ def test_the_nearest_of_a_group_equals_its_twin(seed: int, dim: int, within: flo
     arguments = vectors, at, ids, group, known, known_id, start
     units = vectors[:, first:], known[:, first:]
     expected = reference.nearest_of_group(units[0], at, ids, group, units[1], known_id, start)
-    exact = nearest_of_group(*arguments, first=first)
+    found = np.zeros(len(at), np.int64)
+    exact = nearest_of_group(*arguments, first=first, found=found)
     np.testing.assert_allclose(exact**2, expected**2, atol=1e-5)
+    np.testing.assert_array_equal(found == -1, np.isinf(exact))
+    for row, sample, distance in zip(at, found, exact, strict=True):
+        gaps = [
+            np.linalg.norm(units[0][row] - units[1][j]) for j in np.flatnonzero(known_id == sample)
+        ]
+        assert sample == -1 or min(abs(gap**2 - distance**2) for gap in gaps) < 1e-5
     heads = {"heads": heads_of(units[0]), "known_heads": heads_of(units[1])}
     quick = nearest_of_group(*arguments, first=first, within=within, **heads)
     close = exact < within
@@ -286,6 +293,9 @@ def test_arguments_that_do_not_fit_are_refused_by_name() -> None:
     heads = {"heads": heads_of(ones[:1]), "known_heads": heads_of(ones)}
     with pytest.raises(ValueError, match=r"those of the 2 vectors and 2 known, got 1 and 2"):
         nearest_of_group(ones, some, some, some, ones, np.zeros(2, np.int64), some, **heads)
+    two = np.zeros(2, np.int64)
+    with pytest.raises(ValueError, match=r"found must be \(1,\) int64, got \(2,\) int64"):
+        nearest_of_group(ones, some, some, some, ones, two, some, found=two)
     with pytest.raises(ValueError, match=r"quota must not exceed .* got more in \[1\]"):
         compose_greedily(
             np.zeros(2),

@@ -20,6 +20,7 @@ from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.errors import ConfigError, StateError
 from slap_stream.integrations.mixin import STATE_FILE
 from slap_stream.integrations.transformers import SlapTrainer
+from slap_stream.loader.run_files import read_log
 from slap_stream.text.collate import ChatCollator
 from tests.laws import FIRM, config_of
 from tests.test_training import BATCH, byte_tokenizer, folder  # noqa: F401  (a fixture)
@@ -330,6 +331,11 @@ def test_evaluation_is_the_stock_trainers_and_changes_nothing(
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     assert len(losses) == 2
     assert losses[1] < losses[0]
+    # The run's log lies in output_dir, and has them.
+    events = read_log(tmp_path)
+    noted = [event["value"] for event in events.values if event["name"] == "eval_loss"]
+    assert noted == losses
+    assert sum(span["losses"][1] for span in events.spans) == 12 * BATCH
 
 
 def test_probe_fraction_zero_switches_the_probe_off(folder: Path, tmp_path: Path) -> None:  # noqa: F811

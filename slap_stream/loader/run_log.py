@@ -1,0 +1,319 @@
+"""The log of a run, as its loader writes it: what left the pools and why, losses, cost.
+
+All of it happens in the thread that owns the sampler.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slap_stream.errors import ConfigError
+from slap_stream.loader.run_files import (
+    LOG_DIR,
+    MAX_ROWS,
+    MAX_SPANS,
+    VERSION,
+    Event,
+    Place,
+    Rows,
+    event_file,
+    read_events,
+    read_rows,
+    row_file,
+    sampled,
+    surviving,
+    surviving_rows,
+    thinned,
+)
+from slap_stream.selection.departures import OUTCOMES, ROW
+from slap_stream.selection.sampler import SlapSampler
+from slap_stream.types import FloatArray, RowStore
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_SPANS = 2.0
+_FIELDS = [[name, ROW[name].str] for name in ROW.names or ()]
+# Sums of a run that a span has the part of, and how the metrics call them.
+_SUMS = {"probe_seconds": "probe_seconds", "probed": "probe_samples"}
+
+
+class RunLog:
+    """Writes a rank's log; `run_files` says what is in it.
+
+    If it cannot be written later on (a full disk, say), training goes on without: that is logged
+    once, and `metrics()["run_log_failed"]` is 1.
+
+    Holds the sums since the last span; no state of the loader has them, which would be as long as
+    the log.
+
+    Args:
+        run_dir: Directory of the run; None: no log is kept.
+        sampler: Whose lanes are watched.
+        about: Makes what a report has to know of the run, in JSON.
+        metrics: The loader's.
+        clock: Seconds that only grow.
+
+    Attributes:
+        started: When all ranks began, as they have agreed: by it what they write is told from what
+            was before.
+        begun: Whether it is being written.
+        failed: Whether it could not be.
+
+    Raises:
+        ConfigError: If the directory cannot be made or written to.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str] | None,
+        sampler: SlapSampler,
+        *,
+        about: Callable[[], dict[str, Any]],
+        metrics: Callable[[], dict[str, float]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sampler, self._about, self._metrics = sampler, about, metrics
+        self._clock, self.started, self._loads = clock, time.time(), -1
+        self._index = self._level = self._spans_held = self._rows_held = 0
+        self.begun = self.failed = False
+        self._kept = run_dir is not None
+        self._clear(self._place)
+        if run_dir is None:
+            return
+        log_dir = Path(run_dir, LOG_DIR)
+        try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+            if not os.access(log_dir, os.W_OK):
+                raise PermissionError(f"{log_dir} may not be written to")
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir must be a directory, new or old, that may be written to, got "
+                f"{str(run_dir)!r}: {error}; name another, or None for no log."
+            ) from error
+        self._events, self._rows = (f(log_dir, sampler.rank) for f in (event_file, row_file))
+
+    @property
+    def _place(self) -> Place:
+        return self._sampler.epoch, self._sampler.step
+
+    def begin(self) -> None:
+        """Take up the run where the sampler is: at its start, or where a state was saved.
+
+        What the files have from there on is taken out; a log that the run does not go on from is
+        moved to `*.previous`.
+        """
+        self._guarded(self._begin)
+
+    def _begin(self) -> None:
+        # Nothing is lost that happened: what a state follows from was written when it was saved.
+        self._loads += 1
+        events, _ = read_events(self._events)
+        begins = [event for event in events if event["kind"] == "begin"]
+        other = begins and begins[-1]["fields"] != _FIELDS
+        if events and (other or self._place == (0, 0)):
+            for path in (self._events, self._rows):
+                if path.is_file():
+                    path.replace(path.with_name(f"{path.name}.previous"))
+            events = begins = []
+        self._index = begins[-1]["index"] + 1 if begins else 0
+        mine: Event = {
+            "kind": "begin",
+            "version": VERSION,
+            "at": self._place,
+            "session": (self.started, self._loads),
+            "index": self._index,
+            "time": time.time(),
+            "rank": self._sampler.rank,
+            "world_size": self._sampler.world_size,
+            "fields": _FIELDS,
+            "outcomes": OUTCOMES,
+            "about": self._about(),
+        }
+        every = [*begins, mine]
+        rows = surviving_rows(read_rows(self._rows, _FIELDS), begins, every)
+        kept, _ = surviving(events, every)
+        self._level = max((e["level"] for e in kept if e["kind"] == "span"), default=0)
+        self._replace_rows(rows)
+        self._replace_events([*kept, mine])
+        for lane in self._sampler.lanes:
+            lane.watch_departures()
+        self.begun = True
+        self._clear(self._place)
+
+    def _clear(self, place: Place) -> None:
+        self._from, self._since = place, self._clock()
+        self._batches, self._compose_seconds = 0, 0.0
+        self._losses = [0.0, 0]
+        self._before = self._metrics() if self.begun else {}
+
+    def composed(self, seconds: float) -> None:
+        """A batch was composed, which has taken so long."""
+        if not self.begun:
+            return
+        self._batches += 1
+        self._compose_seconds += seconds
+        due = self._clock() - self._since >= SECONDS_BETWEEN_SPANS
+        if due or self._sampler.exhausted:
+            self.flush()
+
+    def observed(self, losses: FloatArray, *, last: bool) -> None:
+        """Losses of a batch were fed back; `last`: it was the epoch's last one."""
+        if not self.begun:
+            return
+        finite = losses[np.isfinite(losses)]
+        self._losses[0] += float(finite.sum())
+        self._losses[1] += len(finite)
+        if last:
+            self.flush()
+
+    def note(self, values: Mapping[str, float]) -> None:
+        """Keep numbers that were measured now, such as a held-out loss; not finite ones are left
+        out.
+
+        Raises:
+            ConfigError: If one is no number.
+        """
+        wrong = [name for name, value in values.items() if not isinstance(value, int | float)]
+        if wrong:
+            raise ConfigError(
+                f"{wrong[0]} must be a number, got {values[wrong[0]]!r}; of a tensor note .item()."
+            )
+        self.flush()
+        about = {"kind": "value", "at": self._place, "time": time.time()}
+        lines = [
+            {**about, "name": name, "value": float(value)}
+            for name, value in values.items()
+            if math.isfinite(value)
+        ]
+        if self.begun:
+            self._guarded(lambda: self._append(lines))
+
+    def metrics(self) -> dict[str, float]:
+        """Whether the log could not be written; nothing where none is kept."""
+        return {"run_log_failed": float(self.failed)} if self._kept else {}
+
+    def flush(self, *, saved: bool = False) -> None:
+        """Write down what has happened since the last span; `saved`: a state is saved here."""
+        if self.begun:
+            self._guarded(lambda: self._flush(saved))
+
+    def _flush(self, saved: bool) -> None:
+        departed = [lane.departures.take() for lane in self._sampler.lanes if lane.departures]
+        rows = np.concatenate([part.rows for part in departed])
+        tokens = np.concatenate([part.tokens for part in departed])
+        rows["session"] = self._index
+        if not (len(rows) or self._losses[1] or saved):
+            return
+        now, metrics = self._clock(), self._metrics()
+        counts, lengths = {}, {}
+        for number, name in enumerate(OUTCOMES):
+            mine = rows["outcome"] == number
+            if mine.any():
+                counts[name] = _by_stratum(rows["stratum"][mine], None)
+                lengths[name] = _by_stratum(rows["stratum"][mine], tokens[mine])
+        span: Event = {
+            "kind": "span",
+            "from": self._from,
+            "at": self._place,
+            "time": time.time(),
+            "saved": saved,
+            "batches": self._batches,
+            "seconds": now - self._since,
+            "compose_seconds": self._compose_seconds,
+            "losses": list(self._losses),
+            "counts": counts,
+            "tokens": lengths,
+            "gauges": {name: value for name, value in metrics.items() if math.isfinite(value)},
+            # After a resume the probe counts on from its state.
+            **{
+                name: max(0.0, metrics.get(told, 0.0) - self._before.get(told, 0.0))
+                for name, told in _SUMS.items()
+            },
+        }
+        rows = rows[sampled(rows["sample_id"], self._level)]
+        if self._rows_held + len(rows) > MAX_ROWS:
+            rows = np.concatenate([read_rows(self._rows, _FIELDS), rows])
+            while len(rows) > MAX_ROWS // 2:
+                self._level += 1
+                rows = rows[sampled(rows["sample_id"], self._level)]
+            self._replace_rows(rows)
+        elif len(rows):
+            with self._rows.open("ab") as file:
+                file.write(rows.tobytes())
+            self._rows_held += len(rows)
+        span["level"] = self._level
+        self._append([span])
+        self._spans_held += 1
+        if self._spans_held > MAX_SPANS:
+            self._replace_events(thinned(read_events(self._events)[0]))
+        self._clear(self._place)
+
+    def _append(self, events: list[Event]) -> None:
+        with self._events.open("ab") as file:
+            file.write(_lines(events))
+
+    def _replace_events(self, events: list[Event]) -> None:
+        _replace(self._events, _lines(events))
+        self._spans_held = sum(event["kind"] == "span" for event in events)
+
+    def _replace_rows(self, rows: Rows) -> None:
+        _replace(self._rows, rows.tobytes())
+        self._rows_held = len(rows)
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        if self.failed or not self._kept:
+            return
+        try:
+            write()
+        except OSError as error:
+            self.failed, self.begun = True, False
+            for lane in self._sampler.lanes:
+                lane.departures = None
+            logger.warning("%s is not written any more: %s", self._events, error)
+
+
+def _by_stratum(stratum: Any, weights: FloatArray | None) -> dict[str, float]:
+    sums = np.bincount(stratum, weights=weights)
+    return {str(at): round(float(sums[at])) for at in np.flatnonzero(sums).tolist()}
+
+
+def _lines(events: list[Event]) -> bytes:
+    return b"".join(json.dumps(event).encode() + b"\n" for event in events)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_bytes(data)
+    unfinished.replace(path)
+
+
+def describe(dataset: Any, store: RowStore, sampler: SlapSampler) -> dict[str, Any]:
+    """What a report has to know of a run, in JSON.
+
+    Args:
+        dataset: The `StreamingDataset`.
+        store: Its embeddings.
+        sampler: The run's.
+    """
+    parts = getattr(store, "stores", (store,))
+    paths = [getattr(part, "path", None) for part in parts]
+    strata = sampler.metrics()
+    by_source = bool(strata["strata_by_source"])
+    return {
+        "corpora": [str(Path(stream.local, stream.split)) for stream in dataset.streams],
+        "embeddings": [None if path is None else str(Path(path).absolute()) for path in paths],
+        "length_unit": getattr(parts[0], "length_unit", "length"),
+        "config": sampler.config.to_dict(),
+        "run": sampler.describe(),
+        "num_clusters": int(strata["strata"]) // (len(store.source_names) if by_source else 1),
+        "by_source": by_source,
+    }

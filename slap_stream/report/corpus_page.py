@@ -1,0 +1,170 @@
+"""The page of a corpus, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slap_stream import __version__
+from slap_stream.core.files import file_digest
+from slap_stream.embeddings.corpus_texts import CorpusTexts
+from slap_stream.embeddings.store import EmbeddingStore
+from slap_stream.report.charts import COLOURS, Chart
+from slap_stream.report.corpus_facts import CorpusFacts, Part
+from slap_stream.report.page import Sample, Section, Table, render
+from slap_stream.report.said import number, percent
+from slap_stream.report.texts import SampleTexts
+from slap_stream.shards.index import INDEX_NAME, corpus_size
+
+STORE_NAME = "embeddings.zarr"
+_MOST_ROWS = 40
+
+
+def corpus_page(
+    corpus: Path, embeddings: str | Path | None, columns: CorpusTexts
+) -> tuple[str, dict[str, Any], list[str]]:
+    """The page as HTML, the numbers on top of it, and its warnings.
+
+    Raises:
+        AlignmentError: If there are no embeddings, or they are of another corpus.
+    """
+    store = EmbeddingStore(corpus / STORE_NAME if embeddings is None else embeddings)
+    store.verify(file_digest(corpus / INDEX_NAME), corpus_size(corpus))
+    facts, texts = CorpusFacts(store), SampleTexts([corpus], columns)
+    warnings = facts.warnings()
+    if texts.problem:
+        warnings.append(f"Texts cannot be shown: {texts.problem}")
+    sections = [
+        _overview(facts),
+        _parts(facts),
+        _samples(facts, texts),
+        Section(id="warnings", title="Warnings"),
+    ]
+    html = render(
+        title=f"What is in {corpus.name}",
+        subtitle=f"{number(facts.num_samples)} samples, from shards and embeddings alone "
+        f"(encoder {store.encoder['name']}).",
+        sections=sections,
+        warnings=warnings,
+        version=__version__,
+    )
+    summary = {
+        "samples": facts.num_samples,
+        "length": int(facts.lengths.sum()),
+        "length_unit": facts.length_unit,
+        "sources": {part.name: part.count for part in facts.sources},
+        "copy_rate": round(facts.copy_rate, 4),
+        "copy_rate_error": round(facts.copy_error, 4),
+        "misplaced_share": facts.misplaced_share,
+    }
+    return html, summary, warnings
+
+
+def _overview(facts: CorpusFacts) -> Section:
+    total, unit = int(facts.lengths.sum()), facts.length_unit
+    misplaced = facts.misplaced_share
+    exact = len(facts.asked) == facts.num_samples
+    tiles = [
+        (
+            "samples",
+            number(facts.num_samples),
+            f"in {len(facts.sources)} source{'s' * (len(facts.sources) > 1)}",
+        ),
+        ("length", number(total), f"{unit}; {number(total / facts.num_samples)} on average"),
+        (
+            "near-copies",
+            percent(facts.copy_rate),
+            "repeat an earlier sample; all were compared with all"
+            if exact
+            else f"± {facts.copy_error:.1%}; {number(len(facts.asked))} were compared with all",
+        ),
+        (
+            "misplaced targets",
+            "\N{EN DASH}" if misplaced is None else percent(misplaced),
+            "seem to belong to other prompts, by their words",
+        ),
+    ]
+    edges, counts = facts.length_histogram()
+    lengths = Chart("lengths", "Lengths", x=unit, y="samples")
+    charts = [("Lengths", lengths.histogram(edges, counts, log=True).svg())]
+    edges, counts = facts.distance_histogram()
+    distances = Chart(
+        "copies", "Distance to the nearest earlier sample", x="distance", y="samples asked about"
+    )
+    # Where it is as likely a copy as none, midway between a sure one and none.
+    charts.append(
+        (
+            "Distance to the nearest earlier sample; left of the line are copies",
+            distances.histogram(edges, counts, mark=0.4).svg(),
+        )
+    )
+    return Section(id="overview", title="Overview", tiles=tiles, charts=charts)
+
+
+def _parts(facts: CorpusFacts) -> Section:
+    tables = [
+        _table("By source", "source", facts.sources),
+        _table("By cluster of the embeddings", "cluster", facts.clusters),
+    ]
+    charts = []
+    if len(facts.sources) > 1:
+        height = 1.2 + 0.22 * min(len(facts.sources), 16)
+        bars = Chart("sources", "Samples by source", x="samples", height=height)
+        names = [part.name for part in facts.sources]
+        of = {"samples": [float(part.count) for part in facts.sources]}
+        charts.append(("By source", bars.bars(names, of, {"samples": COLOURS[0]}).svg()))
+    return Section(id="parts", title="Sources and clusters", charts=charts, tables=tables)
+
+
+def _table(title: str, what: str, parts: Sequence[Part]) -> Table:
+    return Table(
+        title=title,
+        names=(what, "samples", "median length", "near-copies", "mismatched"),
+        rows=[
+            (
+                part.name,
+                number(part.count),
+                number(part.median_length),
+                percent(part.copies),
+                percent(part.mismatched),
+            )
+            for part in parts[:_MOST_ROWS]
+        ],
+        said=f"The {_MOST_ROWS} largest of {len(parts)}." if len(parts) > _MOST_ROWS else "",
+    )
+
+
+def _samples(facts: CorpusFacts, texts: SampleTexts) -> Section:
+    samples = [
+        Sample(
+            sample_id=pair.sample_id,
+            source="",
+            reason="near-copy",
+            said=[f"distance {pair.distance:.3f}"],
+            beside=pair.earlier,
+            beside_label="copies sample",
+        )
+        for pair in facts.pairs
+    ]
+    samples += [
+        Sample(sample_id=n, source="", reason="mismatch", said=[f"probability {value:.2f}"])
+        for n, value in facts.suspects
+    ]
+    samples += [
+        Sample(sample_id=n, source="", reason=reason)
+        for reason, ids in facts.odd.items()
+        for n in ids
+    ]
+    samples += [
+        Sample(sample_id=n, source="", reason=f"middle of cluster {part.name}")
+        for part in facts.clusters
+        for n in part.examples
+    ]
+    found = texts.of(n for one in samples for n in (one.sample_id, one.beside))
+    names = facts.source_of([one.sample_id for one in samples])
+    for one, name in zip(samples, names, strict=True):
+        one.text, one.beside_text = found.get(one.sample_id), found.get(one.beside)
+        one.source = name if len(facts.sources) > 1 else ""
+    lines = ["Near-copies beside what they copy, suspects, and examples of each cluster."]
+    return Section(id="samples", title="Which samples", lines=lines, samples=samples)
