@@ -185,7 +185,7 @@ def test_a_probe_attached_after_loading_takes_its_part_of_the_state(folder: Path
 
 def test_a_second_probe_is_refused_and_the_first_goes_on(folder: Path) -> None:
     job = Job(folder)
-    with pytest.raises(ConfigError, match="loader must have one probe, got a second one; both"):
+    with pytest.raises(ConfigError, match="loader must have one probe, got a second one; step"):
         LearnabilityProbe(job.model, job.loader)
     assert job.probe.state_dict()["step"] == 0
     list(islice(job.steps(), 3))

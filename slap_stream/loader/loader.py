@@ -9,7 +9,6 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
 
@@ -303,8 +302,7 @@ class SlapDataLoader(DataLoader[Any]):
             FeedbackError: If shapes differ, or an id was not yielded lately or already observed.
         """
         # First what waits for the model, while a batch is still composed in the background.
-        ids, losses = on_cpu(ids), on_cpu(losses)
-        self._owner.call(partial(self._observe, ids, losses))
+        self._owner.call(partial(self._observe, on_cpu(ids), on_cpu(losses)))
 
     def _observe(self, ids: Any, losses: Any) -> None:
         self._sampler.observe(ids, losses)
@@ -326,8 +324,8 @@ class SlapDataLoader(DataLoader[Any]):
         Raises:
             FeedbackError: If an id was not yielded lately or was already observed.
         """
-        ids = on_cpu(ids)
-        return torch.from_numpy(self._owner.call(partial(self._sampler.loss_weights, ids)))
+        weigh = partial(self._sampler.loss_weights, on_cpu(ids))
+        return torch.from_numpy(self._owner.call(weigh))
 
     def probe_host(self) -> ProbeLink:
         """What `LearnabilityProbe` asks of this loader and tells it: internal, the probe's."""
@@ -338,9 +336,8 @@ class SlapDataLoader(DataLoader[Any]):
     def _attach(self, probe: LearnabilityProbe) -> None:
         if self._probe is not None:
             raise ConfigError(
-                "loader must have one probe, got a second one; both would refresh it, and its "
-                "state holds one: step the first, or make a new loader, which goes on by "
-                "load_state_dict."
+                "loader must have one probe, got a second one; step the first, or make a new "
+                "loader, which goes on by load_state_dict."
             )
         if self._probe_state is not None:
             probe.load_state_dict(self._probe_state)
@@ -354,11 +351,7 @@ class SlapDataLoader(DataLoader[Any]):
             self._owner.call(self._hold_needed)
 
     def _hold_needed(self) -> None:
-        first_id = self._sampler.table.first_id
-        pending = np.searchsorted(first_id, self._pending.ids, side="right") - 1
-        in_use = [lane.intake.shards_in_use() for lane in self._sampler.lanes]
-        pooled, soon = zip(*in_use, strict=True)
-        self._fetcher.hold(np.unique(np.concatenate([pending, *pooled])), np.concatenate(soon))
+        self._fetcher.hold(*self._pending.shards_in_use())
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers about the run, ready for TensorBoard or Weights & Biases.
@@ -432,16 +425,12 @@ class SlapDataLoader(DataLoader[Any]):
         self._owner.call(partial(self._load, state))
 
     def _load(self, state: State) -> None:
-        sampler = self._sampler
-        probe = check_loader_state(
-            state,
-            index_digests=self._digests,
-            num_samples=sampler.table.num_samples,
-        )
+        num_samples = self._sampler.table.num_samples
+        probe = check_loader_state(state, index_digests=self._digests, num_samples=num_samples)
         if probe is not None:
             check_probe_state(probe, None if self._probe is None else self._probe.head_shape)
         # The last that may fail.
-        sampler.load_state_dict(state["sampler"])
+        self._sampler.load_state_dict(state["sampler"])
         self._pending.load_state_dict(state)
         self._log.begin()
         self._iteration += 1

@@ -117,6 +117,15 @@ class PendingBatches:
         """(n,) sample ids of the batches composed and not delivered yet."""
         return np.concatenate([np.zeros(0, np.int64), *(b.ids for b in self.undelivered)])
 
+    def shards_in_use(self) -> tuple[IntArray, IntArray]:
+        """Shards that composed and pooled samples still need, and those of the blocks after; the
+        owner calls it."""
+        first_id = self._sampler.table.first_id
+        pending = np.searchsorted(first_id, self.ids, side="right") - 1
+        in_use = [lane.intake.shards_in_use() for lane in self._sampler.lanes]
+        pooled, soon = zip(*in_use, strict=True)
+        return np.unique(np.concatenate([pending, *pooled])), np.concatenate(soon)
+
     def begin(self) -> int:
         """Compose up to the lookahead; begins the next epoch if this one is all delivered. The
         owner calls it.

@@ -63,9 +63,11 @@ def _ask_again(lane: Lane, ids: IntArray, step: int) -> None:
     known = awaiting.all()
     names = np.concatenate([asked.sample_id for asked in known])
     rows = np.concatenate([asked.x for asked in known])
+    sources = np.concatenate([asked.source for asked in known])
     # Of repeated ids any will do: their rows are the same.
     order = np.argsort(names, kind="stable")
-    awaiting.ask(step, ids, rows[order[np.searchsorted(names[order], ids)]])
+    at = order[np.searchsorted(names[order], ids)]
+    awaiting.ask(step, ids, rows[at], sources[at])
 
 
 def lane_probing(lanes: Sequence[Lane], ids: IntArray) -> int:
