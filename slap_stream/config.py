@@ -24,7 +24,7 @@ class Advanced:
     Attributes:
         num_clusters: Embedding clusters; a stratum is one cluster of one source.
         shards_per_block: Shards whose candidates are interleaved, at least (small shards: more,
-            until a block fills the pool).
+            until a block fills the pool; of shards with many samples, parts).
         pool_batches: Lane batches of candidates that wait in the pool, at most.
         sketch_dim: Length of a gradient sketch, a power of two.
         metric_dim: Dimensions of the learned metric space, in which batches are made diverse.
