@@ -139,6 +139,15 @@ def test_the_callers_collator_is_kept_and_its_tokenizer_used(
     assert len(sample["input_ids"]) == 50
     assert trainer.train_dataset.streams[0].local.startswith(str(tmp_path / "corpus-"))
 
+    left = ChatCollator(byte_tokenizer(), max_length=50, truncate="left")
+    trainer = make(
+        folder, tmp_path, dataset, data_collator=left, processing_class=None, corpus=tmp_path
+    )
+    ended = trainer.train_dataset[0]
+    assert len(ended["input_ids"]) == 50
+    said = [byte_tokenizer().decode(one["input_ids"]).rstrip() for one in (sample, ended)]
+    assert [text.endswith("<|end|>") for text in said] == [False, True]
+
     def own(samples: list[dict[str, Any]]) -> dict[str, Any]:
         return {"labels": torch.zeros(len(samples))}
 
