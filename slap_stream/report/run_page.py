@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from slap_stream.report.picked import Picker, Shown
 from slap_stream.report.run_facts import REASONS, Group, RunFacts
 from slap_stream.report.said import duration, number, percent
 from slap_stream.report.texts import SampleTexts
-from slap_stream.selection.departures import TRAINED
+from slap_stream.selection.departures import OUTCOMES, TRAINED
 
 # A run whose log is this old has ended, or stands still.
 _STILL_SECONDS = 120.0
@@ -87,7 +88,9 @@ def run_page(run: Run) -> tuple[str, dict[str, Any], list[str]]:
         )
     if run.source_problem:
         warnings.append(f"Sources of samples are not known: {run.source_problem}")
-    colours = dict(zip(facts.outcomes, COLOURS, strict=False))
+    # The same on every page, whatever has happened.
+    every = dict.fromkeys((*OUTCOMES, *facts.outcomes))
+    colours = dict(zip(every, cycle(COLOURS), strict=False))
     sections = [
         _cost(facts),
         _losses(facts),

@@ -43,6 +43,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     line.add_argument("--pool-batches", type=whole(2), default=16)
     line.add_argument("--metric-dim", type=whole(1), default=64)
     line.add_argument("--policy", default="slap")
+    line.add_argument("--log", action="store_true", help="keep a run's log beside")
     line.add_argument("--warmup", type=whole(0), default=96, help="batches before the clock starts")
     line.add_argument("--steps", type=whole(1), default=320, help="batches that are timed")
     line.add_argument("--repeats", type=whole(1), default=3, help="processes that measure speed")
@@ -95,6 +96,7 @@ def measure(arguments: argparse.Namespace, arm: str) -> dict[str, Any]:
         samples=arguments.samples,
         warmup=arguments.warmup,
         steps=arguments.steps,
+        log=arguments.log,
         **shape,
         config=config,
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -12,6 +15,7 @@ import numpy as np
 
 from slap_stream import SlapConfig, SlapSampler
 from slap_stream.core.kernels import unit_rows
+from slap_stream.loader.run_log import RunLog
 from tools.bench.clock import Clock
 from tools.bench.composer.corpus import VirtualCorpus, shards_of
 
@@ -36,6 +40,26 @@ class Run:
         # was fed back after it.
         self.composed: list[tuple[float, float, bool]] = []
         self.fed: list[tuple[float, float]] = []
+
+    def keep_log(self) -> None:
+        """Keep a run's log from now on, in a folder that nobody looks at."""
+        sampler, folder = self.sampler, tempfile.mkdtemp(prefix="slap-bench-")
+        atexit.register(shutil.rmtree, folder)
+        log = RunLog(folder, sampler, about=dict, metrics=sampler.metrics)
+        log.begin()
+        compose, observe = sampler.compose, sampler.observe
+
+        def logged_compose() -> Any:
+            began = time.perf_counter()
+            ids = compose()
+            log.composed(time.perf_counter() - began)
+            return ids
+
+        def logged_observe(ids: Any, losses: Any) -> None:
+            observe(ids, losses)
+            log.observed(losses, last=False)
+
+        sampler.compose, sampler.observe = logged_compose, logged_observe  # type: ignore[method-assign]
 
     def step(self) -> None:
         """Compose a batch and feed its losses back; probe before each refresh."""
@@ -67,10 +91,19 @@ def timed(call: Callable[[], Any]) -> tuple[float, float, Any]:
 
 
 def speed(
-    *, samples: int, dim: int, batch_size: int, warmup: int, steps: int, config: SlapConfig
+    *,
+    samples: int,
+    dim: int,
+    batch_size: int,
+    warmup: int,
+    steps: int,
+    config: SlapConfig,
+    log: bool = False,
 ) -> Result:
     """Candidates per second and milliseconds per batch in the steady state, and where they go."""
     run = Run(VirtualCorpus(samples, dim=dim), config, batch_size)
+    if log:
+        run.keep_log()
     for _ in range(warmup):
         run.step()
     run.composed.clear()
