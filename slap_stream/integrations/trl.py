@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoProcessor, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from slap_stream.config import SlapConfig
 from slap_stream.errors import ConfigError
 from slap_stream.integrations.evaluation_set import is_path
 from slap_stream.integrations.mixin import SlapMixin
@@ -153,6 +154,7 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         if by_chat and (prepared or getattr(args, "padding_free", False)):
             given = {**given, "data_collator": None}
         super().construct(given)
+        check_zero(self, self._slap_config)
         if collate is not None and not prepared:
             self.data_collator = collate
         self.train_dataset = dataset
@@ -261,6 +263,20 @@ def check_arguments(args: Any, collate: Any) -> None:
                 f"{name} must be left out with a data_collator of your own, which decides it, got "
                 f"{value!r}; give it to the collator, or leave the collator out."
             )
+
+
+def check_zero(trainer: Any, config: SlapConfig) -> None:
+    """Refuse weights in pieces that TRL's loss would find empty: tried, its backward then fails."""
+    if not trainer.is_deepspeed_enabled or not config.probe_fraction:
+        return
+    stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
+    if stage > 2:
+        raise ConfigError(
+            "deepspeed's zero_optimization.stage must be at most 2 with TRL's trainer and a probe, "
+            f"got {stage!r}; TRL's loss reads the head's weight itself, which is not gathered for "
+            "it once the probe has called the head: take stage 2, FSDP2, or "
+            "SlapConfig(probe_fraction=0)."
+        )
 
 
 def check_columns(dataset: Any) -> None:

@@ -326,8 +326,8 @@ def deepspeed(run: Run) -> dict[str, Any]:
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
         asked = {**common, "zero_optimization": zero}
         found |= resumed(run, f"zero {stage}", 4, deepspeed=asked, **settings)
-        if stage > 1 and find_spec("trl") is not None:
-            found |= with_trl(run, {f"trl zero {stage}": {"deepspeed": asked}})
+        if stage == 2 and find_spec("trl") is not None:
+            found |= with_trl(run, {"trl zero 2": {"deepspeed": asked}})
     asked["optimizer"] = {"type": "AdamW", "params": {**adam, "torch_adam": True}}
     found |= resumed(run, "auto", 8, deepspeed=asked, keep="auto")
     asked["scheduler"] = {"type": "WarmupLR", "params": {}}

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from tests.test_training import BATCH, byte_tokenizer, folder  # noqa: F401  (a 
 
 trl = pytest.importorskip("trl", reason="trl is an extra")
 
-from slap_stream.integrations.trl import SlapSFTTrainer  # noqa: E402
+from slap_stream.integrations.trl import SlapSFTTrainer, check_zero  # noqa: E402
 
 # TRL sets what transformers 5 calls by another name, and will smooth labels no more.
 pytestmark = pytest.mark.filterwarnings(
@@ -524,6 +525,20 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     }
     with pytest.raises(ConfigError, match=message):
         make(folder, tmp_path, options=given, **settings)
+
+
+def test_zero_3_is_refused_with_a_probe() -> None:
+    """As a Trainer looks then, which takes DeepSpeed to be made."""
+    plugin = SimpleNamespace(zero_stage=3)
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    trainer = SimpleNamespace(is_deepspeed_enabled=True, accelerator=SimpleNamespace(state=state))
+    with pytest.raises(
+        ConfigError, match=r"stage must be at most 2 with .* got 3; .* take stage 2"
+    ):
+        check_zero(trainer, CONFIG)
+    check_zero(trainer, NO_PROBE)
+    plugin.zero_stage = 2
+    check_zero(trainer, CONFIG)
 
 
 def test_a_training_set_is_asked_for(folder: Path, tmp_path: Path) -> None:  # noqa: F811
