@@ -162,11 +162,9 @@ class Intake:
         """(n, columns) design rows of (n,) sample ids, read from the store."""
         return design_rows(self._store.read_ids(ids))
 
-    def first_embeddings(self) -> Float32Array:
-        """(n, dim) embeddings of the epoch's first block, at most 4096 of them."""
-        ids = np.unique(self.order.block(0).sample_id[:4096])
-        # As in design rows: a value that is not finite would spoil every centroid.
-        return self.rows_of(ids)[:, -self._store.shape[1] :]
+    def first_rows(self) -> Float32Array:
+        """(n, columns) design rows of the epoch's first block, at most 4096 of them."""
+        return self.rows_of(np.unique(self.order.block(0).sample_id[:4096]))
 
     def finish_reading(self) -> None:
         """Wait until nothing is read ahead; whether that has failed is told when it is needed."""

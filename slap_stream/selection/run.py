@@ -47,12 +47,13 @@ class Run:
             plan, self.shared, self.lanes, world_size=world_size, exchange=exchange
         )
 
-    def seed_strata(self) -> None:
-        """Place the centroids, from lane 0's first block on every rank: all share them."""
+    def seed(self) -> None:
+        """Place the centroids, and guess what is worth keeping, from lane 0's first block on every
+        rank: all share them."""
         first = self.lanes[0]
         if first.index:
             first = Lane(0, self.plan, self._policy, self.shared)
-        self.shared.seed(first.intake.first_embeddings())
+        self.shared.seed(first.intake.first_rows(), weighs="evidence" in self._policy.needs)
 
     def state_dict(self) -> State:
         """All of it; only reads."""

@@ -213,7 +213,7 @@ class SlapSampler:
         """
         with single_threaded():
             if not self._shared.seeded:
-                self._run.seed_strata()
+                self._run.seed()
             if self.refreshes_itself and self._refreshes.due(self.step):
                 self.refresh()
                 if self.exhausted:

@@ -315,6 +315,11 @@ class Keep:
         """Share of the candidates lately that was held dispensable."""
         return 1.0 - self._worth / self._count if self._count else 0.0
 
+    def guess(self, worth: float) -> None:
+        """Begin with this mean worth of a candidate, until some have left."""
+        if self._config.keep == "auto":
+            self.value = float(np.clip(worth, self._config.keep_min, 1.0))
+
     def refresh(self, worth: float, count: float) -> None:
         """Take in the sum of the worth of so many candidates that left since the last refresh."""
         self._worth = self._worth * self._config.advanced.decay + worth

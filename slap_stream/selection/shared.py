@@ -22,7 +22,7 @@ from slap_stream.selection.moments import Moments
 from slap_stream.selection.schedule import Keep, LanePlan
 from slap_stream.selection.state import Lookup
 from slap_stream.selection.strata import Strata
-from slap_stream.types import REFERENCE_COLUMN, Float32Array, FloatArray, State
+from slap_stream.types import MISMATCH_COLUMN, REFERENCE_COLUMN, Float32Array, FloatArray, State
 
 
 @dataclass(kw_only=True, slots=True)
@@ -166,11 +166,19 @@ class Shared:
             dim=store.shape[1],
         )
         self.keep = Keep(config)
+        self._mismatch = column_of.get(MISMATCH_COLUMN)
         self.seeded = False
 
-    def seed(self, embedding: Float32Array) -> None:
-        """Place the centroids, from (n, dim) embeddings of lane 0's first block."""
-        self.strata.seed(embedding, self._config.seed)
+    def seed(self, x: Float32Array, *, weighs: bool) -> None:
+        """Place the centroids, and say what is worth keeping as far as it is known beforehand.
+
+        Args:
+            x: (n, columns) design rows of lane 0's first block.
+            weighs: Whether evidence against candidates is weighed at all.
+        """
+        self.strata.seed(x[:, -self.strata.centroids.shape[1] :], self._config.seed)
+        if weighs and self._mismatch is not None:
+            self.keep.guess(1.0 - float(np.clip(x[:, self._mismatch], 0.0, 1.0).mean()))
         self.seeded = True
 
     def learn(self, sums: State) -> None:

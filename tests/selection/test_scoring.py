@@ -57,11 +57,11 @@ def test_auto_keeps_what_is_not_shown_to_be_dispensable(share: float) -> None:
     batches = drive([sampler], LossTable(4000, 16))
     hold_epoch_laws(sampler, batches)
     trained = np.isin(ids, np.concatenate(batches))
-    # It starts by keeping everything, and follows.
-    assert trained.mean() == pytest.approx(1.0 - share, abs=0.04)
+    # From the first batch on: the column tells before anything was trained on.
+    assert trained.mean() == pytest.approx(1.0 - share, abs=0.02)
     if share:
         assert trained[~wrong].mean() > 0.97
-        assert trained[wrong].mean() < 0.2
+        assert trained[wrong].mean() < 0.1
         assert sampler.metrics()["keep"] == pytest.approx(1.0 - share, abs=0.03)
     else:
         assert len(batches) >= 0.98 * len(sampler)
