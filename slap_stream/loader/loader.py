@@ -33,7 +33,7 @@ from slap_stream.loader.padding import Padding
 from slap_stream.loader.pending import PendingBatches
 from slap_stream.loader.probe_link import ProbeLink
 from slap_stream.loader.ranks import TIMEOUT_SECONDS, join_ranks
-from slap_stream.loader.run_log import RunLog, describe
+from slap_stream.loader.run_log import RunLog, describe, weakly
 from slap_stream.loader.state import check_loader_state, whole_state
 from slap_stream.loader.status_line import StatusLine
 from slap_stream.probe.probe import LearnabilityProbe, check_probe_state
@@ -169,7 +169,7 @@ class SlapDataLoader(DataLoader[Any]):
             run_dir if self._ranks.speaks else None,
             self._sampler,
             about=partial(describe, dataset, store, self._sampler),
-            metrics=self._metrics,
+            metrics=weakly(self._metrics),
         )
         self._pending = PendingBatches(self._sampler, self._owner, self._log.composed)
         # Of the rank that needs most: then all are refused or none.

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakMethod
 
 import numpy as np
 
@@ -294,6 +295,20 @@ def _replace(path: Path, data: bytes) -> None:
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     unfinished.write_bytes(data)
     unfinished.replace(path)
+
+
+def weakly(method: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
+    """A method of the loader, which does not hold the loader: one that nobody has any more is gone
+    at once, and does not wait for the garbage collector.
+    """
+    held = WeakMethod(method)
+
+    def call() -> dict[str, float]:
+        found = held()
+        assert found is not None, "the loader holds the log"
+        return found()
+
+    return call
 
 
 def describe(dataset: Any, store: RowStore, sampler: SlapSampler) -> dict[str, Any]:

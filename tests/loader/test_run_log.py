@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,19 @@ def test_a_state_loaded_again_in_one_process_takes_back_what_was_written_after_i
     assert len(told(read_log(tmp_path))) > len(before)
     loader.load_state_dict(state)
     assert told(read_log(tmp_path)) == before
+
+
+def test_a_loader_that_nobody_has_any_more_is_gone_at_once(corpus: Path, tmp_path: Path) -> None:
+    loader = logged(corpus, tmp_path)
+    next(iter(loader))
+    left, collecting = weakref.ref(loader), gc.isenabled()
+    gc.disable()
+    try:
+        del loader
+        assert left() is None
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def test_a_run_from_the_start_moves_the_log_of_another_aside(corpus: Path, tmp_path: Path) -> None:
