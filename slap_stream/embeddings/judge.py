@@ -93,7 +93,7 @@ class Judge(ReferenceLoss):
 
     def _read(self, samples: Sequence[TextSample]) -> tuple[FloatArray, IntArray]:
         """(n,) losses and (n,) groups of target lengths, -1 where there is no target."""
-        encoded = [_beginning(*self._encoded(sample)) for sample in samples]
+        encoded = [self._encoded(sample) for sample in samples]
         counts = np.array([sum(marks[1:]) for _, marks in encoded])
         digests = text_digests(samples).tolist()
         new = [at for at, digest in enumerate(digests) if digest not in self._known]
@@ -104,15 +104,18 @@ class Judge(ReferenceLoss):
         length = np.where(counts > 0, np.log2(np.maximum(counts, 1)), -1).astype(np.int64)
         return losses, np.minimum(length, _LENGTHS - 1)
 
+    def _cut(self, ids: list[int], marks: list[bool]) -> Marked:
+        """The target's first tokens with the last ones before it, as far as the window goes."""
+        places = [at for at, marked in enumerate(marks) if marked]
+        if not places:
+            return ids[:1], marks[:1]
+        # Of a small window half is for the target.
+        before = min(PROMPT_TOKENS, self._max_tokens - min(TARGET_TOKENS, self._max_tokens // 2))
+        start = max(0, places[0] - before)
+        stop = places[min(len(places), TARGET_TOKENS) - 1] + 1
+        # Of several answers the first ones, if there is much between them.
+        stop = min(stop, start + self._max_tokens)
+        return ids[start:stop], marks[start:stop]
+
     def _rows(self, samples: Sequence[TextSample]) -> IntArray:
         return np.array([self._row.get(sample.source or "", 0) for sample in samples], np.int64)
-
-
-def _beginning(ids: list[int], marks: list[bool]) -> Marked:
-    """The target's first tokens with the last ones before it."""
-    places = [at for at, marked in enumerate(marks) if marked]
-    if not places:
-        return ids[:1], marks[:1]
-    start = max(0, places[0] - PROMPT_TOKENS)
-    stop = places[min(len(places), TARGET_TOKENS) - 1] + 1
-    return ids[start:stop], marks[start:stop]

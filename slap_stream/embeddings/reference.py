@@ -92,12 +92,16 @@ class ReferenceLoss:
         if sample.input_ids is not None and sample.supervised is not None:
             ids, marks = sample.input_ids.tolist(), sample.supervised.tolist()
         elif sample.messages is not None:
-            tokens = encode(self._tokenizer, sample.messages, max_length=self._max_tokens)
+            tokens = encode(self._tokenizer, sample.messages)
             ids, marks = tokens.input_ids, tokens.supervised
         else:
             raise ConfigError(
                 "sample must have messages or input_ids, got neither; read it with CorpusTexts."
             )
+        return self._cut(ids, marks)
+
+    def _cut(self, ids: list[int], marks: list[bool]) -> Marked:
+        """What is read of a sample."""
         return ids[: self._max_tokens], marks[: self._max_tokens]
 
     def _losses(self, batch: Sequence[Marked]) -> Float32Array:

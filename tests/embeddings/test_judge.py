@@ -115,6 +115,15 @@ def test_only_the_end_of_a_prompt_and_the_beginning_of_a_target_are_read(
     assert loss == pytest.approx(same, rel=1e-5)
 
 
+def test_a_target_beyond_the_window_is_read_all_the_same(counter: Path) -> None:
+    judge = Judge(str(counter), "cpu")
+    ids = counting(np.random.default_rng(3), 100)
+    (loss,), _ = judge.judge([sample_of(ids, 92)])
+    # Half of the model's 24 tokens before it, and its eight.
+    assert judge.tokens == 12 + 8
+    assert loss > 0
+
+
 def test_a_sample_without_a_target_is_left_alone(counter: Path) -> None:
     samples, _ = corpus(0.15)
     judge = Judge(str(counter), "cpu")
