@@ -370,5 +370,11 @@ def spread(
             for c in range(shape[1])
         ]
         centres.append([centre for centre, _ in cells])
-        scales.append([scale for _, scale in cells])
+        held = [at for at, in_row in zip(column, row, strict=True) if in_row == r]
+        scales.append(
+            [
+                scale * (1 + 4 / (1.5 * 2**c) if held.count(c) > 0.1 * len(held) else 1)
+                for c, (_, scale) in enumerate(cells)
+            ]
+        )
     return centres, scales

@@ -21,6 +21,9 @@ from slap_stream.types import FloatArray, IntArray
 
 # Values of a wider group that a group's centre and scale are shrunk towards.
 SHRINKAGE = 16.0
+# A group is usual from this share of its row's values on; of a usual mean over so few values half
+# is trusted.
+USUAL, FEW = 0.1, 4.0
 # Median absolute deviations times this are standard deviations, if values are normal.
 _NORMAL = 1.4826
 LEAST_SCALE = 1e-3
@@ -30,7 +33,12 @@ EDGES = np.array([1.5, 2.0, 2.5, 3.0, 4.0, 6.0, np.inf])
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """Where the values of each group lie, and how far apart.
+    """Where the values of each group lie, and how far apart; values are means over few or many.
+
+    Columns are groups by how many: column c by 2 ** c to 2 ** (c + 1) - 1. Where a mean over a few
+    is usual, it says more of which answer was given than of how well: of one-word answers the rare
+    ones would stand out, which are as right as the others. So the scale is wider there. Where it is
+    not usual, as a single word among long solutions, it stays.
 
     Attributes:
         centre: (rows, columns) centres by group.
@@ -63,7 +71,10 @@ class Spread:
         centre, scale = _shrunk(values, row, np.repeat(wider, rows, axis=1))
         wider = np.repeat(centre, columns), np.repeat(scale, columns)
         centre, scale = _shrunk(values, row * columns + column, np.stack(wider))
-        return cls(centre=centre.reshape(shape), scale=scale.reshape(shape))
+        count = np.bincount(row * columns + column, minlength=rows * columns).reshape(shape)
+        usual = count > USUAL * count.sum(axis=1, keepdims=True)
+        wider_by = np.where(usual, 1.0 + FEW / (1.5 * 2.0 ** np.arange(columns)), 1.0)
+        return cls(centre=centre.reshape(shape), scale=scale.reshape(shape) * wider_by)
 
     def standardised(self, values: FloatArray, row: IntArray, column: IntArray) -> FloatArray:
         """(n,) how many scales above its group's centre each value lies."""
