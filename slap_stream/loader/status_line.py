@@ -48,7 +48,7 @@ class StatusLine:
             return
         found = metrics()
         line = (
-            f"epoch {found['epoch'] - progress:.0f}, {progress:.0%}: "
+            f"epoch {round(found['epoch'] - progress)}, {progress:.0%}: "
             f"{self._samples / (now - self._since):,.0f} samples/s, "
             f"{found['trained']:,.0f} trained on, {found['pruned']:,.0f} pruned"
         )
