@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from slap_stream.config import OnBadSample
 from slap_stream.core.background import BackgroundThread
@@ -37,6 +38,32 @@ logger = logging.getLogger(__name__)
 _TOLD_CHARACTERS = 400
 # Batches around one of which nothing can be used that are tried, and first samples of a dataset.
 _TRIED, _FIRST = 4, 32
+# Modules whose errors are a network's, or a store's that is reached through one. Not all of
+# `google`: protobuf, say, raises for what it cannot decode.
+_OF_NETWORKS = tuple(
+    f"{module}."
+    for module in [
+        "aiobotocore",
+        "aiohttp",
+        "azure.core",
+        "boto3",
+        "botocore",
+        "gcsfs",
+        "google.api_core",
+        "google.auth",
+        "http",
+        "httpcore",
+        "httpx",
+        "huggingface_hub",
+        "oci",
+        "requests",
+        "s3transfer",
+        "socket",
+        "ssl",
+        "urllib",
+        "urllib3",
+    ]
+)
 
 
 class BadSample(NamedTuple):
@@ -150,16 +177,42 @@ def reading(
     return LenientView(dataset), LenientCollate(collate)
 
 
-def is_of_sample(error: Exception) -> bool:
+def is_of_sample(error: BaseException) -> bool:
     """Whether an error may be a sample's: not one that says that something else is amiss.
 
     What the system says (a file, a network, memory) says nothing about the sample, and may be over
-    soon; so does what a shard or a setting is to blame for.
+    soon; so does what a shard or a setting is to blame for. A network's error counts, too, where it
+    is what another error comes of.
     """
-    if isinstance(error, OSError):
-        # Libraries raise it without a number for what they cannot decode, a torn image say.
-        return error.errno is None and not isinstance(error, ConnectionError | TimeoutError)
-    return not isinstance(error, ShardError | ConfigError | MemoryError)
+    if isinstance(error, OSError) and error.errno is not None:
+        return False
+    if isinstance(error, ShardError | ConfigError):
+        return False
+    # Libraries raise an OSError without a number also for what they cannot decode, a torn image
+    # say.
+    return not any(map(_is_outage, _behind(error)))
+
+
+def _is_outage(error: BaseException) -> bool:
+    """Whether an error says that a network or memory failed."""
+    if isinstance(error, ConnectionError | TimeoutError | MemoryError | torch.OutOfMemoryError):
+        return True
+    # By name: none of these libraries need be there.
+    return any(f"{kind.__module__}.".startswith(_OF_NETWORKS) for kind in type(error).__mro__)
+
+
+def _behind(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that it comes of."""
+    left, seen = [error], set()
+    while left:
+        one = left.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            # Where urllib has it, and urllib3.
+            reason = getattr(one, "reason", None)
+            others = (one.__cause__, one.__context__, reason)
+            left += [other for other in others if isinstance(other, BaseException)]
 
 
 def _told(error: Exception) -> str:

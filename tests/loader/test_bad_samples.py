@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 from collections import Counter
+from http.client import IncompleteRead
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -176,9 +178,30 @@ def test_bad_samples_raise_if_asked_to(corpus: Path) -> None:
         config_of(on_bad_sample="drop")
 
 
+def of_module(name: str, *kinds: type[Exception]) -> Exception:
+    """An error of a library that need not be there."""
+    return type("Failure", kinds, {"__module__": name})("timed out")  # type: ignore[no-any-return]
+
+
+def after(error: Exception, *, cause: Exception | None = None, context: Any = None) -> Exception:
+    """An error that comes of another."""
+    error.__cause__, error.__context__ = cause, context
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "of_sample"),
     [
+        (URLError("timed out"), False),
+        (IncompleteRead(b""), False),
+        (of_module("requests.exceptions", OSError), False),
+        (of_module("mine", type(of_module("botocore.exceptions", Exception))), False),
+        (of_module("requests_of_users", ValueError), True),
+        (of_module("google.protobuf.message", Exception), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (after(ValueError("no image"), cause=URLError("timed out")), False),
+        (after(ValueError("no image"), context=TimeoutError("slow")), False),
+        (after(ValueError("no image"), cause=KeyError("image")), True),
         (ValueError("no text"), True),
         (UnicodeDecodeError("utf-8", b"", 0, 1, "torn"), True),
         (OSError("image file is truncated"), True),
