@@ -112,6 +112,22 @@ class Awaiting:
         asked = self._asked[-1]
         return asked.sample_id, asked.x, asked.source
 
+    def last_whole(self, count: int) -> tuple[IntArray, Float32Array, IntArray] | None:
+        """(count,) ids, (count, columns) rows and (count,) sources of the last whole batch.
+
+        A batch of which nothing could be used has a second question of its step, about what took
+        its place, and is not taken. If there is no other, ids of what was asked for last repeat.
+        """
+        stood_in = {asked.step for asked in self._asked if len(asked.sample_id) != count}
+        for asked in reversed(self._asked):
+            if len(asked.sample_id) == count and asked.step not in stood_in:
+                return asked.sample_id, asked.x, asked.source
+        if not self._asked:
+            return None
+        asked = self._asked[-1]
+        at = np.resize(np.arange(len(asked.sample_id)), count)
+        return asked.sample_id[at], asked.x[at], asked.source[at]
+
     def latest(self, count: int) -> list[Asked]:
         """The `count` questions that were asked last, in the order asked."""
         return list(self._asked)[len(self._asked) - count :]

@@ -221,7 +221,7 @@ class Lane:
 
     def _repeat_batch(self) -> IntArray:
         """(batch_size,) sample ids of the last batch, which stands in for one more."""
-        last = self.feedback.awaiting_trained.last()
+        last = self.feedback.awaiting_trained.last_whole(self._plan.batch_size)
         if last is None:
             raise ShardError(
                 f"lane {self.index} must have candidates for a first batch, got "

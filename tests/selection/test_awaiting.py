@@ -49,6 +49,25 @@ def test_matching_equals_its_twin(wanted: list[int], asked: list[tuple[int, int]
     assert len(set(index[known].tolist())) == np.count_nonzero(known)
 
 
+def test_the_last_whole_batch_is_none_of_which_nothing_could_be_used() -> None:
+    awaiting = Awaiting(4)
+    assert awaiting.last_whole(3) is None
+    for step, ids in enumerate(([1, 2, 3], [4, 5, 6], [7, 8, 9])):
+        ask(awaiting, step, *ids)
+    # Nothing of the last can be used, nor of the one before it; others stand in for them.
+    for step, ids in ((2, [3, 1]), (1, [2])):
+        last = awaiting.last_whole(3)
+        assert last is not None
+        assert last[0].tolist() == [[4, 5, 6], [7, 8, 9]][step - 1]
+        ask(awaiting, step, *ids)
+    # The first one is forgotten by now.
+    last = awaiting.last_whole(3)
+    assert last is not None
+    assert last[0].tolist() == [2, 2, 2]
+    assert last[1].tolist() == rows_of(last[0]).tolist()
+    assert last[2].tolist() == [2, 2, 2]
+
+
 def open_ids(awaiting: Awaiting) -> list[int]:
     """Ids whose losses are still awaited, in the order asked."""
     return [n for asked in awaiting.still_open() for n in asked.sample_id[asked.open].tolist()]
