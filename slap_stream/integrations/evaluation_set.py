@@ -16,6 +16,7 @@ from slap_stream.errors import CorpusError
 from slap_stream.integrations.first_rank import first_rank_first
 from slap_stream.integrations.prepare import Prepared, check_source, is_shards
 from slap_stream.shards.reader import iter_corpus
+from slap_stream.text.chat import Truncate
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +27,19 @@ class EvaluationSets:
     Args:
         tokenizer: Makes token ids of chats and texts; None leaves messages.
         max_length: Tokens kept of a record.
+        truncate: What is done with a longer one.
         made: What the Trainer is to be given of the samples of a set.
     """
 
     def __init__(
-        self, tokenizer: Any, max_length: int | None, made: Callable[[list[Any]], Any]
+        self,
+        tokenizer: Any,
+        max_length: int | None,
+        truncate: Truncate,
+        made: Callable[[list[Any]], Any],
     ) -> None:
-        self._tokenizer, self._max_length, self._made = tokenizer, max_length, made
+        self._tokenizer, self._made = tokenizer, made
+        self._max_length, self._truncate = max_length, truncate
 
     def read(self, sets: Any) -> Any:
         """A set, or several by name, of which none is a path any more.
@@ -63,7 +70,9 @@ class EvaluationSets:
     def _sample(self, sample: dict[str, Any]) -> dict[str, Any]:
         if self._tokenizer is None or "messages" not in sample:
             return sample
-        return token_columns(self._tokenizer, sample["messages"], self._max_length)[0]
+        return token_columns(self._tokenizer, sample["messages"], self._max_length, self._truncate)[
+            0
+        ]
 
 
 def is_path(dataset: Any) -> bool:

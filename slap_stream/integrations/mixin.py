@@ -37,7 +37,11 @@ from slap_stream.integrations.trainer_checks import (
 )
 from slap_stream.integrations.trainer_forward import TrainingForward
 from slap_stream.integrations.trainer_loader import ModelColumns, TrainerLoader
-from slap_stream.integrations.training_set import tokenizer_and_length, with_training_set
+from slap_stream.integrations.training_set import (
+    tokenizer_and_length,
+    truncation,
+    with_training_set,
+)
 from slap_stream.integrations.zero_state import ZeroOptimizer
 from slap_stream.loader.delivery import SAMPLE_ID
 from slap_stream.loader.loader import SlapDataLoader
@@ -96,7 +100,9 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         if given.get("train_dataset") is not None:
             check_dataset(given["train_dataset"], embeddings, args, self._slap_config)
         tokenizer, max_length = tokenizer_and_length(given, args)
-        self._evaluation_sets = EvaluationSets(tokenizer, max_length, self.evaluated)
+        self._evaluation_sets = EvaluationSets(
+            tokenizer, max_length, truncation(given), self.evaluated
+        )
         if "eval_dataset" in given:
             given["eval_dataset"] = self._evaluation_sets.read(given["eval_dataset"])
         # The loader itself knows where to go on; batches skipped by the Trainer would be lost.

@@ -77,11 +77,9 @@ def with_training_set(
                 f"data_collator is given, got {type(chosen).__name__}; load one with "
                 "AutoTokenizer.from_pretrained(...)."
             )
-        collator = given.get("data_collator")
-        # One that cuts otherwise finds nothing left to cut in what is prepared.
-        truncate = collator.truncate if isinstance(collator, ChatCollator) else "right"
+        # A collator that cuts otherwise finds nothing left to cut in what is prepared.
         dataset, embeddings = _open(
-            dataset, embeddings, corpus, args, tokenizer, max_length, truncate
+            dataset, embeddings, corpus, args, tokenizer, max_length, truncation(given)
         )
         given["train_dataset"] = dataset
     if collate and given.get("data_collator") is None and tokenizer and _holds_chats(dataset):
@@ -99,6 +97,12 @@ def tokenizer_and_length(
     """What makes token ids of the samples, and of how many at most; no tokenizer: nothing does."""
     tokenizer = _tokenizer(given, args)
     return tokenizer, None if tokenizer is None else _max_length(given, args, tokenizer)
+
+
+def truncation(given: Mapping[str, Any]) -> Truncate:
+    """What is done with longer samples: what the collator does."""
+    collator = given.get("data_collator")
+    return collator.truncate if isinstance(collator, ChatCollator) else "right"
 
 
 def _open(

@@ -389,6 +389,24 @@ def test_an_evaluation_set_may_be_a_path_and_is_what_its_records_are(
         assert "left out: 1 for field without a value: messages" in caplog.text
 
 
+def test_an_evaluation_set_by_path_is_cut_as_the_training_set_is(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    row = {"messages": [{"role": "user", "content": "x" * 60}, RECORDS[0]["messages"][1]]}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(row) + "\n")
+    left = ChatCollator(byte_tokenizer(), max_length=24, truncate="left")
+    trainer = make(
+        folder,
+        tmp_path / "out",
+        folder / "corpus",
+        eval_dataset=tmp_path / "lines.jsonl",
+        data_collator=left,
+    )
+    (sample,) = trainer.eval_dataset
+    assert sample["input_ids"].tolist() == left([row])["input_ids"][0].tolist()
+
+
 def test_a_path_to_no_evaluation_set_is_refused_before_anything_is_made(
     folder: Path,  # noqa: F811
     tmp_path: Path,
