@@ -39,7 +39,8 @@ TOKEN_COLUMNS = {
     "input_ids": "ndarray:int32",
     "supervised": "ndarray:uint8",
 }
-
+# What records hold on their way as shards do; tokens are arrays.
+_ENCODED = frozenset(("id", "source", "messages"))
 _REPORT_RECORDS = 64
 # What a process holds at a time: records that wait to be written to their parts, and records of
 # a part that were read to be put in order.
@@ -218,7 +219,7 @@ def gather(job: GatherJob, advance: Callable[[int], None]) -> None:
             except RecordDropped as dropped:
                 tally.drop(dropped.reason, piece, row, dropped.detail)
                 continue
-            writer.write(sample)
+            writer.write_encoded(sample, _ENCODED)
             tally.keep(source.decode())
     files: dict[str, int] = {}
     if tally.counts:

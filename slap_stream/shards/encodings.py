@@ -137,13 +137,26 @@ def codec_of(encoding: str) -> Codec:
     kind, _, told = encoding.partition(":")
     dtype, _, axes = told.partition(":")
     if kind == "ndarray" and dtype in _DTYPES:
-        return ArrayCodec(dtype, tuple(map(int, axes.split(","))) if axes else None)
+        return ArrayCodec(dtype, _shape_of(axes, encoding) if ":" in told else None)
     from slap_stream.shards.library import coder_of
 
     foreign: Codec | None = coder_of(encoding)
     if foreign is None:
         raise ValueError(f"encoding must be one of MDS, got {encoding!r}.")
     return foreign
+
+
+def _shape_of(axes: str, encoding: str) -> tuple[int, ...]:
+    """The shape that an encoding names after its second colon."""
+    try:
+        shape = tuple(map(int, axes.split(",")))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise ValueError(
+            f"encoding must name a shape of whole numbers above 0, got {axes!r} in {encoding!r}."
+        )
+    return shape
 
 
 def _check(kind: type, value: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,22 @@ class SampleWriter:
         self._num_bytes = self._empty_bytes = 8 + len(self._header)
 
     def write(self, sample: Mapping[str, Any]) -> None:
-        """Append one sample; a value of type `bytes` is taken as encoded already.
+        """Append one sample.
+
+        Raises:
+            CorpusError: If a column is missing, or a value cannot be encoded as its column is.
+        """
+        self.write_encoded(sample, ())
+
+    def write_encoded(self, sample: Mapping[str, Any], encoded: Collection[str]) -> None:
+        """Append one sample of which some columns are encoded already.
+
+        Nothing tells whether they are as their columns have them: what is not is found when it is
+        read.
+
+        Args:
+            sample: Values by column.
+            encoded: Columns whose values are the bytes that go into the shard.
 
         Raises:
             CorpusError: If a column is missing, or a value cannot be encoded as its column is.
@@ -60,7 +75,7 @@ class SampleWriter:
         for name, encoding, codec in self._columns:
             try:
                 value = sample[name]
-                data = value if type(value) is bytes else codec.encode(value)
+                data: bytes = value if name in encoded else codec.encode(value)
             except KeyError as error:
                 raise self._refusal(sample) from error
             except (TypeError, ValueError, OverflowError, AttributeError) as error:
@@ -76,11 +91,11 @@ class SampleWriter:
                     "as it is declared?"
                 )
             parts.append(data)
-        encoded = b"".join([self._pack_sizes(*sizes), *parts])
-        if self._samples and self._num_bytes + len(encoded) + 4 > self._config["size_limit"]:
+        whole = b"".join([self._pack_sizes(*sizes), *parts])
+        if self._samples and self._num_bytes + len(whole) + 4 > self._config["size_limit"]:
             self.flush()
-        self._samples.append(encoded)
-        self._num_bytes += len(encoded) + 4
+        self._samples.append(whole)
+        self._num_bytes += len(whole) + 4
 
     def flush(self) -> None:
         """Write the samples that wait, if there are any, as one shard."""

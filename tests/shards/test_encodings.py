@@ -48,6 +48,15 @@ def test_other_encodings_are_streamings() -> None:
         codec_of("text")
 
 
+@pytest.mark.parametrize("shape", ["", "0", "-1", "2,0", "2,", "x", "2:3"])
+def test_a_shape_that_streaming_refuses_is_refused(shape: str) -> None:
+    encoding = f"ndarray:int32:{shape}"
+    with pytest.raises((ValueError, AssertionError)):
+        get_mds_encoded_size(encoding)
+    with pytest.raises(ValueError, match="encoding must name a shape of whole numbers above 0"):
+        codec_of(encoding)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.lists(
@@ -101,7 +110,10 @@ def test_a_corpus_is_to_the_byte_what_the_stock_writer_leaves(
         ("a", [1], "encoded as ndarray:int32, got list"),
         ("a", np.zeros(0, np.int32), r"of the shape \(any, not empty\)"),
         ("a", np.zeros(1), "must be an array of int32"),
-        ("n", b"1", "column 'n' must take 8 bytes, got 1"),
+        ("t", b"\xff\xfe", "encoded as str, got bytes"),
+        ("n", bytes(8), "encoded as int, got bytes"),
+        ("j", b"{", "encoded as json, got bytes"),
+        ("a", b"\xff", "encoded as ndarray:int32, got bytes"),
     ],
 )
 def test_a_value_that_does_not_fit_its_column_is_refused(
@@ -114,6 +126,15 @@ def test_a_value_that_does_not_fit_its_column_is_refused(
         pytest.raises(CorpusError, match=message),
     ):
         writer.write(good | {column: value})
+
+
+def test_what_is_encoded_already_is_written_as_it_is(tmp_path: Path) -> None:
+    columns = {"t": "str", "n": "int", "j": "json"}
+    with open_writer(tmp_path / "c", columns) as writer:
+        writer.write_encoded({"t": b"x", "n": 1, "j": b"[2]"}, {"t", "j"})
+        with pytest.raises(CorpusError, match="column 'n' must take 8 bytes, got 1"):
+            writer.write_encoded({"t": "x", "n": b"1", "j": []}, {"n"})
+    assert list(iter_corpus(tmp_path / "c")) == [{"t": "x", "n": 1, "j": [2]}]
 
 
 def test_all_shards_are_there_when_the_writer_ends_and_nothing_runs_on(tmp_path: Path) -> None:
