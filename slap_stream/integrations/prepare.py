@@ -28,7 +28,7 @@ from slap_stream.corpus.tokenising import (
 from slap_stream.embeddings.embed import embed
 from slap_stream.embeddings.store import EmbeddingStore
 from slap_stream.errors import ConfigError, CorpusError
-from slap_stream.shards.index import INDEX_NAME, corpus_columns, corpus_size
+from slap_stream.shards.index import INDEX_NAME, corpus_columns, corpus_size, unhashed_contents
 from slap_stream.shards.opening import open_local
 from slap_stream.text.chat import Truncate, check_truncate
 
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 _VERSION = 1
 _HASHING = "hashing"
 _SOURCE_FIELD = "source"
+_OWN_STORE = "embeddings.zarr"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,6 +242,12 @@ class _Work:
     def _name(self) -> str:
         if is_shards(self.dataset):
             name = f"embeddings-{file_digest(Path(self.dataset) / INDEX_NAME)[:16]}"
+            # An index without hashes is the same for other samples of as many bytes. Where the
+            # shards have embeddings of their own the loader sees whether these are theirs.
+            own = (Path(self.dataset) / _OWN_STORE).exists()
+            contents = () if own else unhashed_contents(self.dataset)
+            if contents:
+                name = f"{name}-{_digest(contents)[:8]}"
             if self.tokenizer is None or "input_ids" not in corpus_columns(Path(self.dataset)):
                 return name
             # The texts that are embedded are what this one makes of the tokens.
@@ -286,7 +293,7 @@ class _Work:
         if not is_shards(self.dataset):
             return corpus / f"embeddings{ending}.zarr"
         # Nothing is written into a folder that is not ours.
-        own = corpus / "embeddings.zarr"
+        own = corpus / _OWN_STORE
         return own if own.exists() else self.out / f"{name}{ending}.zarr"
 
     def _convert(self, corpus: Path) -> None:

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 from datasets import Dataset, IterableDataset, load_dataset
 from filelock import FileLock
+from streaming import MDSWriter
 
 from slap_stream import ChatCollator, SlapDataLoader, convert, embed, prepare
 from slap_stream.corpus import shuffle, tokenising
 from slap_stream.embeddings.store import EmbeddingStore
 from slap_stream.errors import AlignmentError, ConfigError, CorpusError
 from slap_stream.integrations import prepare as module
+from slap_stream.integrations.prepare import Prepared
 from slap_stream.shards.reader import iter_corpus
 from slap_stream.shards.writer import open_writer
 from slap_stream.text.chat import encode
@@ -266,6 +268,29 @@ def test_shards_are_taken_as_they_are(
     shutil.copytree(own.embeddings, tmp_path / "others" / "embeddings.zarr")
     with pytest.raises(AlignmentError, match="run slap-embed on this dataset again"):
         prepare(tmp_path / "others", tmp_path / "out")
+
+
+def test_shards_without_hashes_that_were_written_again_are_embedded_again(tmp_path: Path) -> None:
+    def written(numbers: range) -> Prepared:
+        shutil.rmtree(tmp_path / "shards", ignore_errors=True)
+        with MDSWriter(out=str(tmp_path / "shards"), columns={"messages": "json"}) as writer:
+            for number in numbers:
+                writer.write({"messages": turns(f"q{number % 10}", f"a{number % 10}")})
+        return prepare(tmp_path / "shards", tmp_path / "out", num_workers=1)
+
+    first, again, other = map(written, (range(20), range(20), range(20)[::-1]))
+    assert first.index_digest == other.index_digest, "it tells nothing"
+    assert again.found
+    assert not other.found
+    rows = [EmbeddingStore(each.embeddings).shard_hashes for each in (first, other)]
+    assert rows[0] != rows[1]
+    loader = SlapDataLoader(
+        other.dataset(4),
+        embeddings=other.embeddings,
+        collate_fn=lambda samples: {"count": len(samples)},
+        config=config_of(num_lanes=1),
+    )
+    assert next(iter(loader))["count"] == 4
 
 
 def test_embeddings_of_shards_of_tokens_are_those_of_their_tokenizer(
