@@ -432,12 +432,12 @@ class SlapDataLoader(DataLoader[Any]):
         # The last that may fail.
         self._sampler.load_state_dict(state["sampler"])
         self._pending.load_state_dict(state)
-        self._log.begin()
         self._iteration += 1
         if probe is None or self._probe is None:
             self._probe_state = probe
         else:
             self._probe.load_state_dict(probe)
+        self._log.begin()
 
     def close(self) -> None:
         """End the threads that fetch shards, and the ranks' connections: the loader's end."""

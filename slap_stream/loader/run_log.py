@@ -17,7 +17,7 @@ from weakref import WeakMethod
 
 import numpy as np
 
-from slap_stream.errors import ConfigError
+from slap_stream.errors import ConfigError, RunLogError
 from slap_stream.loader.run_files import (
     LOG_DIR,
     MAX_ROWS,
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_SPANS = 2.0
 _FIELDS = [[name, ROW[name].str] for name in ROW.names or ()]
+# What reading files that are no log of ours ends with.
+_UNREADABLE = (RunLogError, LookupError, TypeError, ValueError)
 # Sums of a run that a span has the part of, and how the metrics call them.
 _SUMS = {"probe_seconds": "probe_seconds", "probed": "probe_samples"}
 
@@ -50,8 +52,8 @@ _SUMS = {"probe_seconds": "probe_seconds", "probed": "probe_samples"}
 class RunLog:
     """Writes a rank's log; `run_files` says what is in it.
 
-    If it cannot be written later on (a full disk, say), training goes on without: that is logged
-    once, and `metrics()["run_log_failed"]` is 1.
+    If it cannot be written later on (a full disk, say), or anything else fails in here, training
+    goes on without: that is logged once, and `metrics()["run_log_failed"]` is 1.
 
     Holds the sums since the last span; no state of the loader has them, which would be as long as
     the log.
@@ -109,29 +111,20 @@ class RunLog:
     def begin(self) -> None:
         """Take up the run where the sampler is: at its start, or where a state was saved.
 
-        What the files have from there on is taken out; a log that the run does not go on from is
-        moved to `*.previous`.
+        What the files have from there on is taken out; a log that the run does not go on from, or
+        that cannot be read, is moved to `*.previous`.
         """
         self._guarded(self._begin)
 
     def _begin(self) -> None:
         # Nothing is lost that happened: what a state follows from was written when it was saved.
         self._loads += 1
-        events, _ = read_events(self._events)
-        begins = [event for event in events if event["kind"] == "begin"]
-        other = begins and begins[-1]["fields"] != _FIELDS
-        if events and (other or self._place == (0, 0)):
-            for path in (self._events, self._rows):
-                if path.is_file():
-                    path.replace(path.with_name(f"{path.name}.previous"))
-            events = begins = []
-        self._index = begins[-1]["index"] + 1 if begins else 0
         mine: Event = {
             "kind": "begin",
             "version": VERSION,
             "at": self._place,
             "session": (self.started, self._loads),
-            "index": self._index,
+            "index": 0,
             "time": time.time(),
             "rank": self._sampler.rank,
             "world_size": self._sampler.world_size,
@@ -139,16 +132,41 @@ class RunLog:
             "outcomes": OUTCOMES,
             "about": self._about(),
         }
-        every = [*begins, mine]
-        rows = surviving_rows(read_rows(self._rows, _FIELDS), begins, every)
-        kept, _ = surviving(events, every)
-        self._level = max((e["level"] for e in kept if e["kind"] == "span"), default=0)
+        try:
+            kept, rows = self._happened(mine)
+        except _UNREADABLE as error:
+            logger.warning("%s cannot be gone on with, is *.previous now: %s", self._events, error)
+            self._move_aside()
+            kept, rows = self._happened(mine)
+        self._index = mine["index"]
         self._replace_rows(rows)
         self._replace_events([*kept, mine])
         for lane in self._sampler.lanes:
             lane.watch_departures()
         self.begun = True
         self._clear(self._place)
+
+    def _happened(self, mine: Event) -> tuple[list[Event], Rows]:
+        """What the files hold that has happened before this beginning, which is given its index."""
+        events, unreadable = read_events(self._events)
+        if unreadable:
+            raise RunLogError(f"{unreadable} lines are no events")
+        begins = [event for event in events if event["kind"] == "begin"]
+        other = begins and begins[-1]["fields"] != _FIELDS
+        if events and (other or self._place == (0, 0)):
+            self._move_aside()
+            events = begins = []
+        mine["index"] = begins[-1]["index"] + 1 if begins else 0
+        every = [*begins, mine]
+        rows = surviving_rows(read_rows(self._rows, _FIELDS), begins, every)
+        kept, _ = surviving(events, every)
+        self._level = max((e["level"] for e in kept if e["kind"] == "span"), default=0)
+        return kept, rows
+
+    def _move_aside(self) -> None:
+        for path in (self._events, self._rows):
+            if path.is_file():
+                path.replace(path.with_name(f"{path.name}.previous"))
 
     def _clear(self, place: Place) -> None:
         self._from, self._since = place, self._clock()
@@ -170,11 +188,14 @@ class RunLog:
         """Losses of a batch were fed back; `last`: it was the epoch's last one."""
         if not self.begun:
             return
+        self._guarded(lambda: self._add(losses))
+        if last:
+            self.flush()
+
+    def _add(self, losses: FloatArray) -> None:
         finite = losses[np.isfinite(losses)]
         self._losses[0] += float(finite.sum())
         self._losses[1] += len(finite)
-        if last:
-            self.flush()
 
     def note(self, values: Mapping[str, float]) -> None:
         """Keep numbers that were measured now, such as a held-out loss; not finite ones are left
@@ -275,11 +296,14 @@ class RunLog:
             return
         try:
             write()
-        except OSError as error:
+        except Exception as error:
+            # Whatever it is: no fault of a log is worth a training, or a batch that was composed.
             self.failed, self.begun = True, False
             for lane in self._sampler.lanes:
                 lane.departures = None
-            logger.warning("%s is not written any more: %s", self._events, error)
+            told = error if isinstance(error, OSError) else repr(error)
+            logger.warning("%s is not written any more: %s", self._events, told)
+            logger.debug("where that was", exc_info=True)
 
 
 def _by_stratum(stratum: Any, weights: FloatArray | None) -> dict[str, float]:

@@ -229,6 +229,63 @@ def test_a_log_that_cannot_be_written_ends_and_training_goes_on(
     assert loader.metrics()["run_log_failed"] == 1
 
 
+def test_no_fault_of_the_log_loses_a_batch(
+    corpus: Path,
+    unbroken: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loader = logged(corpus, tmp_path)
+    run(loader, 3)
+
+    def broken(self: Any, saved: bool) -> None:
+        raise ValueError("no OSError")
+
+    monkeypatch.setattr(run_log.RunLog, "_flush", broken)
+    with caplog.at_level(logging.DEBUG, run_log.__name__):
+        assert run(loader, 20) == unbroken[3:23]
+    assert caplog.text.count("is not written any more: ValueError('no OSError')") == 1
+    assert caplog.text.count("Traceback") == 1
+    assert loader.metrics()["run_log_failed"] == 1
+    monkeypatch.undo()
+    # Even where the log does not catch it, the batch is there.
+    faults = [ValueError("once")]
+
+    def composed(self: Any, seconds: float) -> None:
+        if faults:
+            raise faults.pop()
+
+    monkeypatch.setattr(run_log.RunLog, "composed", composed)
+    loader = logged(corpus, tmp_path)
+    with pytest.raises(ValueError, match="once"):
+        run(loader, 1)
+    assert run(loader, 20) == unbroken[:20]
+
+
+@pytest.mark.parametrize("fault", ["a span of nothing", "another version", "no JSON"])
+def test_a_log_that_cannot_be_read_is_moved_aside_and_the_run_goes_on(
+    corpus: Path, unbroken: list[list[int]], tmp_path: Path, fault: str
+) -> None:
+    loader = logged(corpus, tmp_path)
+    run(loader, 5)
+    state, step = loader.state_dict(), loader.sampler.step
+    path = event_file(tmp_path / "slap_log", 0)
+    text = path.read_text()
+    faulty = {
+        "a span of nothing": text + '{"kind": "span"}\n',
+        "another version": text.replace('"version": 1', '"version": 99', 1),
+        "no JSON": "nonsense\n" + text,
+    }[fault]
+    path.write_text(faulty)
+    again = logged(corpus, tmp_path)
+    again.load_state_dict(state)
+    assert run(again, 9) == unbroken[5:14]
+    assert again.metrics()["run_log_failed"] == 0
+    assert path.with_name(f"{path.name}.previous").read_text() == faulty
+    assert read_log(tmp_path).spans[0]["from"] == [0, step]
+
+
 def test_what_cannot_be_a_log_is_refused(corpus: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
