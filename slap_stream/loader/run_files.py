@@ -181,6 +181,28 @@ def session_of(begin: Event) -> Session:
     return float(begin["session"][0]), int(begin["session"][1])
 
 
+def last_started(log_dir: Path, rank: int, world_size: int) -> float:
+    """When the last process began that is in a log's files; 0 if there is none.
+
+    Args:
+        log_dir: The log's directory.
+        rank: Of the files each rank looks at its share, those of more ranks than now included.
+        world_size: Number of ranks.
+    """
+    last = 0.0
+    for path in log_dir.glob(_EVENTS):
+        number = path.stem.removeprefix("rank-")
+        if not number.isdecimal() or int(number) % world_size != rank:
+            continue
+        try:
+            begins = [event for event in read_events(path)[0] if event["kind"] == "begin"]
+            last = max([last, *(session_of(begin)[0] for begin in begins)])
+        except (RunLogError, OSError, LookupError, TypeError, ValueError):
+            # It is moved aside when the run begins.
+            continue
+    return last
+
+
 def place_of(event: Event) -> Place:
     """Where an event belongs: (epoch, batches composed before)."""
     epoch, step = event["at"]

@@ -27,6 +27,7 @@ from slap_stream.loader.run_files import (
     Place,
     Rows,
     event_file,
+    last_started,
     read_events,
     read_rows,
     row_file,
@@ -42,6 +43,7 @@ from slap_stream.types import FloatArray, RowStore
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_SPANS = 2.0
+SECONDS_BETWEEN_STARTS = 1e-3
 _FIELDS = [[name, ROW[name].str] for name in ROW.names or ()]
 # What reading files that are no log of ours ends with.
 _UNREADABLE = (RunLogError, LookupError, TypeError, ValueError)
@@ -66,8 +68,8 @@ class RunLog:
         clock: Seconds that only grow.
 
     Attributes:
-        started: When all ranks began, as they have agreed: by it what they write is told from what
-            was before.
+        started: When all ranks began, later than what the files hold, as they have agreed: by it
+            what they write is told from what was before.
         begun: Whether it is being written.
         failed: Whether it could not be.
 
@@ -103,6 +105,9 @@ class RunLog:
                 f"{str(run_dir)!r}: {error}; name another, or None for no log."
             ) from error
         self._events, self._rows = (f(log_dir, sampler.rank) for f in (event_file, row_file))
+        # By a clock that is behind (of another machine, say) they would be of the session before.
+        last = last_started(log_dir, sampler.rank, sampler.world_size)
+        self.started = max(self.started, last + SECONDS_BETWEEN_STARTS)
 
     @property
     def _place(self) -> Place:

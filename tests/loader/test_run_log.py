@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import time
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -101,6 +102,25 @@ def test_after_a_kill_and_a_resume_the_log_is_that_of_the_unbroken_run(
     assert sums(ours) == sums(theirs)
     assert ours.straddling == 0
     assert len(ours.begins) == 2
+
+
+def test_a_clock_that_is_behind_takes_nothing_from_the_log(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = logged(corpus, tmp_path)
+    run(loader, 5)
+    state = loader.state_dict()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 60.0)
+    again = logged(corpus, tmp_path)
+    again.load_state_dict(state)
+    run(again, 6)
+    again.state_dict()
+    events = read_log(tmp_path)
+    assert events.spans[-1]["at"][1] == again.sampler.step > 11
+    starts = [begin["session"][0] for begin in events.begins]
+    assert len(starts) == 2
+    assert starts == sorted(starts)
 
 
 def test_a_state_loaded_again_in_one_process_takes_back_what_was_written_after_it(
