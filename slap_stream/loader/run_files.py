@@ -1,6 +1,6 @@
 """A run's log on disk: what is in its files, and how they are read while they grow.
 
-Two files for each rank, in `slap_log` of the run's directory. `rank-0.jsonl` has a line an event:
+Two files for each rank, in `_slap_log` of the run's directory. `rank-0.jsonl` has a line an event:
 
     begin  a process takes up the run: where, and what run it is
     span   some batches in a row: counts, tokens, losses, seconds, and gauges at its end
@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 
 from slap_stream.errors import RunLogError
 
-LOG_DIR, _EVENTS = "slap_log", "rank-*.jsonl"
+# A Trainer uploads its output_dir without what begins so: the log names paths, the page has texts.
+LOG_DIR, _EVENTS = "_slap_log", "rank-*.jsonl"
 VERSION = 1
 # Spans of a rank's file: between half as many and these.
 MAX_SPANS = 1024

@@ -86,11 +86,11 @@ def test_after_a_kill_and_a_resume_the_log_is_that_of_the_unbroken_run(
     loader = logged(corpus, broken)
     run(loader, cut)
     state = loader.state_dict()
-    saved = [path(broken / "slap_log", 0).stat().st_size for path in (event_file, row_file)]
+    saved = [path(broken / "_slap_log", 0).stat().st_size for path in (event_file, row_file)]
     run(loader, 7)
     # Killed in the middle of writing: what was written since the checkpoint is there in part.
     for path, size in zip((event_file, row_file), saved, strict=True):
-        file = path(broken / "slap_log", 0)
+        file = path(broken / "_slap_log", 0)
         file.write_bytes(file.read_bytes()[: (size + file.stat().st_size) // 2 + 1])
     half = read_log(broken)
     assert half.unreadable == 0
@@ -153,7 +153,7 @@ def test_a_run_from_the_start_moves_the_log_of_another_aside(corpus: Path, tmp_p
     first = told(read_log(tmp_path))
     run(logged(corpus, tmp_path), 3)
     assert len(told(read_log(tmp_path))) < len(first)
-    assert (tmp_path / "slap_log" / "rank-0.rows.previous").stat().st_size == ROW.itemsize * len(
+    assert (tmp_path / "_slap_log" / "rank-0.rows.previous").stat().st_size == ROW.itemsize * len(
         first
     )
 
@@ -290,7 +290,7 @@ def test_a_log_that_cannot_be_read_is_moved_aside_and_the_run_goes_on(
     loader = logged(corpus, tmp_path)
     run(loader, 5)
     state, step = loader.state_dict(), loader.sampler.step
-    path = event_file(tmp_path / "slap_log", 0)
+    path = event_file(tmp_path / "_slap_log", 0)
     text = path.read_text()
     faulty = {
         "a span of nothing": text + '{"kind": "span"}\n',
@@ -318,7 +318,7 @@ def test_what_cannot_be_a_log_is_refused(corpus: Path, tmp_path: Path) -> None:
         loader.note(loss=torch.tensor(1.0))  # type: ignore[arg-type]  # as users do
     make(corpus).note(loss=1.0)  # without a log: nothing
     next(iter(loader))
-    path = event_file(tmp_path / "run" / "slap_log", 0)
+    path = event_file(tmp_path / "run" / "_slap_log", 0)
     path.write_text("nonsense\n" + path.read_text())
     assert read_log(tmp_path / "run").unreadable == 1
     path.write_text(json.dumps({"kind": "begin", "version": 99}) + "\n")

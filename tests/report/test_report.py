@@ -19,11 +19,11 @@ from streaming import StreamingDataset
 from slap_stream import SlapDataLoader, embed
 from slap_stream.cli.report import main
 from slap_stream.errors import AlignmentError, ConfigError
-from slap_stream.loader.run_files import read_log
+from slap_stream.loader.run_files import LOG_DIR, read_log
 from slap_stream.report import page
 from slap_stream.report.corpus_facts import CorpusFacts
 from slap_stream.report.picked import SHOWN_OF_REASON, Picker, export
-from slap_stream.report.report import Report, report
+from slap_stream.report.report import PAGE_NAME, Report, report
 from slap_stream.report.texts import SHOWN, shown
 from slap_stream.selection.departures import OUTCOMES, ROW
 from slap_stream.shards.writer import open_writer
@@ -283,6 +283,12 @@ def test_what_is_neither_run_nor_corpus_is_refused(
         report(corpus, embeddings=tmp_path / "none.zarr")
     assert main([str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("slap-report: path must be the directory of a run")
+
+
+def test_a_trainer_publishes_neither_log_nor_page() -> None:
+    # It uploads its output_dir without `_*`.
+    assert LOG_DIR.startswith("_")
+    assert PAGE_NAME.startswith("_")
 
 
 def test_shards_that_are_gone_leave_a_page_without_texts(run_dir: Path, tmp_path: Path) -> None:
