@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 from weakref import WeakMethod
@@ -91,6 +92,7 @@ class RunLog:
         self._index = self._level = self._spans_held = self._rows_held = 0
         self.begun = self.failed = False
         self._kept = run_dir is not None
+        self._early: list[Event] = []
         self._clear(self._place)
         if run_dir is None:
             return
@@ -145,7 +147,9 @@ class RunLog:
             kept, rows = self._happened(mine)
         self._index = mine["index"]
         self._replace_rows(rows)
-        self._replace_events([*kept, mine])
+        early, self._early = self._early, []
+        # Where the run goes on from may have been loaded since.
+        self._replace_events([*kept, mine, *({**line, "at": self._place} for line in early)])
         for lane in self._sampler.lanes:
             lane.watch_departures()
         self.begun = True
@@ -202,27 +206,26 @@ class RunLog:
         self._losses[0] += float(finite.sum())
         self._losses[1] += len(finite)
 
-    def note(self, values: Mapping[str, float]) -> None:
+    def note(self, values: Mapping[str, Any]) -> None:
         """Keep numbers that were measured now, such as a held-out loss; not finite ones are left
-        out.
+        out. What is noted before the first batch waits for the log to begin.
 
         Raises:
-            ConfigError: If one is no number.
+            ConfigError: If one is no real number.
         """
-        wrong = [name for name, value in values.items() if not isinstance(value, int | float)]
+        wrong = [name for name, value in values.items() if not isinstance(value, Real)]
         if wrong:
             raise ConfigError(
                 f"{wrong[0]} must be a number, got {values[wrong[0]]!r}; of a tensor note .item()."
             )
         self.flush()
         about = {"kind": "value", "at": self._place, "time": time.time()}
-        lines = [
-            {**about, "name": name, "value": float(value)}
-            for name, value in values.items()
-            if math.isfinite(value)
-        ]
+        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        lines = [{**about, "name": name, "value": value} for name, value in finite.items()]
         if self.begun:
             self._guarded(lambda: self._append(lines))
+        elif self._kept and not self.failed:
+            self._early += lines
 
     def metrics(self) -> dict[str, float]:
         """Whether the log could not be written; nothing where none is kept."""

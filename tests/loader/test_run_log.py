@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slap_stream.errors import ConfigError, RunLogError
+from slap_stream.integrations.trainer_callbacks import held_out_losses
 from slap_stream.loader import run_files, run_log
 from slap_stream.loader.loader import SlapDataLoader
 from slap_stream.loader.run_files import (
@@ -121,6 +122,23 @@ def test_a_clock_that_is_behind_takes_nothing_from_the_log(
     starts = [begin["session"][0] for begin in events.begins]
     assert len(starts) == 2
     assert starts == sorted(starts)
+
+
+def test_what_is_noted_before_the_first_batch_is_kept_and_may_be_of_numpy(
+    corpus: Path, tmp_path: Path
+) -> None:
+    loader = logged(corpus, tmp_path)
+    loader.note(first=np.float32(0.5), whole=np.int64(3))
+    run(loader, 2)
+    assert {v["name"]: v["value"] for v in read_log(tmp_path).values} == {"first": 0.5, "whole": 3}
+    state, step = loader.state_dict(), loader.sampler.step
+    again = logged(corpus, tmp_path)
+    again.note(second=1.0)
+    again.load_state_dict(state)
+    assert read_log(tmp_path).values[-1]["name"] == "second"
+    assert read_log(tmp_path).values[-1]["at"] == [0, step]
+    logs = {"eval_loss": np.float32(0.5), "eval_loss_of": "cross-entropy", "loss": 1.0}
+    assert held_out_losses(logs) == {"eval_loss": 0.5}
 
 
 def test_a_state_loaded_again_in_one_process_takes_back_what_was_written_after_it(
