@@ -297,6 +297,24 @@ def test_shards_that_are_gone_leave_a_page_without_texts(run_dir: Path, tmp_path
     assert "The text cannot be read." in Path(made.page).read_text("utf-8")
 
 
+def test_a_shard_that_is_gone_leaves_out_its_texts_alone(
+    corpus: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    part = Path(shutil.copytree(corpus, tmp_path / "part"))
+    sorted(part.glob("shard*.mds"))[0].unlink()
+    for made in (
+        report(run_dir, corpus=[part], out=tmp_path / "run.html"),
+        report(part, out=tmp_path / "corpus.html"),
+    ):
+        found = [w for w in made.warnings if "texts cannot be shown: their shards" in w]
+        assert len(found) == 1
+        assert int(found[0].split()[0]) > 0
+        page_text = Path(made.page).read_text("utf-8")
+        assert "The text cannot be read." in page_text
+        assert "word1" in page_text
+        assert found[0][:30] in page_text
+
+
 def test_the_tool_tells_in_json_what_python_does(
     run_dir: Path, made: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
