@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     line.add_argument("path", metavar="RUN_DIR_OR_CORPUS", help="a run's directory, or a corpus")
-    line.add_argument("--out", help="the page; default: slap_report.html in the directory")
+    line.add_argument("--out", help="the page; default: _slap_report.html in the directory")
     line.add_argument("--export", dest="export_to", help="list of the pruned: .csv or .parquet")
     line.add_argument("--corpus", nargs="+", help="where a run's shards lie now, stream by stream")
     line.add_argument("--embeddings", help="of a corpus; default: embeddings.zarr in it")

@@ -24,6 +24,7 @@ from slap_stream.integrations.trainer_callbacks import (
     Companion,
     HideMetrics,
     ShowMetrics,
+    held_out_losses,
 )
 from slap_stream.integrations.trainer_checks import (
     check_arguments,
@@ -332,8 +333,9 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the loader's metrics beside the training loss; held-out ones are noted."""
         if self.loader is not None:
-            held_out = {k: v for k, v in logs.items() if k.startswith("eval_") and "loss" in k}
-            self.loader.note(**held_out)
+            held_out = held_out_losses(logs)
+            if held_out:
+                self.loader.note(**held_out)
         if self.loader is None or "loss" not in logs:
             super().log(logs, start_time)
             return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 from transformers import TrainerCallback
@@ -10,6 +11,12 @@ from transformers import TrainerCallback
 from slap_stream.integrations.trainer_loader import TrainerLoader
 
 METRICS_PREFIX = "slap/"
+
+
+def held_out_losses(logs: Mapping[str, Any]) -> dict[str, float]:
+    """What of a Trainer's logs is a loss on an evaluation set, and a number."""
+    losses = {name: n for name, n in logs.items() if name.startswith("eval_") and "loss" in name}
+    return {name: float(n) for name, n in losses.items() if isinstance(n, Real)}
 
 
 class Companion(TrainerCallback):  # type: ignore[misc]  # transformers is not typed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from os import PathLike
@@ -399,11 +398,15 @@ class SlapDataLoader(DataLoader[Any]):
     def _meet_ranks(self) -> int:
         """Check that all ranks were given the same run; most shards that one needs at a time."""
         run = self.config.to_dict() | self._sampler.describe()
-        mine = run | {"index_digests": self._digests}, self._sampler.shards_at_hand, time.time()
+        mine = (
+            run | {"index_digests": self._digests},
+            self._sampler.shards_at_hand,
+            self._log.started,
+        )
         everyones = self._ranks.gather(json.dumps(mine).encode(), self._position())
-        runs, needs, clocks = zip(*map(json.loads, everyones), strict=True)
+        runs, needs, starts = zip(*map(json.loads, everyones), strict=True)
         check_ranks_agree(runs)
-        self._log.started = max(clocks)
+        self._log.started = max(starts)
         return int(max(needs))
 
     def _position(self) -> Position:
@@ -432,12 +435,12 @@ class SlapDataLoader(DataLoader[Any]):
         # The last that may fail.
         self._sampler.load_state_dict(state["sampler"])
         self._pending.load_state_dict(state)
-        self._log.begin()
         self._iteration += 1
         if probe is None or self._probe is None:
             self._probe_state = probe
         else:
             self._probe.load_state_dict(probe)
+        self._log.begin()
 
     def close(self) -> None:
         """End the threads that fetch shards, and the ranks' connections: the loader's end."""

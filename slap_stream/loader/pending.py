@@ -180,9 +180,11 @@ class PendingBatches:
             began = perf_counter()
             ids = self._sampler.compose()
             if ids is not None:
-                self._told(perf_counter() - began)
+                seconds = perf_counter() - began
                 number, progress = self._last_number + 1, self._sampler.progress
                 self._composed = (*self._composed, ComposedBatch(number, ids, progress, False))
+                # Only now: if that fails, the batch is not lost.
+                self._told(seconds)
             # Without ids: a refresh has found that there are none left.
             whole = (self._sampler.step - self._origin) % self._window == 0
             if whole or self._sampler.exhausted:

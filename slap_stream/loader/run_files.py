@@ -1,6 +1,6 @@
 """A run's log on disk: what is in its files, and how they are read while they grow.
 
-Two files for each rank, in `slap_log` of the run's directory. `rank-0.jsonl` has a line an event:
+Two files for each rank, in `_slap_log` of the run's directory. `rank-0.jsonl` has a line an event:
 
     begin  a process takes up the run: where, and what run it is
     span   some batches in a row: counts, tokens, losses, seconds, and gauges at its end
@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 
 from slap_stream.errors import RunLogError
 
-LOG_DIR, _EVENTS = "slap_log", "rank-*.jsonl"
+# A Trainer uploads its output_dir without what begins so: the log names paths, the page has texts.
+LOG_DIR, _EVENTS = "_slap_log", "rank-*.jsonl"
 VERSION = 1
 # Spans of a rank's file: between half as many and these.
 MAX_SPANS = 1024
@@ -179,6 +180,28 @@ def read_rows(path: Path, fields: Sequence[Sequence[str]]) -> Rows:
 def session_of(begin: Event) -> Session:
     """When a process began, as all ranks have agreed."""
     return float(begin["session"][0]), int(begin["session"][1])
+
+
+def last_started(log_dir: Path, rank: int, world_size: int) -> float:
+    """When the last process began that is in a log's files; 0 if there is none.
+
+    Args:
+        log_dir: The log's directory.
+        rank: Of the files each rank looks at its share, those of more ranks than now included.
+        world_size: Number of ranks.
+    """
+    last = 0.0
+    for path in log_dir.glob(_EVENTS):
+        number = path.stem.removeprefix("rank-")
+        if not number.isdecimal() or int(number) % world_size != rank:
+            continue
+        try:
+            begins = [event for event in read_events(path)[0] if event["kind"] == "begin"]
+            last = max([last, *(session_of(begin)[0] for begin in begins)])
+        except (RunLogError, OSError, LookupError, TypeError, ValueError):
+            # It is moved aside when the run begins.
+            continue
+    return last
 
 
 def place_of(event: Event) -> Place:

@@ -11,13 +11,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 from weakref import WeakMethod
 
 import numpy as np
 
-from slap_stream.errors import ConfigError
+from slap_stream.errors import ConfigError, RunLogError
 from slap_stream.loader.run_files import (
     LOG_DIR,
     MAX_ROWS,
@@ -27,6 +28,7 @@ from slap_stream.loader.run_files import (
     Place,
     Rows,
     event_file,
+    last_started,
     read_events,
     read_rows,
     row_file,
@@ -42,7 +44,10 @@ from slap_stream.types import FloatArray, RowStore
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_SPANS = 2.0
+SECONDS_BETWEEN_STARTS = 1e-3
 _FIELDS = [[name, ROW[name].str] for name in ROW.names or ()]
+# What reading files that are no log of ours ends with.
+_UNREADABLE = (RunLogError, LookupError, TypeError, ValueError)
 # Sums of a run that a span has the part of, and how the metrics call them.
 _SUMS = {"probe_seconds": "probe_seconds", "probed": "probe_samples"}
 
@@ -50,8 +55,8 @@ _SUMS = {"probe_seconds": "probe_seconds", "probed": "probe_samples"}
 class RunLog:
     """Writes a rank's log; `run_files` says what is in it.
 
-    If it cannot be written later on (a full disk, say), training goes on without: that is logged
-    once, and `metrics()["run_log_failed"]` is 1.
+    If it cannot be written later on (a full disk, say), or anything else fails in here, training
+    goes on without: that is logged once, and `metrics()["run_log_failed"]` is 1.
 
     Holds the sums since the last span; no state of the loader has them, which would be as long as
     the log.
@@ -64,8 +69,8 @@ class RunLog:
         clock: Seconds that only grow.
 
     Attributes:
-        started: When all ranks began, as they have agreed: by it what they write is told from what
-            was before.
+        started: When all ranks began, later than what the files hold, as they have agreed: by it
+            what they write is told from what was before.
         begun: Whether it is being written.
         failed: Whether it could not be.
 
@@ -87,6 +92,7 @@ class RunLog:
         self._index = self._level = self._spans_held = self._rows_held = 0
         self.begun = self.failed = False
         self._kept = run_dir is not None
+        self._early: list[Event] = []
         self._clear(self._place)
         if run_dir is None:
             return
@@ -101,6 +107,9 @@ class RunLog:
                 f"{str(run_dir)!r}: {error}; name another, or None for no log."
             ) from error
         self._events, self._rows = (f(log_dir, sampler.rank) for f in (event_file, row_file))
+        # By a clock that is behind (of another machine, say) they would be of the session before.
+        last = last_started(log_dir, sampler.rank, sampler.world_size)
+        self.started = max(self.started, last + SECONDS_BETWEEN_STARTS)
 
     @property
     def _place(self) -> Place:
@@ -109,29 +118,20 @@ class RunLog:
     def begin(self) -> None:
         """Take up the run where the sampler is: at its start, or where a state was saved.
 
-        What the files have from there on is taken out; a log that the run does not go on from is
-        moved to `*.previous`.
+        What the files have from there on is taken out; a log that the run does not go on from, or
+        that cannot be read, is moved to `*.previous`.
         """
         self._guarded(self._begin)
 
     def _begin(self) -> None:
         # Nothing is lost that happened: what a state follows from was written when it was saved.
         self._loads += 1
-        events, _ = read_events(self._events)
-        begins = [event for event in events if event["kind"] == "begin"]
-        other = begins and begins[-1]["fields"] != _FIELDS
-        if events and (other or self._place == (0, 0)):
-            for path in (self._events, self._rows):
-                if path.is_file():
-                    path.replace(path.with_name(f"{path.name}.previous"))
-            events = begins = []
-        self._index = begins[-1]["index"] + 1 if begins else 0
         mine: Event = {
             "kind": "begin",
             "version": VERSION,
             "at": self._place,
             "session": (self.started, self._loads),
-            "index": self._index,
+            "index": 0,
             "time": time.time(),
             "rank": self._sampler.rank,
             "world_size": self._sampler.world_size,
@@ -139,16 +139,43 @@ class RunLog:
             "outcomes": OUTCOMES,
             "about": self._about(),
         }
-        every = [*begins, mine]
-        rows = surviving_rows(read_rows(self._rows, _FIELDS), begins, every)
-        kept, _ = surviving(events, every)
-        self._level = max((e["level"] for e in kept if e["kind"] == "span"), default=0)
+        try:
+            kept, rows = self._happened(mine)
+        except _UNREADABLE as error:
+            logger.warning("%s cannot be gone on with, is *.previous now: %s", self._events, error)
+            self._move_aside()
+            kept, rows = self._happened(mine)
+        self._index = mine["index"]
         self._replace_rows(rows)
-        self._replace_events([*kept, mine])
+        early, self._early = self._early, []
+        # Where the run goes on from may have been loaded since.
+        self._replace_events([*kept, mine, *({**line, "at": self._place} for line in early)])
         for lane in self._sampler.lanes:
             lane.watch_departures()
         self.begun = True
         self._clear(self._place)
+
+    def _happened(self, mine: Event) -> tuple[list[Event], Rows]:
+        """What the files hold that has happened before this beginning, which is given its index."""
+        events, unreadable = read_events(self._events)
+        if unreadable:
+            raise RunLogError(f"{unreadable} lines are no events")
+        begins = [event for event in events if event["kind"] == "begin"]
+        other = begins and begins[-1]["fields"] != _FIELDS
+        if events and (other or self._place == (0, 0)):
+            self._move_aside()
+            events = begins = []
+        mine["index"] = begins[-1]["index"] + 1 if begins else 0
+        every = [*begins, mine]
+        rows = surviving_rows(read_rows(self._rows, _FIELDS), begins, every)
+        kept, _ = surviving(events, every)
+        self._level = max((e["level"] for e in kept if e["kind"] == "span"), default=0)
+        return kept, rows
+
+    def _move_aside(self) -> None:
+        for path in (self._events, self._rows):
+            if path.is_file():
+                path.replace(path.with_name(f"{path.name}.previous"))
 
     def _clear(self, place: Place) -> None:
         self._from, self._since = place, self._clock()
@@ -170,33 +197,35 @@ class RunLog:
         """Losses of a batch were fed back; `last`: it was the epoch's last one."""
         if not self.begun:
             return
-        finite = losses[np.isfinite(losses)]
-        self._losses[0] += float(finite.sum())
-        self._losses[1] += len(finite)
+        self._guarded(lambda: self._add(losses))
         if last:
             self.flush()
 
-    def note(self, values: Mapping[str, float]) -> None:
+    def _add(self, losses: FloatArray) -> None:
+        finite = losses[np.isfinite(losses)]
+        self._losses[0] += float(finite.sum())
+        self._losses[1] += len(finite)
+
+    def note(self, values: Mapping[str, Any]) -> None:
         """Keep numbers that were measured now, such as a held-out loss; not finite ones are left
-        out.
+        out. What is noted before the first batch waits for the log to begin.
 
         Raises:
-            ConfigError: If one is no number.
+            ConfigError: If one is no real number.
         """
-        wrong = [name for name, value in values.items() if not isinstance(value, int | float)]
+        wrong = [name for name, value in values.items() if not isinstance(value, Real)]
         if wrong:
             raise ConfigError(
                 f"{wrong[0]} must be a number, got {values[wrong[0]]!r}; of a tensor note .item()."
             )
         self.flush()
         about = {"kind": "value", "at": self._place, "time": time.time()}
-        lines = [
-            {**about, "name": name, "value": float(value)}
-            for name, value in values.items()
-            if math.isfinite(value)
-        ]
+        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        lines = [{**about, "name": name, "value": value} for name, value in finite.items()]
         if self.begun:
             self._guarded(lambda: self._append(lines))
+        elif self._kept and not self.failed:
+            self._early += lines
 
     def metrics(self) -> dict[str, float]:
         """Whether the log could not be written; nothing where none is kept."""
@@ -275,11 +304,14 @@ class RunLog:
             return
         try:
             write()
-        except OSError as error:
+        except Exception as error:
+            # Whatever it is: no fault of a log is worth a training, or a batch that was composed.
             self.failed, self.begun = True, False
             for lane in self._sampler.lanes:
                 lane.departures = None
-            logger.warning("%s is not written any more: %s", self._events, error)
+            told = error if isinstance(error, OSError) else repr(error)
+            logger.warning("%s is not written any more: %s", self._events, told)
+            logger.debug("where that was", exc_info=True)
 
 
 def _by_stratum(stratum: Any, weights: FloatArray | None) -> dict[str, float]:

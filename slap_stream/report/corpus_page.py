@@ -33,14 +33,13 @@ def corpus_page(
     store.verify(file_digest(corpus / INDEX_NAME), corpus_size(corpus))
     facts, texts = CorpusFacts(store), SampleTexts([corpus], columns)
     warnings = facts.warnings()
-    if texts.problem:
-        warnings.append(f"Texts cannot be shown: {texts.problem}")
     sections = [
         _overview(facts),
         _parts(facts),
         _samples(facts, texts),
         Section(id="warnings", title="Warnings"),
     ]
+    warnings += texts.warnings()
     html = render(
         title=f"What is in {corpus.name}",
         subtitle=f"{number(facts.num_samples)} samples, from shards and embeddings alone "

@@ -17,7 +17,7 @@ from slap_stream.report.picked import check_export, export
 from slap_stream.report.run_page import Run, run_page
 from slap_stream.shards.index import INDEX_NAME
 
-PAGE_NAME = "slap_report.html"
+PAGE_NAME = "_slap_report.html"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ def report(
     Args:
         path: The directory of a run (a loader's `run_dir`, a Trainer's `output_dir`), or of a
             corpus with its embeddings.
-        out: Where the page goes; None means `slap_report.html` in the directory.
+        out: Where the page goes; None means `_slap_report.html` in the directory.
         export_to: Where the list of what was pruned goes, with reasons: .csv or .parquet.
         corpus: Where a run's shards lie now, stream by stream; None means where they lay.
         embeddings: Where a corpus's embeddings lie; None means in the corpus.
@@ -87,7 +87,7 @@ def report(
     is_run = find_log(path) is not None
     if not is_run and not (path / INDEX_NAME).is_file():
         raise ConfigError(
-            "path must be the directory of a run, with slap_log, or of a corpus, with "
+            "path must be the directory of a run, with _slap_log, or of a corpus, with "
             f"{INDEX_NAME}, got {str(path)!r}; give the loader run_dir=, or convert and embed a "
             "corpus."
         )

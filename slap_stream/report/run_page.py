@@ -82,10 +82,6 @@ def run_page(run: Run) -> tuple[str, dict[str, Any], list[str]]:
     """The page as HTML, the numbers on top of it, and its warnings."""
     facts, events = run.facts, run.events
     warnings = facts.warnings()
-    if run.texts.problem:
-        warnings.append(
-            f"Texts cannot be shown: {run.texts.problem} --corpus names where the shards lie now."
-        )
     if run.source_problem:
         warnings.append(f"Sources of samples are not known: {run.source_problem}")
     # The same on every page, whatever has happened.
@@ -99,6 +95,7 @@ def run_page(run: Run) -> tuple[str, dict[str, Any], list[str]]:
         _auto(facts),
         Section(id="warnings", title="Warnings"),
     ]
+    warnings += run.texts.warnings(" --corpus names where the shards lie now.")
     last = max((span["time"] for span in events.spans), default=events.about["time"])
     going_on = time.time() - last < _STILL_SECONDS
     at = time.strftime("%Y-%m-%d %H:%M", time.localtime(last))

@@ -54,10 +54,11 @@ class SampleTexts:
 
     Attributes:
         problem: Why there are no texts; empty if there are.
+        unread: How many of those that were asked for could not be read.
     """
 
     def __init__(self, corpora: Sequence[Path], columns: CorpusTexts | None = None) -> None:
-        self.problem = ""
+        self.problem, self.unread = "", 0
         self._parts: list[CorpusTexts] = []
         self._first = np.zeros(1, np.int64)
         base = columns or CorpusTexts(corpus_dir=Path())
@@ -65,8 +66,6 @@ class SampleTexts:
             self._parts = [replace(base, corpus_dir=corpus).found() for corpus in corpora]
             sizes = [corpus_size(corpus) for corpus in corpora]
             self._first = np.concatenate([[0], np.cumsum(sizes)])
-            for _ in self._read(0):
-                pass
         except (SlapStreamError, OSError) as error:
             self.problem = str(error)
 
@@ -80,12 +79,26 @@ class SampleTexts:
             yield Text(prompt=shown(sample.prompt), target=shown(sample.target))
 
     def of(self, sample_ids: Iterable[int]) -> dict[int, Text]:
-        """Texts by id, in one pass over the shards; none if they cannot be read.
-
-        Raises:
-            CorpusError: If some can and others cannot.
-        """
+        """Texts by id, in one pass over the shards; none of those that cannot be read, whose shard
+        is not here, say."""
         if self.problem:
             return {}
-        wanted = sorted({int(sample_id) for sample_id in sample_ids if sample_id >= 0})
-        return {sample_id: text for sample_id in wanted for text in self._read(sample_id)}
+        found: dict[int, Text] = {}
+        unread: list[str] = []
+        for sample_id in sorted({int(sample_id) for sample_id in sample_ids if sample_id >= 0}):
+            try:
+                found.update((sample_id, text) for text in self._read(sample_id))
+            except (SlapStreamError, OSError) as error:
+                unread.append(str(error))
+        self.unread = len(unread)
+        if unread and not found:
+            self.problem = unread[0]
+        return found
+
+    def warnings(self, cure: str = "") -> list[str]:
+        """What of the texts is missing on a page, once they were asked for, in whole sentences."""
+        if self.problem:
+            return [f"Texts cannot be shown: {self.problem}{cure}"]
+        if self.unread:
+            return [f"{self.unread} texts cannot be shown: their shards are not all here.{cure}"]
+        return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import time
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slap_stream.errors import ConfigError, RunLogError
+from slap_stream.integrations.trainer_callbacks import held_out_losses
 from slap_stream.loader import run_files, run_log
 from slap_stream.loader.loader import SlapDataLoader
 from slap_stream.loader.run_files import (
@@ -85,11 +87,11 @@ def test_after_a_kill_and_a_resume_the_log_is_that_of_the_unbroken_run(
     loader = logged(corpus, broken)
     run(loader, cut)
     state = loader.state_dict()
-    saved = [path(broken / "slap_log", 0).stat().st_size for path in (event_file, row_file)]
+    saved = [path(broken / "_slap_log", 0).stat().st_size for path in (event_file, row_file)]
     run(loader, 7)
     # Killed in the middle of writing: what was written since the checkpoint is there in part.
     for path, size in zip((event_file, row_file), saved, strict=True):
-        file = path(broken / "slap_log", 0)
+        file = path(broken / "_slap_log", 0)
         file.write_bytes(file.read_bytes()[: (size + file.stat().st_size) // 2 + 1])
     half = read_log(broken)
     assert half.unreadable == 0
@@ -101,6 +103,42 @@ def test_after_a_kill_and_a_resume_the_log_is_that_of_the_unbroken_run(
     assert sums(ours) == sums(theirs)
     assert ours.straddling == 0
     assert len(ours.begins) == 2
+
+
+def test_a_clock_that_is_behind_takes_nothing_from_the_log(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = logged(corpus, tmp_path)
+    run(loader, 5)
+    state = loader.state_dict()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 60.0)
+    again = logged(corpus, tmp_path)
+    again.load_state_dict(state)
+    run(again, 6)
+    again.state_dict()
+    events = read_log(tmp_path)
+    assert events.spans[-1]["at"][1] == again.sampler.step > 11
+    starts = [begin["session"][0] for begin in events.begins]
+    assert len(starts) == 2
+    assert starts == sorted(starts)
+
+
+def test_what_is_noted_before_the_first_batch_is_kept_and_may_be_of_numpy(
+    corpus: Path, tmp_path: Path
+) -> None:
+    loader = logged(corpus, tmp_path)
+    loader.note(first=np.float32(0.5), whole=np.int64(3))
+    run(loader, 2)
+    assert {v["name"]: v["value"] for v in read_log(tmp_path).values} == {"first": 0.5, "whole": 3}
+    state, step = loader.state_dict(), loader.sampler.step
+    again = logged(corpus, tmp_path)
+    again.note(second=1.0)
+    again.load_state_dict(state)
+    assert read_log(tmp_path).values[-1]["name"] == "second"
+    assert read_log(tmp_path).values[-1]["at"] == [0, step]
+    logs = {"eval_loss": np.float32(0.5), "eval_loss_of": "cross-entropy", "loss": 1.0}
+    assert held_out_losses(logs) == {"eval_loss": 0.5}
 
 
 def test_a_state_loaded_again_in_one_process_takes_back_what_was_written_after_it(
@@ -133,7 +171,7 @@ def test_a_run_from_the_start_moves_the_log_of_another_aside(corpus: Path, tmp_p
     first = told(read_log(tmp_path))
     run(logged(corpus, tmp_path), 3)
     assert len(told(read_log(tmp_path))) < len(first)
-    assert (tmp_path / "slap_log" / "rank-0.rows.previous").stat().st_size == ROW.itemsize * len(
+    assert (tmp_path / "_slap_log" / "rank-0.rows.previous").stat().st_size == ROW.itemsize * len(
         first
     )
 
@@ -229,6 +267,63 @@ def test_a_log_that_cannot_be_written_ends_and_training_goes_on(
     assert loader.metrics()["run_log_failed"] == 1
 
 
+def test_no_fault_of_the_log_loses_a_batch(
+    corpus: Path,
+    unbroken: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loader = logged(corpus, tmp_path)
+    run(loader, 3)
+
+    def broken(self: Any, saved: bool) -> None:
+        raise ValueError("no OSError")
+
+    monkeypatch.setattr(run_log.RunLog, "_flush", broken)
+    with caplog.at_level(logging.DEBUG, run_log.__name__):
+        assert run(loader, 20) == unbroken[3:23]
+    assert caplog.text.count("is not written any more: ValueError('no OSError')") == 1
+    assert caplog.text.count("Traceback") == 1
+    assert loader.metrics()["run_log_failed"] == 1
+    monkeypatch.undo()
+    # Even where the log does not catch it, the batch is there.
+    faults = [ValueError("once")]
+
+    def composed(self: Any, seconds: float) -> None:
+        if faults:
+            raise faults.pop()
+
+    monkeypatch.setattr(run_log.RunLog, "composed", composed)
+    loader = logged(corpus, tmp_path)
+    with pytest.raises(ValueError, match="once"):
+        run(loader, 1)
+    assert run(loader, 20) == unbroken[:20]
+
+
+@pytest.mark.parametrize("fault", ["a span of nothing", "another version", "no JSON"])
+def test_a_log_that_cannot_be_read_is_moved_aside_and_the_run_goes_on(
+    corpus: Path, unbroken: list[list[int]], tmp_path: Path, fault: str
+) -> None:
+    loader = logged(corpus, tmp_path)
+    run(loader, 5)
+    state, step = loader.state_dict(), loader.sampler.step
+    path = event_file(tmp_path / "_slap_log", 0)
+    text = path.read_text()
+    faulty = {
+        "a span of nothing": text + '{"kind": "span"}\n',
+        "another version": text.replace('"version": 1', '"version": 99', 1),
+        "no JSON": "nonsense\n" + text,
+    }[fault]
+    path.write_text(faulty)
+    again = logged(corpus, tmp_path)
+    again.load_state_dict(state)
+    assert run(again, 9) == unbroken[5:14]
+    assert again.metrics()["run_log_failed"] == 0
+    assert path.with_name(f"{path.name}.previous").read_text() == faulty
+    assert read_log(tmp_path).spans[0]["from"] == [0, step]
+
+
 def test_what_cannot_be_a_log_is_refused(corpus: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
@@ -241,7 +336,7 @@ def test_what_cannot_be_a_log_is_refused(corpus: Path, tmp_path: Path) -> None:
         loader.note(loss=torch.tensor(1.0))  # type: ignore[arg-type]  # as users do
     make(corpus).note(loss=1.0)  # without a log: nothing
     next(iter(loader))
-    path = event_file(tmp_path / "run" / "slap_log", 0)
+    path = event_file(tmp_path / "run" / "_slap_log", 0)
     path.write_text("nonsense\n" + path.read_text())
     assert read_log(tmp_path / "run").unreadable == 1
     path.write_text(json.dumps({"kind": "begin", "version": 99}) + "\n")

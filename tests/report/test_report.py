@@ -19,11 +19,11 @@ from streaming import StreamingDataset
 from slap_stream import SlapDataLoader, embed
 from slap_stream.cli.report import main
 from slap_stream.errors import AlignmentError, ConfigError
-from slap_stream.loader.run_files import read_log
+from slap_stream.loader.run_files import LOG_DIR, read_log
 from slap_stream.report import page
 from slap_stream.report.corpus_facts import CorpusFacts
 from slap_stream.report.picked import SHOWN_OF_REASON, Picker, export
-from slap_stream.report.report import Report, report
+from slap_stream.report.report import PAGE_NAME, Report, report
 from slap_stream.report.texts import SHOWN, shown
 from slap_stream.selection.departures import OUTCOMES, ROW
 from slap_stream.shards.writer import open_writer
@@ -285,10 +285,34 @@ def test_what_is_neither_run_nor_corpus_is_refused(
     assert capsys.readouterr().err.startswith("slap-report: path must be the directory of a run")
 
 
+def test_a_trainer_publishes_neither_log_nor_page() -> None:
+    # It uploads its output_dir without `_*`.
+    assert LOG_DIR.startswith("_")
+    assert PAGE_NAME.startswith("_")
+
+
 def test_shards_that_are_gone_leave_a_page_without_texts(run_dir: Path, tmp_path: Path) -> None:
     made = report(run_dir, corpus=[tmp_path / "gone"], out=tmp_path / "page.html")
     assert any("Texts cannot be shown" in warning for warning in made.warnings)
     assert "The text cannot be read." in Path(made.page).read_text("utf-8")
+
+
+def test_a_shard_that_is_gone_leaves_out_its_texts_alone(
+    corpus: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    part = Path(shutil.copytree(corpus, tmp_path / "part"))
+    sorted(part.glob("shard*.mds"))[0].unlink()
+    for made in (
+        report(run_dir, corpus=[part], out=tmp_path / "run.html"),
+        report(part, out=tmp_path / "corpus.html"),
+    ):
+        found = [w for w in made.warnings if "texts cannot be shown: their shards" in w]
+        assert len(found) == 1
+        assert int(found[0].split()[0]) > 0
+        page_text = Path(made.page).read_text("utf-8")
+        assert "The text cannot be read." in page_text
+        assert "word1" in page_text
+        assert found[0][:30] in page_text
 
 
 def test_the_tool_tells_in_json_what_python_does(
