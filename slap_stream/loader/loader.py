@@ -397,12 +397,8 @@ class SlapDataLoader(DataLoader[Any]):
 
     def _meet_ranks(self) -> int:
         """Check that all ranks were given the same run; most shards that one needs at a time."""
-        run = self.config.to_dict() | self._sampler.describe()
-        mine = (
-            run | {"index_digests": self._digests},
-            self._sampler.shards_at_hand,
-            self._log.started,
-        )
+        run = self.config.to_dict() | self._sampler.describe() | {"index_digests": self._digests}
+        mine = run, self._sampler.shards_at_hand, self._log.started
         everyones = self._ranks.gather(json.dumps(mine).encode(), self._position())
         runs, needs, starts = zip(*map(json.loads, everyones), strict=True)
         check_ranks_agree(runs)

@@ -18,7 +18,8 @@ from weakref import WeakMethod
 
 import numpy as np
 
-from slap_stream.errors import ConfigError, RunLogError
+from slap_stream.core.files import local_path
+from slap_stream.errors import ConfigError, CorpusError, RunLogError
 from slap_stream.loader.run_files import (
     LOG_DIR,
     MAX_ROWS,
@@ -96,12 +97,12 @@ class RunLog:
         self._clear(self._place)
         if run_dir is None:
             return
-        log_dir = Path(run_dir, LOG_DIR)
         try:
+            log_dir = local_path("run_dir", run_dir) / LOG_DIR
             log_dir.mkdir(parents=True, exist_ok=True)
             if not os.access(log_dir, os.W_OK):
                 raise PermissionError(f"{log_dir} may not be written to")
-        except OSError as error:
+        except (OSError, CorpusError) as error:
             raise ConfigError(
                 f"run_dir must be a directory, new or old, that may be written to, got "
                 f"{str(run_dir)!r}: {error}; name another, or None for no log."

@@ -177,7 +177,9 @@ def _losses(facts: RunFacts) -> Section:
     if not points:
         lines = ["No losses were fed back: loader.observe(batch['sample_id'], losses)."]
     if not facts.noted:
-        lines.append("Held-out losses appear here once they are noted: loader.note(held_out_loss=...).")
+        lines.append(
+            "Held-out losses appear here once they are noted: loader.note(held_out_loss=...)."
+        )
     return Section(id="loss", title="How the loss went", lines=lines, charts=charts)
 
 

@@ -329,6 +329,10 @@ def test_what_cannot_be_a_log_is_refused(corpus: Path, tmp_path: Path) -> None:
     file.write_text("")
     with pytest.raises(ConfigError, match=r"run_dir must be a directory, new or old, .* no log\."):
         logged(corpus, file)
+    with pytest.raises(
+        ConfigError, match="run_dir must be a path on a local disk, got 's3://b/run'"
+    ):
+        logged(corpus, "s3://b/run")  # type: ignore[arg-type]
     with pytest.raises(RunLogError, match=r"run_dir must hold the log of a run .* which has none"):
         read_log(tmp_path)
     loader = logged(corpus, tmp_path / "run")
