@@ -5,6 +5,7 @@ Two files for each rank, in `_slap_log` of the run's directory. `rank-0.jsonl` h
     begin  a process takes up the run: where, and what run it is
     span   some batches in a row: counts, tokens, losses, seconds, and gauges at its end
     value  a number that somebody noted, such as a held-out loss
+    level  the rows are about to be thinned
 
 `rank-0.rows` has a row of fixed size for each candidate that has left a pool. Both are only ever
 appended to or replaced as a whole, so a reader needs no lock, and a kill leaves half a line or half
@@ -109,7 +110,7 @@ def read_log(run_dir: str | os.PathLike[str]) -> RunEvents:
         rank = begins[path][-1]["rank"] if begins[path] else 0
         mine = [{**event, "rank": rank} for event in kept if event["kind"] == "span"]
         spans += mine
-        level = max([level, *(span["level"] for span in mine)])
+        level = max([level, *(event.get("level", 0) for event in events)])
         if path == event_file(path.parent, 0):
             values = [event for event in kept if event["kind"] == "value"]
         if begins[path]:

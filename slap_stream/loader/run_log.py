@@ -170,7 +170,8 @@ class RunLog:
         every = [*begins, mine]
         rows = surviving_rows(read_rows(self._rows, _FIELDS), begins, every)
         kept, _ = surviving(events, every)
-        self._level = max((e["level"] for e in kept if e["kind"] == "span"), default=0)
+        # Of what did not happen, too: the rows of before were thinned with it.
+        mine["level"] = self._level = max((e.get("level", 0) for e in events), default=0)
         return kept, rows
 
     def _move_aside(self) -> None:
@@ -276,6 +277,8 @@ class RunLog:
             while len(rows) > MAX_ROWS // 2:
                 self._level += 1
                 rows = rows[sampled(rows["sample_id"], self._level)]
+            # First: a kill in between must not leave fewer rows than are said to be there.
+            self._append([{"kind": "level", "at": self._place, "level": self._level}])
             self._replace_rows(rows)
         elif len(rows):
             with self._rows.open("ab") as file:

@@ -232,6 +232,9 @@ class RunFacts:
 
 _TROUBLES = {
     "shards_withdrawn": "{:.0f} damaged shards were withdrawn, with all of their candidates.",
+    "samples_withdrawn": "{:.0f} samples of the last epoch could not be read or collated and were "
+    "withdrawn. Those found out only in a batch are counted here as trained on, though they were "
+    "not.",
     "nonfinite_rows": "{:.0f} rows of the embeddings hold numbers that are not finite.",
     "nonfinite": "{:.0f} losses were not finite.",
     "epochs_cut_short": "{:.0f} epochs ended early, because candidates were withdrawn.",

@@ -247,6 +247,27 @@ def test_files_stay_bounded_and_what_is_left_is_all_of_some_samples(
     assert sums(few) == sums(whole)
 
 
+def test_rows_that_were_thinned_are_known_to_be_after_a_kill_and_a_resume(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = logged(corpus, tmp_path)
+    run(loader, 3)
+    state = loader.state_dict()
+    monkeypatch.setattr(run_log, "MAX_ROWS", 20)
+
+    def killed(self: Any, rows: Any) -> None:
+        raise OSError("killed")
+
+    monkeypatch.setattr(run_log.RunLog, "_replace_rows", killed)
+    run(loader, 6)
+    monkeypatch.undo()
+    level = read_log(tmp_path).level
+    assert level > 0
+    again = logged(corpus, tmp_path)
+    again.load_state_dict(state)
+    assert read_log(tmp_path).level == level
+
+
 def test_a_log_that_cannot_be_written_ends_and_training_goes_on(
     corpus: Path,
     unbroken: list[list[int]],

@@ -24,6 +24,7 @@ from slap_stream.report import page
 from slap_stream.report.corpus_facts import CorpusFacts
 from slap_stream.report.picked import SHOWN_OF_REASON, Picker, export
 from slap_stream.report.report import PAGE_NAME, Report, report
+from slap_stream.report.run_facts import RunFacts
 from slap_stream.report.texts import SHOWN, shown
 from slap_stream.selection.departures import OUTCOMES, ROW
 from slap_stream.shards.writer import open_writer
@@ -295,6 +296,13 @@ def test_shards_that_are_gone_leave_a_page_without_texts(run_dir: Path, tmp_path
     made = report(run_dir, corpus=[tmp_path / "gone"], out=tmp_path / "page.html")
     assert any("Texts cannot be shown" in warning for warning in made.warnings)
     assert "The text cannot be read." in Path(made.page).read_text("utf-8")
+
+
+def test_withdrawn_samples_are_warned_of(run_dir: Path) -> None:
+    events = read_log(run_dir)
+    assert not any("withdrawn" in warning for warning in RunFacts(events).warnings())
+    events.spans[-1]["gauges"]["samples_withdrawn"] = 3.0
+    assert any(w.startswith("3 samples of the last") for w in RunFacts(events).warnings())
 
 
 def test_a_shard_that_is_gone_leaves_out_its_texts_alone(
