@@ -27,7 +27,7 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 ROW = re.compile(r"\| `(?P<name>[\w.]+)` \| (?P<where>[^|]+) \| (?P<why>[^|]+) \|")
 # Stubs that only type checkers see, so that mypy says when they change; and what versions of
 # `datasets` before the installed one wrote into files that are still about; and a folder of ours.
-NOT_OF_A_LIBRARY = {"_typeshed", "_indices_data_files", "_slap_corpus"}
+NOT_OF_A_LIBRARY = {"_typeshed", "_indices_data_files", "_slap_corpus", "_slap_log"}
 # Libraries that files are for, and that not everybody installs.
 EXTRAS = {"trl"}
 PRIVATE = re.compile(r"_(?!_)\w+")
