@@ -21,8 +21,8 @@ from slap_stream.types import FloatArray, IntArray
 
 # Values of a wider group that a group's centre and scale are shrunk towards.
 SHRINKAGE = 16.0
-# A group is usual from this share of its row's values on; of a usual mean over so few values half
-# is trusted.
+# A group is usual from this share of its row's values on; where means over so few are usual, the
+# scale is doubled.
 USUAL, FEW = 0.1, 4.0
 # Median absolute deviations times this are standard deviations, if values are normal.
 _NORMAL = 1.4826
