@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from slap_stream import SlapConfig
+from slap_stream import SlapConfig, per_sample_loss
 from slap_stream.errors import CorpusError
 from slap_stream.selection.policies.registry import make_policy
+from tests.helpers.tiny_models import llama
 from tools.bench.selection import __main__ as bench_selection
-from tools.bench.selection import dirt, generation, scoring, subsets, tasks
+from tools.bench.selection import dirt, generation, scoring, subsets, tasks, training
 from tools.bench.selection.copies import near_copy
 from tools.bench.selection.corpora import Workshop, groups_of_copies
 from tools.bench.selection.report import Difference, holm, reached_after, tables
@@ -229,9 +230,9 @@ def test_dialogues_are_cut_after_an_answer(data: Path) -> None:
 
 def test_held_out_records_share_little_with_the_training_set(data: Path) -> None:
     _, seen = tasks.split_training(data, "gsm8k")
-    fresh = tasks.heldout_records(data, "gsm8k", 10, seen)
+    fresh = tasks.heldout_records(data, "gsm8k", {"gsm8k": 10}, seen)
     assert len(fresh) == 10
-    told = tasks.heldout_records(data, "gsm8k", 30, [*seen, *fresh[:5]])
+    told = tasks.heldout_records(data, "gsm8k", {"gsm8k": 30}, [*seen, *fresh[:5]])
     assert not {record["id"] for record in fresh[:5]} & {record["id"] for record in told}
 
 
@@ -535,3 +536,27 @@ def test_copies_are_grouped_with_their_record_or_with_the_first_of_them() -> Non
     ids = ["copy:a-1-0", "clean:b-2", "first:a-1", "copy:c-7", "copy:a-1-12", "copy:c-5"]
     # The record that c's copies were made of did not come into the corpus.
     assert groups_of_copies(ids) == [2, -1, 2, 3, 2, 3]
+
+
+def test_a_task_is_compared_record_by_record() -> None:
+    runs = [result(seed, 2.0, arm="full") for seed in range(2)] + [result(0, 2.0)]
+    for row, losses in zip(runs, ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [1.5, 2.5, 9.0]), strict=True):
+        row["losses"] = {"a": losses}
+    # Of seed 0 alone, which both have: 0.5, 0.5 and 6 more; the medians are 2 and 2.5.
+    margin = 4.302653 * np.std([0.5, 0.5, 6.0], ddof=1) / 3**0.5
+    assert f"| slap - full | +2.333 ± {margin:.3f} (+0.500) | 1 |" in tables(runs)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1_000))
+def test_the_head_reads_supervised_tokens_alone_and_the_losses_stay(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = llama()
+    ids = torch.randint(0, model.config.vocab_size, (3, 9))
+    labels = torch.where(torch.rand(3, 9) < 0.4, ids, -100)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    losses = training._losses(model, batch, TINY)
+    whole = per_sample_loss(
+        model(input_ids=ids, attention_mask=batch["attention_mask"]).logits, labels
+    )
+    torch.testing.assert_close(losses, whole)

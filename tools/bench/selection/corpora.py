@@ -46,6 +46,12 @@ from tools.bench.selection.tasks import (
     training_records,
 )
 
+CHATML_START = "<|im_start|>"
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 # Kinds that repeat a record of the kind `first`.
 COPIES = ("copy", "exact")
 KINDS = ("clean", "first", *dict.fromkeys(("copy", "shuffled", *MIXED)))
@@ -103,7 +109,8 @@ class Workshop:
         return tokenizer
 
     def _tokenizer_path(self) -> Path:
-        return self.preset.model or self._make("tokenizer", self._train_tokenizer)
+        kept = self._train_tokenizer if self.preset.model is None else self._keep_tokenizer
+        return self._make("tokenizer", kept)
 
     def base_model(self) -> Any:
         """The pretrained model, or one trained on the tasks' training texts, prompts and all."""
@@ -199,7 +206,9 @@ class Workshop:
         def write(place: Path) -> None:
             parts = [split_training(self.data, name) for name in MIXTURES[mixture]]
             seen = [record for both in parts for part in both for record in part]
-            chosen = heldout_records(self.data, mixture, self.preset.heldout_per_task, seen)
+            sizes = dict.fromkeys(MIXTURES[mixture], self.preset.heldout_per_task)
+            sizes |= self.preset.heldout_of
+            chosen = heldout_records(self.data, mixture, sizes, seen)
             (place / "records.json").write_text(json.dumps(chosen))
 
         path = self._make(f"heldout-{mixture}", write)
@@ -233,6 +242,16 @@ class Workshop:
         ]
         random.Random("pretraining order").shuffle(records)
         return records
+
+    def _keep_tokenizer(self, place: Path) -> None:
+        """The pretrained model's, without the system turn that its template may put in front.
+
+        It would be a quarter of the tokens of records of this size, the same for all.
+        """
+        tokenizer = AutoTokenizer.from_pretrained(self.preset.model)
+        if CHATML_START in tokenizer.get_vocab():
+            tokenizer.chat_template = CHATML
+        tokenizer.save_pretrained(place)
 
     def _train_tokenizer(self, place: Path) -> None:
         core = Tokenizer(models.BPE())

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from tools.bench.selection import by_task
 from tools.bench.selection.results import Row, key_of
 from tools.bench.selection.schedule import PRESETS
 
@@ -19,6 +20,8 @@ from tools.bench.selection.schedule import PRESETS
 FORWARD_SHARE = 1 / 3
 WRITTEN = {"tatoeba": "chrF of tatoeba", "gsm8k": "exact answers of gsm8k, %"}
 CONFIDENCE = 0.95
+# What others are compared with, task by task.
+BASELINES = ("full", "dedupe", "dedupe_equal")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +160,7 @@ def tables(rows: Sequence[Row]) -> str:
         for name, seeds in sorted(arms.items(), key=lambda item: _mean(item[1], "loss")):
             parts.append(_line(name, seeds, full, uniform, tasks))
         parts.append("\n" + _against(arms))
+        parts.append(by_task.table(arms, BASELINES))
     return "\n".join(parts)
 
 

@@ -7,7 +7,7 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def _first_turns(messages: list[dict[str, str]], most: int) -> list[dict[str, st
 
 
 def heldout_records(
-    data: Path, mixture: str, per_task: int, seen: Sequence[Record]
+    data: Path, mixture: str, per_task: Mapping[str, int], seen: Sequence[Record]
 ) -> list[Record]:
     """Test records of a mixture's tasks that share little with each other and with `seen`.
 
@@ -183,7 +183,7 @@ def heldout_records(
             known |= shingles
             chosen.append(record)
             taken += 1
-            if taken == per_task:
+            if taken == per_task[name]:
                 break
     return chosen
 
