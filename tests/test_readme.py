@@ -60,6 +60,14 @@ def test_the_loop_without_padding_runs(
     assert metrics["trained"] == metrics["observed"] > 0
 
 
+def test_it_is_read_in_a_few_minutes_and_leads_to_what_is_there() -> None:
+    assert len(README.splitlines()) < 200
+    root = Path(__file__).parent.parent
+    links = re.findall(r"\]\((?!http)([^)#]+)", README)
+    assert len(links) > 10
+    assert not [link for link in links if not (root / link).exists()]
+
+
 def test_the_commands_parse() -> None:
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     commands = [line for line in lines if line.startswith("slap-")]

@@ -52,7 +52,12 @@ class Saved:
 
     def check_version(self, version: int) -> None:
         """Refuse what another version of slap_stream has written."""
-        found = self._entries.get("version")
+        if "version" not in self._entries:
+            raise StateError(
+                f"{self.path} must be what state_dict gave, got one without a version; load a "
+                "checkpoint."
+            )
+        found = self._entries["version"]
         if type(found) is not int or found != version:
             raise StateError(
                 f"{self.path}.version must be {version}, got {_shown(found)}; the state was "

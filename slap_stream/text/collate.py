@@ -47,6 +47,11 @@ class ChatCollator:
         Raises:
             ConfigError: If an argument is out of range, or says how to pad what is not padded.
         """
+        if not hasattr(tokenizer, "pad_token_id"):
+            raise ConfigError(
+                f"tokenizer must be a Hugging Face tokenizer, got {tokenizer!r}; load it by "
+                "AutoTokenizer.from_pretrained."
+            )
         if max_length is not None and max_length < 2:
             raise ConfigError(
                 f"max_length must be at least 2 tokens or None, got {max_length!r}; "

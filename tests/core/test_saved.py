@@ -86,3 +86,8 @@ def test_another_version_is_refused_before_anything_else(version: Any) -> None:
     with pytest.raises(StateError, match=r"state.version must be 5, got .*another version"):
         Saved({"version": version}).check_version(5)
     Saved({"version": 5}).check_version(5)
+
+
+def test_what_no_state_dict_gave_is_not_called_another_version() -> None:
+    with pytest.raises(StateError, match="state must be what state_dict gave, got one without a v"):
+        Saved({}).check_version(5)

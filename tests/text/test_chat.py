@@ -516,3 +516,9 @@ def test_a_collators_settings_are_checked(arguments: dict[str, Any], message: st
         ChatCollator(byte_level(CHATML), **arguments)
     with pytest.raises(SlapStreamError, match="at least one record"):
         ChatCollator(byte_level(CHATML))([])
+
+
+@pytest.mark.parametrize("tokenizer", [None, "path/to/model"])
+def test_what_is_no_tokenizer_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="tokenizer must be a Hugging Face tokenizer, got"):
+        ChatCollator(tokenizer)
