@@ -104,3 +104,8 @@ def test_the_site_has_every_page() -> None:
 def test_the_reference_has_all_that_is_exported() -> None:
     named = re.findall(r"^::: slap_stream\.(\w+)$", PAGES["api.md"], re.MULTILINE)
     assert sorted(named) == sorted([*slap_stream.__all__, "errors"])
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    versions = re.findall(r"^## (\S+)$", PAGES["changelog.md"], re.MULTILINE)
+    assert versions[0] == slap_stream.__version__
