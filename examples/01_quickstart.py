@@ -5,7 +5,7 @@
 
 The corpus is the documentation of Python's libraries as a crawler finds it, a page for each public
 name. Names are exported again and methods inherited, so that many pages say the same. What comes
-out is printed as it is, also when slap loses.
+out is printed as it is, also when slap loses. A report shows what slap has pruned, and why.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slap_stream import ChatCollator, LearnabilityProbe, SlapConfig, SlapDataLoader, per_sample_loss
-from slap_stream.cli import convert, embed
+from slap_stream.cli import convert, embed, report
 from slap_stream.cli.command_line import CommandLine, ended, to_write, whole
 from slap_stream.errors import CorpusError
 
@@ -42,8 +42,7 @@ Record = dict[str, Any]
 
 def docstrings(count: int, seed: int) -> Iterator[Record]:
     """Ask what `count` public names are for, as many of each library."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of names that their libraries would rather not show.
+    with warnings.catch_warnings(action="ignore"):  # Of names that libraries would rather not show.
         for library in LIBRARIES:
             names = list(public_names(library))
             random.Random(seed).shuffle(names)
@@ -80,8 +79,7 @@ def question(library: str, path: str, value: Any) -> Record | None:
 
 def answer_of(record: Record) -> str:
     """What a model is to say."""
-    roles = ("assistant", "text")
-    return " ".join(turn["content"] for turn in record["messages"] if turn["role"] in roles)
+    return " ".join(t["content"] for t in record["messages"] if t["role"] in ("assistant", "text"))
 
 
 def phrases(record: Record) -> set[str]:
@@ -113,12 +111,10 @@ def train_tokenizer(records: list[Record], path: Path) -> PreTrainedTokenizerFas
     special = ["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
     core = ByteLevelBPETokenizer()
     core.train_from_iterator(texts, vocab_size=1024, special_tokens=special, show_progress=False)
-    core.save(f"{path}.json")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=f"{path}.json", eos_token="<|end|>", pad_token="<|pad|>"
-    )
-    tokenizer.save_pretrained(path)
-    return tokenizer
+    core.save(file := f"{path}.json")
+    fast = PreTrainedTokenizerFast(tokenizer_file=file, eos_token="<|end|>", pad_token="<|pad|>")
+    fast.save_pretrained(path)
+    return fast
 
 
 def command(tool: Any, *arguments: str | Path | int) -> None:
@@ -141,14 +137,15 @@ def forward(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Te
     return per_sample_loss(output.logits, batch["labels"])
 
 
-def train(corpus: Path, tokenizer: Any, config: SlapConfig) -> tuple[Any, list[list[int]]]:
-    """What your own loop looks like. Returns the model, and each epoch's sample ids."""
+def train(corpus: Path, tokenizer: Any, config: SlapConfig, heldout: Any, run_dir: Path) -> Any:
+    """What your own loop looks like. Returns held-out losses, and each epoch's sample ids."""
     loader = SlapDataLoader(
         StreamingDataset(local=str(corpus), batch_size=BATCH_SIZE),
         batch_size=BATCH_SIZE,
         embeddings=corpus / "embeddings.zarr",
         config=config,
         collate_fn=ChatCollator(tokenizer),
+        run_dir=run_dir,  # A log, for slap-report.
     )
     torch.manual_seed(config.seed)
     shape = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=176,
@@ -175,7 +172,10 @@ def train(corpus: Path, tokenizer: Any, config: SlapConfig) -> tuple[Any, list[l
             probe.step()
             schedule.step()
             epoch += batch["sample_id"].tolist()
-    return model, trained
+        with torch.no_grad():  # The model has no dropout to be switched off.
+            found = torch.cat([forward(model, batch) for batch in heldout])
+        loader.note(held_out_loss=found.mean().item())
+    return found, trained
 
 
 def run(given: Path | None, count: int, seed: int, out: Path) -> None:
@@ -205,10 +205,8 @@ def run(given: Path | None, count: int, seed: int, out: Path) -> None:
         uniform = SlapConfig(policy="uniform", keep=keep, probe_fraction=0.0, seed=seed)
         config = SlapConfig(keep="auto", seed=seed) if name == "slap" else uniform
         start = time.perf_counter()
-        model, epochs = train(out / "train", tokenizer, config)
+        losses[name], epochs = train(out / "train", tokenizer, config, batches, out / name)
         seconds = time.perf_counter() - start
-        with torch.no_grad():
-            losses[name] = torch.cat([forward(model.eval(), batch) for batch in batches])
         taught[name] = Counter(answers[index] for epoch in epochs for index in epoch)
         samples = taught[name].total()
         copies = 1.0 - sum(len({answers[index] for index in epoch}) for epoch in epochs) / samples
@@ -216,12 +214,14 @@ def run(given: Path | None, count: int, seed: int, out: Path) -> None:
         print(f"{name:12}{losses[name].mean():14.3f}{samples:9,}{copies:8.0%}{seconds:9.1f}")
     print("(copies: answers seen before in the epoch; ±: 95 % over records, seeds vary more)\n")
     for name in ("everything", "uniform"):
-        change = losses["slap"] - losses[name]
-        margin = 1.96 * change.std() / len(change) ** 0.5
-        print(f"slap against {name}: {change.mean():+.3f} ± {margin:.3f}")
+        gap = losses["slap"] - losses[name]
+        print(f"slap against {name}: {gap.mean():+.3f} ± {1.96 * gap.std() / len(gap) ** 0.5:.3f}")
     print("\neverything   slap   uniform   how often each trained on an answer")
     for text, times in taught["everything"].most_common(4):
         print(f"{times:10,}{taught['slap'][text]:7,}{taught['uniform'][text]:10,}   {text[:60]}")
+    print("\nWhat slap has pruned, and why:")
+    command(report, out / "slap", "--quiet")
+    print(f"Open {out / 'slap' / '_slap_report.html'} in a browser.")
 
 
 def main() -> int:

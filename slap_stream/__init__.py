@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from slap_stream.shards.opening import one_at_a_time
     from slap_stream.text.collate import ChatCollator
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Advanced",

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from slap_stream import convert
+from slap_stream import __version__, convert
 from slap_stream.corpus import convert as corpus
 from slap_stream.corpus import inputs, shuffle, tally
 from slap_stream.errors import ConfigError, CorpusError
@@ -76,7 +76,7 @@ def test_corpus_holds_every_record_once_with_its_source_and_id(
         "dropped": {},
         "truncated": 0,
         "command": "slap-convert a b",
-        "version": "0.1.0",
+        "version": __version__,
     }
     assert described.items() >= expected.items()
     assert not (tmp_path / "out" / ".convert").exists()
@@ -334,7 +334,7 @@ def test_records_that_do_not_fit_the_template_are_dropped_unless_all_are(
 
 MEMORY_SCRIPT = """
 import resource, sys
-from slap_stream import convert
+from slap_stream import __version__, convert
 import pyarrow.parquet, streaming, zstandard
 
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
