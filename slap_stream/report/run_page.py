@@ -125,22 +125,27 @@ def run_page(run: Run) -> tuple[str, dict[str, Any], list[str]]:
 def _cost(facts: RunFacts) -> Section:
     unit = facts.about["length_unit"]
     every = max(facts.seconds, 1e-9)
+    fewer = "fewer"
+    saved = f"about {duration(facts.seconds_saved)} saved, at the pace of what was trained on"
+    lines = ["A candidate is a sample that an epoch offers; each epoch offers all of them."]
+    if facts.spends:
+        fewer, saved = "passed over", "none saved: what was pruned made room for other visits"
+        lines[0] += (
+            ' With steps="full" it offers them again until it has as many steps as full data; each '
+            "offer counts as a candidate."
+        )
     tiles = [
         (
             "samples",
-            percent(facts.pruned_share) + " fewer",
+            f"{percent(facts.pruned_share)} {fewer}",
             f"{number(facts.trained)} trained on of {number(facts.candidates)} candidates",
         ),
         (
             "tokens",
-            percent(facts.pruned_token_share) + " fewer",
+            f"{percent(facts.pruned_token_share)} {fewer}",
             f"{number(facts.tokens[TRAINED])} of {number(facts.tokens.total())} ({unit})",
         ),
-        (
-            "time",
-            duration(facts.seconds),
-            f"about {duration(facts.seconds_saved)} saved, at the pace of what was trained on",
-        ),
+        ("time", duration(facts.seconds), saved),
         (
             "the probe took",
             percent(facts.probe_seconds / every),
@@ -152,7 +157,6 @@ def _cost(facts: RunFacts) -> Section:
             f"{duration(facts.compose_seconds)}, beside the training steps",
         ),
     ]
-    lines = ["A candidate is a sample that an epoch offers; each epoch offers all of them."]
     return Section(id="cost", title="What was saved, and what it cost", lines=lines, tiles=tiles)
 
 
