@@ -112,8 +112,8 @@ class LaneOrder:
         min_block: Candidates in a block, at least (but for the last).
         max_block: Candidates in a block, about; of more, several blocks are made, each with a part
             of each of the same shards. Never less than would make one smaller than `min_block`.
-        passes: How often all of it is offered: each time in another order, and in blocks of its
-            own, so that nothing comes again before all have come.
+        passes: How often all of it is offered: each time in blocks of its own, so that nothing
+            comes again before all have come, with the shards in the same order.
 
     Attributes:
         epoch: Epoch.
@@ -219,17 +219,15 @@ class LaneOrder:
         whole, extra = counts[index] // sizes[index], counts[index] % sizes[index]
         start = _samples_before(low[index], number, whole, extra, sizes[index])
         stop = _samples_before(high[index], number, whole, extra, sizes[index])
+        draws = uniforms(self._seed, Purpose.VISITS_OF_EPOCH, self.epoch, shards[index], number)
+        when = (number + draws) / visits[index]
         some = np.flatnonzero(stop > start)
-        of_pass, numbers = [], []
-        for done in range(self._passes):
-            again = number + done * visits[index]
-            draws = uniforms(self._seed, Purpose.VISITS_OF_EPOCH, self.epoch, shards[index], again)
-            when = (number + draws) / visits[index]
-            of_pass.append(some[np.argsort(when[some], kind="stable")])
-            numbers.append(again[of_pass[-1]])
-        order = np.concatenate(of_pass)
+        order = some[np.argsort(when[some], kind="stable")]
+        # Every pass in the same order: so all come back after as long as can be.
+        done = np.repeat(np.arange(self._passes), len(order))
+        order = np.tile(order, self._passes)
         self._visit_shard = shards[index][order]
-        self._visit_number = np.concatenate(numbers)
+        self._visit_number = number[order] + done * visits[index][order]
         self._visit_low, self._visit_high = start[order], stop[order]
 
     def _cut_blocks(self, shards_per_block: int, min_block: int, max_block: int) -> None:
