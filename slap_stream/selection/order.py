@@ -240,9 +240,11 @@ class LaneOrder:
                 starts.append(end)
                 shards, candidates = 0, 0
             elif not end % per_pass and end < len(sizes):
-                # What is left of a pass goes with the block before it: a small one between others
-                # would leave little to choose from.
-                starts[len(starts) - (starts[-1] > end - per_pass) :] = [end]
+                # The end of a pass. Too little for a block goes with the one before: a small block
+                # between others would leave little to choose from.
+                if candidates < min_block and starts[-1] > end - per_pass:
+                    starts.pop()
+                starts.append(end)
                 shards, candidates = 0, 0
         if starts[-1] != len(sizes):
             starts.append(len(sizes))

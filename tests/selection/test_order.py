@@ -137,6 +137,7 @@ def test_what_comes_again_comes_about_a_pass_later() -> None:
     at = np.argsort(ids, kind="stable").reshape(600, 3)
     # A block is of two shards, and shuffled anew.
     assert np.abs(np.diff(at, axis=1) - 600).max() < 40
+    assert [order.block_start[15 * done] for done in range(4)] == [0, 600, 1200, 1800]
     assert np.any(np.diff(at, axis=1) != 600)
 
 
