@@ -169,6 +169,8 @@ def _losses(facts: RunFacts) -> Section:
             "samples trained on": ([point.trained for point in points], loss),
             "candidates": ([point.candidates for point in points], loss),
         }
+        if facts.spends:
+            del both["candidates"]
         chart = Chart("loss", "Training loss", x="samples trained on, or candidates", y="loss")
         charts.append(("Training loss against samples and candidates", chart.lines(both).svg()))
     if facts.noted:
@@ -178,6 +180,8 @@ def _losses(facts: RunFacts) -> Section:
         "The solid line is what this run paid for its loss. The dashed one puts the same losses "
         "where a run on everything would have been with its samples.",
     ]
+    if facts.spends:
+        lines = ["What this run paid for its loss: as many samples as a run on everything."]
     if not points:
         lines = ["No losses were fed back: loader.observe(batch['sample_id'], losses)."]
     if not facts.noted:
