@@ -192,13 +192,14 @@ def plan_run(
             f"embeddings must have one row per sample, got {store.shape[0]} rows for "
             f"{table.num_samples} samples; make them again for this dataset."
         )
-    name = "keep_min" if config.keep == "auto" else "keep"
     keep, by_steps = config.keep_least, config.steps == "full"
-    # As many of the candidates as will have been trained on, whatever is kept of each pass.
+    # As many as all candidates make, whatever is kept of each pass.
     steps = steps_of_epoch(table.num_candidates, global_batch, 1.0 if by_steps else keep)
     if not steps:
+        name = "keep_min * " if config.keep == "auto" else "keep * "
+        wanted, given = ("", "") if by_steps else (name, f"{keep} * ")
         raise ConfigError(
-            f"{name} * candidates must fill a global batch of {global_batch}, got {keep} * "
+            f"{wanted}candidates must fill a global batch of {global_batch}, got {given}"
             f"{table.num_candidates}; use a smaller batch or more data."
         )
     if table.max_occurrences > steps:

@@ -496,6 +496,10 @@ def test_probe_budget_stays_within_its_fraction_and_is_the_same_on_every_lane() 
     ("arguments", "message"),
     [
         ({"sizes": [10], "batch_size": 24}, r"keep \* candidates must fill a global batch of 24"),
+        (
+            {"sizes": [10], "batch_size": 24, "steps": "full"},
+            "^candidates must fill a global batch of 24, got 10; use a smaller",
+        ),
         ({"sizes": [100], "batch_size": 9, "num_lanes": 2}, "divisible by num_lanes, got 9"),
         ({"sizes": [100], "num_lanes": 3, "world_size": 2}, "multiple of the world size 2, got 3"),
         ({"sizes": [100], "batch_size": 0}, "batch_size must be a positive whole number, got 0"),
@@ -562,6 +566,7 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing() -> None:
     state = as_json(sampler.state_dict())
     for other, difference in [
         (make([40] * 5, batch_size=8, keep=0.5), "keep: 0.7 -> 0.5"),
+        (make([40] * 5, batch_size=8, steps="full"), "steps: 'fewer' -> 'full'"),
         (make([40] * 5, batch_size=10), "global_batch: 8 -> 10"),
         (make([50] * 4, batch_size=8), "shards: "),
         (make([40] * 4, batch_size=8), "num_samples: 200 -> 160"),
@@ -575,7 +580,7 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing() -> None:
         with pytest.raises(StateError, match=difference):
             other.load_state_dict(state)
         assert as_json(other.state_dict()) == before
-    with pytest.raises(StateError, match="version must be 8, got 0"):
+    with pytest.raises(StateError, match="version must be 9, got 0"):
         sampler.load_state_dict({**state, "version": 0})
 
 
