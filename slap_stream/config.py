@@ -12,6 +12,10 @@ from slap_stream.errors import ConfigError
 
 OnBadShard = Literal["raise", "skip"]
 OnBadSample = Literal["raise", "skip"]
+Steps = Literal["fewer", "full"]
+
+# Visits of a sample in an epoch, at most, where an epoch has as many steps as full data.
+MAX_VISITS = 4
 
 # Settings of running: they may be others when a run goes on from a checkpoint.
 RUNNING = ("lookahead", "length_grouping", "on_bad_shard", "on_bad_sample", "max_withdrawn")
@@ -102,6 +106,9 @@ class SlapConfig:
         keep: Fraction of the candidates that is trained on, in (0, 1]; "auto": what is not shown
             to be dispensable, followed online.
         keep_min: Least fraction that "auto" goes down to, in (0, 1].
+        steps: "fewer": an epoch offers every candidate once, and has the fewer steps the less is
+            kept. "full": it has as many as full data would; the candidates are offered again, one
+            pass after the other, until these are done. A sample is trained on once a pass at most.
         policy: Name of the rule that picks a batch from the pool.
         seed: Seed of every draw.
         num_lanes: Independent composers; None means the world size at the first construction.
@@ -125,6 +132,7 @@ class SlapConfig:
 
     keep: float | Literal["auto"] = 0.7
     keep_min: float = 0.5
+    steps: Steps = "fewer"
     policy: str = "slap"
     seed: int = 0
     num_lanes: int | None = None
@@ -156,6 +164,13 @@ class SlapConfig:
                 )
             _take_number(self, "keep")
         _take_fraction(self, "keep_min")
+        if self.steps == "full" and self.keep_least * MAX_VISITS < 1.0:
+            name = "keep_min" if self.keep == "auto" else "keep"
+            raise ConfigError(
+                f'{name} must be at least {1 / MAX_VISITS} with steps="full", got '
+                f"{self.keep_least!r}; else a sample would be trained on more than {MAX_VISITS} "
+                "times an epoch."
+            )
         if not isinstance(self.policy, str) or not self.policy:
             raise ConfigError(
                 f'policy must be the name of a policy, got {self.policy!r}; such as "slap".'
@@ -176,7 +191,11 @@ class SlapConfig:
         for name in ("probe_fraction", "max_withdrawn"):
             if not 0.0 <= _take_number(self, name) <= 1.0:
                 raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)!r}.")
-        for name, choices in (("on_bad_shard", OnBadShard), ("on_bad_sample", OnBadSample)):
+        for name, choices in (
+            ("steps", Steps),
+            ("on_bad_shard", OnBadShard),
+            ("on_bad_sample", OnBadSample),
+        ):
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(
                     f"{name} must be one of {', '.join(get_args(choices))}, got "
@@ -187,6 +206,16 @@ class SlapConfig:
                 f"advanced must be an Advanced, got {self.advanced!r}; write "
                 "advanced=Advanced(pool_batches=8)."
             )
+
+    @property
+    def keep_least(self) -> float:
+        """The least fraction that is ever kept."""
+        return self.keep_min if self.keep == "auto" else self.keep
+
+    @property
+    def steps_are_known(self) -> bool:
+        """Whether it is known beforehand how many batches an epoch has."""
+        return self.keep != "auto" or self.steps == "full"
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name, those of `advanced` among the others: for checkpoints."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -74,7 +75,7 @@ def as_json(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def hold_epoch_laws(sampler: SlapSampler, batches: Sequence[NDArray[np.int64]]) -> None:
-    """Offered once, trained at most once, equal steps, no two occurrences in a batch.
+    """Offered once a pass, trained at most as often, equal steps, no two occurrences in a batch.
 
     Args:
         sampler: A sampler of world size 1 at the end of its first epoch.
@@ -82,7 +83,11 @@ def hold_epoch_laws(sampler: SlapSampler, batches: Sequence[NDArray[np.int64]]) 
     """
     table, config = sampler.table, sampler.config
     size, steps = sampler.batch_size, len(batches)
-    if config.keep == "auto":
+    passes = 1
+    if config.steps == "full":
+        passes = math.ceil(1 / Fraction(repr(config.keep_least)))
+        assert steps == len(sampler) == table.num_candidates // size
+    elif config.keep == "auto":
         least = int(Fraction(repr(config.keep_min)) * table.num_candidates // size)
         # The pool's own rounding may leave a batch less than the least fraction would.
         assert least - 1 <= steps <= len(sampler) == table.num_candidates // size
@@ -91,14 +96,17 @@ def hold_epoch_laws(sampler: SlapSampler, batches: Sequence[NDArray[np.int64]]) 
     assert sampler.progress == 1.0
     assert all(len(batch) == size for batch in batches)
     metrics = sampler.metrics()
-    assert metrics["offered"] == table.num_candidates
+    if config.steps == "full":
+        assert steps * size <= metrics["offered"] <= passes * table.num_candidates
+    else:
+        assert metrics["offered"] == table.num_candidates
     assert metrics["trained"] == steps * size
-    assert metrics["pruned"] == table.num_candidates - steps * size
+    assert metrics["pruned"] == metrics["offered"] - steps * size
     assert metrics["pooled"] == 0
     assert metrics["epochs_cut_short"] == metrics["batches_repeated"] == 0
     most = np.repeat(-(-table.counts // np.maximum(table.sizes, 1)), table.sizes)
     for sample_id, times in Counter(np.concatenate(batches).tolist()).items():
-        assert times <= most[sample_id]
+        assert times <= passes * most[sample_id]
     if not metrics["repeats_in_batch"]:
         assert all(len(set(batch.tolist())) == len(batch) for batch in batches)
 

@@ -52,6 +52,7 @@ def config_of(setting: str, value: Any) -> SlapConfig:
         ("keep", math.nan, r'keep must be in \(0, 1\] or "auto", got nan'),
         ("keep", "most", r'keep must be in \(0, 1\] or "auto", got .most.'),
         ("keep_min", 0.0, r"keep_min must be in \(0, 1\], got 0\.0"),
+        ("steps", "equal", "steps must be one of fewer, full, got 'equal'"),
         ("policy", "", "policy must be the name of a policy, got ''; such as"),
         ("policy", None, "policy must be the name of a policy, got None"),
         ("on_bad_shard", "ignore", "on_bad_shard must be one of raise, skip, got 'ignore'"),
@@ -75,6 +76,17 @@ def config_of(setting: str, value: Any) -> SlapConfig:
 def test_a_setting_out_of_range_is_refused_by_name(setting: str, value: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         config_of(setting, value)
+
+
+def test_a_sample_is_not_to_be_seen_too_often_in_an_epoch() -> None:
+    words = r'must be at least 0.25 with steps="full", got 0\.2; else .* more than 4 times an epoch'
+    with pytest.raises(ConfigError, match=f"keep {words}"):
+        SlapConfig(keep=0.2, steps="full")
+    with pytest.raises(ConfigError, match=f"keep_min {words}"):
+        SlapConfig(keep="auto", keep_min=0.2, steps="full")
+    # Each counts where it is in force.
+    SlapConfig(keep=0.25, keep_min=0.2, steps="full")
+    SlapConfig(keep="auto", keep_min=0.2)
 
 
 @pytest.mark.parametrize("setting", WHOLE)

@@ -228,9 +228,10 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         )
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The stock Trainer's scheduler, or the caller's; with keep="auto" it follows the data."""
+        """The stock Trainer's scheduler, or the caller's; with keep="auto" it follows the data,
+        unless the number of steps is known."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        by_data = self._slap_config.keep == "auto" and self.args.max_steps <= 0
+        by_data = not self._slap_config.steps_are_known and self.args.max_steps <= 0
         # One that is stepped at evaluations counts no steps of the training. DeepSpeed's stands for
         # one that is made later, by a copy of this Trainer.
         others = (ReduceLROnPlateau, DummyScheduler, DeepSpeedSchedulerWrapper)

@@ -91,13 +91,13 @@ def check_sharding(trainer: Trainer, config: SlapConfig) -> None:
             "torch_compile must be off with fsdp or deepspeed, got True; what compiled code hands "
             "to the head cannot be caught while its weights are gathered."
         )
-    if trainer.is_deepspeed_enabled and config.keep == "auto":
+    if trainer.is_deepspeed_enabled and not config.steps_are_known:
         asked = accelerator.state.deepspeed_plugin.deepspeed_config
         if "scheduler" in asked:
             raise ConfigError(
                 'deepspeed must leave out "scheduler" with keep="auto", got '
                 f"{asked['scheduler']!r}; it counts steps, and their number is not known: the "
-                "Trainer's (lr_scheduler_type) follows the data."
+                'Trainer\'s (lr_scheduler_type) follows the data. Or set steps="full".'
             )
 
 
@@ -126,7 +126,7 @@ def check_resumed(args: TrainingArguments, state: TrainerState, loader: TrainerL
     whole, begun = (-(-n // accumulation) for n in (loader.steps, loader.delivered))
     planned = loader.epoch * whole + begun
     # Epochs that ended early have taken fewer.
-    early = loader.config.keep == "auto" or loader.metrics()["epochs_cut_short"] > 0
+    early = not loader.config.steps_are_known or loader.metrics()["epochs_cut_short"] > 0
     if state.global_step > planned or (state.global_step < planned and not early):
         raise ConfigError(
             "gradient_accumulation_steps must be what the checkpoint was saved with, got "

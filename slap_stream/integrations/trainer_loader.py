@@ -19,7 +19,7 @@ class TrainerLoader(SlapDataLoader):
 
     @property
     def steps(self) -> int:
-        """Batches of a whole epoch; with keep="auto", the most there can be."""
+        """Batches of a whole epoch; the most there can be, where their number is not known."""
         return len(self.sampler)
 
     @property
@@ -31,9 +31,10 @@ class TrainerLoader(SlapDataLoader):
     def has_done(self, epochs: float) -> bool:
         """Whether as many epochs were delivered; the Trainer infers that from the steps.
 
-        Wrong where an epoch ended early. Of a part of an epoch it is right with a fixed keep.
+        Wrong where an epoch ended early. Of a part of an epoch it is right where the number of
+        steps is known.
         """
-        if self.config.keep == "auto":
+        if not self.config.steps_are_known:
             return self.epochs_done >= epochs
         return self.epoch >= math.ceil(epochs)
 

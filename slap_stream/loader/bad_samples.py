@@ -341,7 +341,10 @@ class BadSamples:
     def withdrawn_fraction(self) -> float:
         """Of this rank's candidates of the epoch, in [0, 1]; the owner asks for it."""
         share = len(self._sampler.lanes) / self._sampler.num_lanes
-        return self._count / (self._sampler.table.num_candidates * share)
+        once = self._sampler.table.num_candidates * share
+        # An epoch of several passes meets a bad sample as often as it is offered.
+        offered = float(self._sampler.offered_by_stratum.sum())
+        return self._count / max(once, offered)
 
     @property
     def _count(self) -> int:

@@ -150,6 +150,11 @@ class RunFacts:
         return 1.0 - self.tokens[TRAINED] / max(1, self.tokens.total())
 
     @property
+    def spends(self) -> bool:
+        """Whether an epoch had as many steps as full data."""
+        return self.config.get("steps") == "full"
+
+    @property
     def seconds_saved(self) -> float:
         """What the pruned would have taken at the pace of the others, by their tokens."""
         return self.seconds * self.pruned_token_share / max(1e-9, 1.0 - self.pruned_token_share)

@@ -125,22 +125,27 @@ def run_page(run: Run) -> tuple[str, dict[str, Any], list[str]]:
 def _cost(facts: RunFacts) -> Section:
     unit = facts.about["length_unit"]
     every = max(facts.seconds, 1e-9)
+    fewer = "fewer"
+    saved = f"about {duration(facts.seconds_saved)} saved, at the pace of what was trained on"
+    lines = ["A candidate is a sample that an epoch offers; each epoch offers all of them."]
+    if facts.spends:
+        fewer, saved = "passed over", "none saved: what was pruned made room for other visits"
+        lines[0] += (
+            ' With steps="full" it offers them again until it has as many steps as full data; each '
+            "offer counts as a candidate."
+        )
     tiles = [
         (
             "samples",
-            percent(facts.pruned_share) + " fewer",
+            f"{percent(facts.pruned_share)} {fewer}",
             f"{number(facts.trained)} trained on of {number(facts.candidates)} candidates",
         ),
         (
             "tokens",
-            percent(facts.pruned_token_share) + " fewer",
+            f"{percent(facts.pruned_token_share)} {fewer}",
             f"{number(facts.tokens[TRAINED])} of {number(facts.tokens.total())} ({unit})",
         ),
-        (
-            "time",
-            duration(facts.seconds),
-            f"about {duration(facts.seconds_saved)} saved, at the pace of what was trained on",
-        ),
+        ("time", duration(facts.seconds), saved),
         (
             "the probe took",
             percent(facts.probe_seconds / every),
@@ -152,7 +157,6 @@ def _cost(facts: RunFacts) -> Section:
             f"{duration(facts.compose_seconds)}, beside the training steps",
         ),
     ]
-    lines = ["A candidate is a sample that an epoch offers; each epoch offers all of them."]
     return Section(id="cost", title="What was saved, and what it cost", lines=lines, tiles=tiles)
 
 
@@ -165,6 +169,8 @@ def _losses(facts: RunFacts) -> Section:
             "samples trained on": ([point.trained for point in points], loss),
             "candidates": ([point.candidates for point in points], loss),
         }
+        if facts.spends:
+            del both["candidates"]
         chart = Chart("loss", "Training loss", x="samples trained on, or candidates", y="loss")
         charts.append(("Training loss against samples and candidates", chart.lines(both).svg()))
     if facts.noted:
@@ -174,6 +180,8 @@ def _losses(facts: RunFacts) -> Section:
         "The solid line is what this run paid for its loss. The dashed one puts the same losses "
         "where a run on everything would have been with its samples.",
     ]
+    if facts.spends:
+        lines = ["What this run paid for its loss: as many samples as a run on everything."]
     if not points:
         lines = ["No losses were fed back: loader.observe(batch['sample_id'], losses)."]
     if not facts.noted:

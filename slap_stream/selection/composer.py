@@ -92,7 +92,7 @@ class Composer:
         return self._trained_policy
 
     def _turns(self, step: int, part: int) -> Turns:
-        steps = step + self._plan.steps_left(part, self._keep.value)
+        steps = step + self._plan.steps_left(step, part, self._keep.value)
         return Turns(lane=self._index, step=step, steps=steps, shared=self._intake.order.turns)
 
     @property
@@ -106,7 +106,7 @@ class Composer:
     def open_slots(self) -> tuple[IntArray, BoolArray]:
         """Slots in use, and which of their candidates may enter the next batch."""
         slots = self._pool.slots()
-        if self._plan.table.max_occurrences == 1:
+        if not self._plan.repeats:
             return slots, np.ones(len(slots), bool)
         now = self._turns_now.now(self._pool.columns.sample_id[slots])
         return slots, now & (self._copy_number(slots) == 0)
@@ -155,7 +155,7 @@ class Composer:
             taken = taken + self._progress.by_stratum(strata[picked])
 
         everyone = np.ones(len(slots), bool)
-        if self._plan.table.max_occurrences > 1 and not self._intake.remaining:
+        if self._plan.repeats and not self._intake.remaining:
             must, needed = pressing(
                 self._pool.columns.sample_id[slots],
                 self._copy_number(slots),
@@ -296,11 +296,12 @@ class Composer:
         plan, pool, progress = self._plan, self._pool, self._progress
         candidates = self._intake.order.num_candidates
         slots = pool.slots()
-        surplus = len(slots) - plan.pooled_after(progress.part, end, candidates)
+        now = progress.step, progress.part
+        surplus = len(slots) - plan.pooled_after(*now, end, self._keep.value, candidates)
         if surplus <= 0:
             return slots[:0]
         useless = slots[:0]
-        if plan.table.max_occurrences > 1 and not self._intake.remaining:
+        if plan.repeats and not self._intake.remaining:
             # Copies that can no longer enter a batch of their own go first.
             left = self._turns(progress.step + 1, end).left(pool.columns.sample_id[slots])
             useless = slots[self._copy_number(slots) >= left][:surplus]

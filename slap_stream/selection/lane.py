@@ -91,6 +91,7 @@ class Lane:
                 "num_lanes": plan.num_lanes,
                 "shards_per_block": config.advanced.shards_per_block,
                 "min_block": plan.pool_size,
+                "passes": plan.passes,
             },
         )
         sketch_dim = config.advanced.sketch_dim if policy.keeps_sketches else 0
@@ -160,7 +161,7 @@ class Lane:
 
     @property
     def num_candidates(self) -> int:
-        """Candidates of this lane in an epoch."""
+        """Candidates of this lane in an epoch, those of all its passes."""
         return self.intake.order.num_candidates
 
     @property
@@ -198,7 +199,8 @@ class Lane:
         """The next batch's (batch_size,) sample ids; None if there are not as many left."""
         size = self._plan.batch_size
         if self._unfinished is None:
-            self._refill(self._plan.offered_before(self.progress.part, self.num_candidates))
+            now = self.progress.step, self.progress.part, self._keep.value
+            self._refill(self._plan.offered_before(*now, self.num_candidates))
         else:
             self._refill(*self._unfinished)
         slots, open_ = self._composer.open_slots()
@@ -215,7 +217,7 @@ class Lane:
         end = self._plan.after(self.progress.part, self._keep.value)
         self._train(chosen, ids, self._composer.loss_weights(slots, chosen))
         self._drop(self._composer.leaving(end))
-        self.progress.advance(end)
+        self.progress.advance(end, self._plan)
         self._composed += 1
         return ids
 
@@ -230,7 +232,8 @@ class Lane:
             )
         self.counters["batches_repeated"] += 1
         self.feedback.awaiting_trained.ask(self._composed, *last)
-        self.progress.advance(self._plan.after(self.progress.part, self._keep.value))
+        end = self._plan.after(self.progress.part, self._keep.value)
+        self.progress.advance(end, self._plan)
         self._composed += 1
         return last[0].copy()
 
@@ -330,7 +333,7 @@ class Lane:
             # Withdrawals have emptied it; the other ranks forward now, and so must this one.
             at = np.resize(np.arange(len(last[0])), count)
             ids, x, source = last[0][at], last[1][at], last[2][at]
-        due, pooled = self._due_probes(self._plan.table.num_candidates // self._plan.num_lanes)
+        due, pooled = self._due_probes(self._plan.least_candidates)
         # What left the pool before it could be probed cannot be made up for.
         self._probed += count + max(0, due - pooled)
         self.feedback.awaiting_probed.ask(self._composed, ids, x, source)
@@ -340,7 +343,7 @@ class Lane:
         """Probes due now for a lane with so many candidates; the smallest lane's count makes it
         equal on all lanes."""
         progress = self.progress
-        if not 0 < progress.part < self._plan.parts:
+        if not progress.part or progress.over:
             return 0
         return max(0, min(self._due_probes(candidates)))
 
@@ -348,9 +351,10 @@ class Lane:
         """Candidates that are still to be probed, and those that are in the pool, of a lane with so
         many candidates in all."""
         plan, progress = self._plan, self.progress
-        offered = plan.offered_before(progress.before, candidates)
+        step, part, keep = progress.step - 1, progress.before, self._keep.value
+        offered = plan.offered_before(step, part, keep, candidates)
         due = int(plan.config.probe_fraction * offered) - self._probed
-        return due, plan.pooled_after(progress.before, progress.part, candidates)
+        return due, plan.pooled_after(step, part, progress.part, keep, candidates)
 
     def set_target(self, sketch: Float32Array | None) -> None:
         """Aim batches at the (sketch_dim,) mean gradient sketch of a target set, or at none."""

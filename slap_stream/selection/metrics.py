@@ -48,11 +48,10 @@ def shards_needed(lanes: Sequence[Lane], plan: LanePlan) -> int:
     """Shards that these lanes need on disk at a time: of the two blocks that are pooled, and of
     those that batches composed ahead may still be of (or the next one, later on)."""
     config, shards = plan.config, 0
-    keep = config.keep_min if config.keep == "auto" else config.keep
     for lane in lanes:
         order = lane.intake.order
         smallest = int(np.diff(order.block_start)[:-1].min(initial=order.num_candidates))
-        batches = smallest * keep / plan.batch_size
+        batches = smallest * config.keep_least / plan.batch_size
         ahead = max(1, math.ceil((config.lookahead + config.length_grouping - 1) / batches))
         shards += (2 + ahead) * order.visits_per_block
     return min(shards, len(plan.table.sizes))

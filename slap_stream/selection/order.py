@@ -1,7 +1,7 @@
 """The order in which a lane is offered its candidates, made block by block.
 
 Only arrays over shards are kept; candidates exist one block at a time. Every candidate of an epoch
-is offered exactly once, by exactly one lane.
+is offered exactly once, by exactly one lane; where an epoch takes several passes, once in each.
 
 A shard that is offered more often than it has samples is visited several times; visit k offers
 occurrence k of its samples. Visits of one shard are spread evenly over the epoch.
@@ -112,10 +112,12 @@ class LaneOrder:
         min_block: Candidates in a block, at least (but for the last).
         max_block: Candidates in a block, about; of more, several blocks are made, each with a part
             of each of the same shards. Never less than would make one smaller than `min_block`.
+        passes: How often all of it is offered: each time in blocks of its own, so that nothing
+            comes again before all have come, with the shards in the same order.
 
     Attributes:
         epoch: Epoch.
-        num_candidates: Candidates of this lane in this epoch.
+        num_candidates: Candidates of this lane in this epoch, those of all passes.
         block_start: (num_blocks + 1,) candidates before each block.
         turns: For samples whose occurrences are split between lanes, the lanes that share it as
             (first, how many): at step t only lane first + t % how_many may train on it, so that
@@ -133,16 +135,18 @@ class LaneOrder:
         shards_per_block: int,
         min_block: int,
         max_block: int = MAX_BLOCK,
+        passes: int = 1,
     ) -> None:
         self._table = table
         self._seed = seed
         self.epoch = epoch
         self._lane = lane
+        self._passes = passes
         shards = generator(seed, Purpose.SHARDS_OF_RUN).permutation(len(table.sizes))
         ends = np.cumsum(table.counts[shards])
         bounds = lane_bounds(int(ends[-1]), num_lanes)
         low, high = int(bounds[lane]), int(bounds[lane + 1])
-        self.num_candidates = high - low
+        self.num_candidates = (high - low) * passes
         self.turns: dict[int, tuple[int, int]] = {}
 
         first = int(np.searchsorted(ends, low, side="right"))
@@ -219,17 +223,28 @@ class LaneOrder:
         when = (number + draws) / visits[index]
         some = np.flatnonzero(stop > start)
         order = some[np.argsort(when[some], kind="stable")]
+        # Every pass in the same order: so all come back after as long as can be.
+        done = np.repeat(np.arange(self._passes), len(order))
+        order = np.tile(order, self._passes)
         self._visit_shard = shards[index][order]
-        self._visit_number = number[order]
+        self._visit_number = number[order] + done * visits[index][order]
         self._visit_low, self._visit_high = start[order], stop[order]
 
     def _cut_blocks(self, shards_per_block: int, min_block: int, max_block: int) -> None:
         sizes = self._visit_high - self._visit_low
         starts, shards, candidates = [0], 0, 0
-        for visit, size in enumerate(sizes.tolist()):
+        per_pass = len(sizes) // self._passes
+        for end, size in enumerate(sizes.tolist(), 1):
             shards, candidates = shards + 1, candidates + size
             if shards >= shards_per_block and candidates >= min_block:
-                starts.append(visit + 1)
+                starts.append(end)
+                shards, candidates = 0, 0
+            elif not end % per_pass and end < len(sizes):
+                # The end of a pass. Too little for a block goes with the one before: a small block
+                # between others would leave little to choose from.
+                if candidates < min_block and starts[-1] > end - per_pass:
+                    starts.pop()
+                starts.append(end)
                 shards, candidates = 0, 0
         if starts[-1] != len(sizes):
             starts.append(len(sizes))

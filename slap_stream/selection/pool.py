@@ -308,7 +308,7 @@ class RecentlyTrained:
     def nearest(self, z: Float32Array, stratum: IntArray, sample_id: IntArray) -> FloatArray:
         """(n,) distance to the nearest other sample of the stratum trained on lately.
 
-        A sample's own earlier visit does not count: in the next epoch it is no copy of itself.
+        A sample's own earlier visit does not count: in the next pass it is no copy of itself.
 
         Args:
             z: (n, metric_dim) unit vectors of the metric space.

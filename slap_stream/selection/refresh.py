@@ -172,18 +172,18 @@ class Refreshes:
 
     def _end_where_agreed(self) -> None:
         """End the epoch after the last batch that all lanes can fill."""
-        progress, parts = self._lanes[0].progress, self._plan.parts
-        if progress.part >= parts or self._last_step is None or progress.step < self._last_step:
+        progress = self._lanes[0].progress
+        if progress.over or self._last_step is None or progress.step < self._last_step:
             return
         self.epochs_cut_short += 1
         logger.warning(
             "epoch %d ends after %d batches, %.0f %% of it: too many candidates were withdrawn.",
             progress.epoch,
             progress.step,
-            100 * progress.part / parts,
+            100 * self._plan.done(progress.step, progress.part),
         )
         for lane in self._lanes:
-            lane.progress.part = parts
+            lane.progress.over = True
 
     def state_dict(self) -> State:
         """What was agreed on; only reads."""

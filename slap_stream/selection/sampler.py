@@ -39,7 +39,7 @@ from slap_stream.types import (
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 8
+STATE_VERSION = 9
 
 
 class SlapSampler:
@@ -155,10 +155,11 @@ class SlapSampler:
     @property
     def progress(self) -> float:
         """Share of this epoch that has been composed, in [0, 1]."""
-        return self._last_lane.progress.part / self._plan.parts
+        now = self._last_lane.progress
+        return 1.0 if now.over else self._plan.done(now.step, now.part)
 
     def __len__(self) -> int:
-        """Batches of an epoch; with keep="auto", the most there can be."""
+        """Batches of an epoch; where `keep` alone decides and is "auto", the most there can be."""
         return self._plan.max_steps
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -186,7 +187,7 @@ class SlapSampler:
     @property
     def exhausted(self) -> bool:
         """Whether every batch of this epoch has been composed."""
-        return self._last_lane.progress.part >= self._plan.parts
+        return self._last_lane.progress.over
 
     @property
     def _last_lane(self) -> Lane:
@@ -317,7 +318,7 @@ class SlapSampler:
 
     def probe_budget(self) -> int:
         """Candidates due to be probed now on this rank, equally many per lane; 0 if none."""
-        smallest = self.table.num_candidates // self.num_lanes
+        smallest = self._plan.least_candidates
         return len(self.lanes) * min(lane.probe_budget(smallest) for lane in self.lanes)
 
     def probe_candidates(self, count: int) -> IntArray:

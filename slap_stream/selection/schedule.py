@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -32,9 +33,13 @@ def steps_of_epoch(num_candidates: int, global_batch: int, keep: float) -> int:
 class LanePlan:
     """What all lanes of a run have in common.
 
-    An epoch is divided into equal parts, and a batch moves every lane on by the same number of
-    them, so that lanes of unequal size end together. With a fixed `keep` a part is a batch; with
-    "auto" parts are fine, and a batch takes the more of them the less is kept.
+    A pass over the candidates is divided into equal parts, and a batch moves every lane on by the
+    same number of them, so that lanes of unequal size end together. With a fixed `keep` a part is
+    a batch; with "auto", or as many steps as full data has, parts are fine, and a batch takes the
+    more of them the less is kept.
+
+    An epoch is one pass, or as many steps as full data has: then it ends within a later pass, as
+    far as what is pruned has made room for.
 
     Attributes:
         table: The dataset's shards.
@@ -42,7 +47,8 @@ class LanePlan:
         config: Settings.
         num_lanes: Lanes of the run.
         batch_size: Samples of a lane batch.
-        parts: Parts of an epoch.
+        parts: Parts of a pass.
+        passes: Passes that an epoch may begin.
     """
 
     table: ShardTable
@@ -51,46 +57,77 @@ class LanePlan:
     num_lanes: int
     batch_size: int
     parts: int
+    passes: int = 1
+
+    @property
+    def by_steps(self) -> bool:
+        """Whether an epoch ends after so many steps, not with the candidates."""
+        return self.config.steps == "full"
+
+    @property
+    def repeats(self) -> bool:
+        """Whether an epoch may offer a sample more than once."""
+        return self.passes > 1 or self.table.max_occurrences > 1
+
+    @property
+    def least_candidates(self) -> int:
+        """Candidates of the smallest lane, those of all passes."""
+        return self.table.num_candidates // self.num_lanes * self.passes
+
+    @property
+    def _fine(self) -> bool:
+        return self.config.keep == "auto" or self.by_steps
 
     @property
     def least_stride(self) -> int:
         """Parts of a batch when everything is kept: the fewest that hold a batch in any lane."""
-        if self.config.keep != "auto":
-            return 1
-        return self.batch_size * PARTS_PER_CANDIDATE
+        return self.batch_size * PARTS_PER_CANDIDATE if self._fine else 1
 
     @property
     def max_steps(self) -> int:
-        """Batches of an epoch; with "auto", the most there can be."""
+        """Batches of an epoch; the most there can be, where their number is not known."""
         return self.parts // self.least_stride
 
     def stride(self, keep: float) -> int:
         """Parts that a batch takes while this fraction is kept."""
-        return 1 if self.config.keep != "auto" else int(self.least_stride / keep)
+        return int(self.least_stride / keep) if self._fine else 1
 
     def after(self, part: int, keep: float) -> int:
-        """Where the epoch is after a batch; what is too little for another one goes with it."""
+        """Where the epoch is after a batch; what is too little of a pass for another one goes with
+        it, if the epoch ends there."""
         end = part + self.stride(keep)
-        return end if self.parts - end >= self.least_stride else self.parts
+        return end if self.by_steps or self.parts - end >= self.least_stride else self.parts
 
-    def steps_left(self, part: int, keep: float) -> int:
+    def steps_left(self, step: int, part: int, keep: float) -> int:
         """Batches from here on, if `keep` stays."""
+        if self.by_steps:
+            return self.max_steps - step
         return -(-(self.parts - part) // self.stride(keep))
+
+    def is_over(self, step: int, part: int) -> bool:
+        """Whether an epoch of so many batches, which have taken it so far, has no other."""
+        return step >= self.max_steps if self.by_steps else part >= self.parts
+
+    def done(self, step: int, part: int) -> float:
+        """Share of an epoch that is over then, in [0, 1]."""
+        return step / self.max_steps if self.by_steps else part / self.parts
 
     @property
     def pool_size(self) -> int:
         """Candidates in a lane's pool.
 
         That is `pool_batches` batches, or twice a step's intake where a small `keep` makes that
-        more; and never more than the largest lane has.
+        more; and never more than the largest lane has, unless a step takes more than a pass.
         """
         largest = -(-self.table.num_candidates // self.num_lanes)
-        intake = self.leaving_most(self.config.keep_min, largest)
-        return min(largest, max(self.config.advanced.pool_batches * self.batch_size, 2 * intake))
+        everything = largest * self.passes
+        intake = self.leaving_most(self.config.keep_least, everything)
+        usual = min(largest, self.config.advanced.pool_batches * self.batch_size)
+        return min(everything, max(usual, 2 * intake))
 
     def leaving_most(self, keep: float, candidates: int) -> int:
         """Most candidates that leave a lane with so many at a batch."""
-        return -(-candidates * self.stride(keep) // self.parts)
+        return -(-candidates * self.stride(keep) // (self.parts * self.passes))
 
     @property
     def columns(self) -> int:
@@ -103,16 +140,26 @@ class LanePlan:
         ahead = self.config.lookahead + self.config.length_grouping - 1
         return ahead + max(FEEDBACK_PATIENCE, 2 * self.config.probe_every)
 
-    def offered_before(self, part: int, candidates: int) -> int:
-        """Candidates that a lane with so many was offered when it composes a batch here.
+    def _passed(self, part: int, candidates: int) -> int:
+        """Candidates, of so many in all passes, that have left a lane's pool here."""
+        return part * candidates // (self.parts * self.passes)
 
-        The pool is filled first, then kept level, and drained last.
+    def offered_before(self, step: int, part: int, keep: float, candidates: int) -> int:
+        """Candidates that a lane with so many in all passes was offered when it composes a batch
+        here.
+
+        The pool is filled first, then kept level, and drained last: with the candidates, or towards
+        where the epoch's last step will be if `keep` stays.
         """
-        return min(candidates, self.pool_size + part * candidates // self.parts)
+        most = candidates
+        if self.by_steps:
+            most = self._passed(part + (self.max_steps - step) * self.stride(keep), candidates)
+        return min(candidates, most, self.pool_size + self._passed(part, candidates))
 
-    def pooled_after(self, part: int, end: int, candidates: int) -> int:
+    def pooled_after(self, step: int, part: int, end: int, keep: float, candidates: int) -> int:
         """Candidates left in the pool after the batch from here to `end`, before a refill."""
-        return self.offered_before(part, candidates) - end * candidates // self.parts
+        offered = self.offered_before(step, part, keep, candidates)
+        return offered - self._passed(end, candidates)
 
 
 def plan_run(
@@ -145,13 +192,14 @@ def plan_run(
             f"embeddings must have one row per sample, got {store.shape[0]} rows for "
             f"{table.num_samples} samples; make them again for this dataset."
         )
-    name, keep = "keep", config.keep
-    if keep == "auto":
-        name, keep = "keep_min", config.keep_min
-    steps = steps_of_epoch(table.num_candidates, global_batch, keep)
+    keep, by_steps = config.keep_least, config.steps == "full"
+    # As many as all candidates make, whatever is kept of each pass.
+    steps = steps_of_epoch(table.num_candidates, global_batch, 1.0 if by_steps else keep)
     if not steps:
+        name = "keep_min * " if config.keep == "auto" else "keep * "
+        wanted, given = ("", "") if by_steps else (name, f"{keep} * ")
         raise ConfigError(
-            f"{name} * candidates must fill a global batch of {global_batch}, got {keep} * "
+            f"{wanted}candidates must fill a global batch of {global_batch}, got {given}"
             f"{table.num_candidates}; use a smaller batch or more data."
         )
     if table.max_occurrences > steps:
@@ -167,8 +215,9 @@ def plan_run(
         batch_size=global_batch // num_lanes,
         # Those of the smallest lane, so that everyone has a batch left at every batch.
         parts=PARTS_PER_CANDIDATE * (table.num_candidates // num_lanes)
-        if config.keep == "auto"
+        if config.keep == "auto" or by_steps
         else steps,
+        passes=math.ceil(1 / Fraction(repr(keep))) if by_steps else 1,
     )
 
 
@@ -234,8 +283,9 @@ class LaneProgress:
         num_strata: Strata.
         epoch: Epoch.
         step: Batches composed in it.
-        part: Parts of it that are done.
+        part: Parts that are done of its passes.
         before: The same before the last batch.
+        over: Whether it has no other batch.
         unusable_trained: Of the samples composed into batches, those that could not be used.
         unusable_pooled: Candidates withdrawn from the pool because they could not be used.
         offered: (num_strata,) candidates offered so far.
@@ -250,6 +300,7 @@ class LaneProgress:
     step: int = 0
     part: int = 0
     before: int = 0
+    over: bool = False
     unusable_trained: int = 0
     unusable_pooled: int = 0
     offered: IntArray = field(init=False)
@@ -264,14 +315,16 @@ class LaneProgress:
         """Begin an epoch."""
         self.epoch = epoch
         self.step = self.part = self.before = 0
+        self.over = False
         self.unusable_trained = self.unusable_pooled = 0
         self.offered, self.trained, self.pruned = np.zeros((3, self.num_strata), np.int64)
         self.worth = np.zeros(self.num_strata)
 
-    def advance(self, part: int) -> None:
+    def advance(self, part: int, plan: LanePlan) -> None:
         """A batch has been composed; the epoch is now at this part."""
         self.step += 1
         self.before, self.part = self.part, part
+        self.over = plan.is_over(self.step, part)
 
     def by_stratum(self, stratum: IntArray) -> IntArray:
         """(num_strata,) how many of (n,) strata are each."""
@@ -279,7 +332,7 @@ class LaneProgress:
 
     def state_dict(self) -> State:
         """All of it."""
-        return {name: getattr(self, name) for name in _COUNTERS} | {
+        return {name: getattr(self, name) for name in (*_COUNTERS, "over")} | {
             name: getattr(self, name).copy() for name in (*_COUNTS, "worth")
         }
 
@@ -287,6 +340,7 @@ class LaneProgress:
         """Take over a saved state."""
         for name in _COUNTERS:
             setattr(self, name, state.whole(name))
+        self.over = state.flag("over")
         for name in _COUNTS:
             setattr(self, name, state.wholes(name, self.num_strata))
         self.worth = state.numbers("worth", self.num_strata, least=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArg
 from slap_stream import EmbeddingStore, SlapConfig, per_sample_loss
 from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.errors import ConfigError, StateError
+from slap_stream.integrations.data_schedule import DataSchedule
 from slap_stream.integrations.mixin import STATE_FILE
 from slap_stream.integrations.transformers import SlapTrainer
 from slap_stream.loader.run_files import read_log
@@ -171,7 +173,7 @@ def test_a_policy_that_weighs_losses_is_refused() -> None:
         SlapTrainer(slap_config={"keep": 0.7})
 
 
-def auto(folder: Path, out: Path, **settings: Any) -> Recording:  # noqa: F811
+def auto(folder: Path, out: Path, steps: str = "fewer", **settings: Any) -> Recording:  # noqa: F811
     """A trainer that finds about two in five of the samples dispensable."""
     store = EmbeddingStore(folder / "corpus" / "embeddings.zarr")
     rows = store.read(0, store.shape[0])
@@ -179,7 +181,7 @@ def auto(folder: Path, out: Path, **settings: Any) -> Recording:  # noqa: F811
     known = ArrayStore(
         rows.embedding, features=wrong.astype(np.float16), feature_names=["mismatch"]
     )
-    config = config_of(keep="auto", lookahead=4, probe_every=4, **FIRM)
+    config = config_of(keep="auto", steps=steps, lookahead=4, probe_every=4, **FIRM)
     return make(folder, out, config=config, options={"embeddings": known}, **settings)
 
 
@@ -193,6 +195,20 @@ def test_with_auto_the_schedule_follows_the_data(folder: Path, tmp_path: Path) -
     assert np.all(np.diff(rates) < 0)
     assert rates[-1] < 0.05 * rates[0]
     assert trainer.state.epoch == 2.0
+
+
+def test_where_auto_spends_what_it_frees_the_schedule_counts_steps(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    trainer = auto(folder, tmp_path, "full", num_train_epochs=1.5)
+    trainer.train()
+    assert not isinstance(trainer.lr_scheduler, DataSchedule)
+    assert len(trainer.ids) == trainer.state.global_step == trainer.state.max_steps
+    assert trainer.lr_scheduler.get_last_lr() == [0.0, 0.0]
+    assert trainer.loader is not None
+    visits = Counter(i for batch in trainer.ids[: trainer.loader.steps] for i in batch)
+    assert max(visits.values()) == 2
 
 
 def test_epochs_steps_and_the_learning_rate_are_those_of_the_batches_kept(

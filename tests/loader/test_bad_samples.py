@@ -131,6 +131,29 @@ def test_the_laws_hold_whatever_fails(
     assert resumed.metrics()["samples_withdrawn"] == withdrawn
 
 
+def test_a_bad_sample_is_counted_as_often_as_it_comes(corpus: Path) -> None:
+    config = {"keep": 0.5, "steps": "full"}
+    loader = loader_of(corpus, range(0, NUM_SAMPLES, 20), config=config)
+    found = run(loader, 9)
+    state = as_json(loader.state_dict())
+    found += run(loader)
+    assert len(found) == len(loader) == NUM_SAMPLES // BATCH
+    times = Counter(i for batch in found for i in batch)
+    assert not times.keys() & set(range(0, NUM_SAMPLES, 20))
+    assert max(times.values()) == 2
+    metrics = loader.metrics()
+    withdrawn = metrics["samples_withdrawn"]
+    assert metrics["trained"] == times.total() == len(found) * BATCH - withdrawn
+    assert metrics["offered"] == metrics["trained"] + metrics["pruned"] + withdrawn
+    # Of those that were offered, not of a pass: else two passes would end a run at half the damage.
+    assert metrics["offered"] == 2 * NUM_SAMPLES
+    assert metrics["withdrawn_fraction"] == withdrawn / metrics["offered"]
+    resumed = loader_of(corpus, range(0, NUM_SAMPLES, 20), config=config)
+    resumed.load_state_dict(state)
+    assert run(resumed) == found[9:]
+    assert resumed.metrics()["samples_withdrawn"] == withdrawn
+
+
 def test_batches_without_bad_samples_do_not_depend_on_workers(corpus: Path) -> None:
     failing = range(0, NUM_SAMPLES, 5)
     options: dict[str, Any] = {"batch_size": 4, "config": {"keep": 0.1}}

@@ -305,6 +305,24 @@ def test_withdrawn_samples_are_warned_of(run_dir: Path) -> None:
     assert any(w.startswith("3 samples of the last") for w in RunFacts(events).warnings())
 
 
+def test_a_run_of_as_many_steps_as_full_data_is_not_said_to_save(
+    run_dir: Path, run_page: str, tmp_path: Path
+) -> None:
+    spending = shutil.copytree(run_dir, tmp_path / "run")
+    log = spending / LOG_DIR / "rank-0.jsonl"
+    said = log.read_text("utf-8")
+    assert '"steps": "fewer"' in said
+    log.write_text(said.replace('"steps": "fewer"', '"steps": "full"'), "utf-8")
+    spent = Path(report(spending).page).read_text("utf-8")
+    for fewer, full in (
+        (" saved, at the pace of what was trained on", "none saved: what was pruned made room"),
+        ("The dashed one", "as many samples as a run on everything"),
+        ("% fewer", "% passed over"),
+    ):
+        assert [fewer in page for page in (run_page, spent)] == [True, False]
+        assert [full in page for page in (run_page, spent)] == [False, True]
+
+
 def test_a_shard_that_is_gone_leaves_out_its_texts_alone(
     corpus: Path, run_dir: Path, tmp_path: Path
 ) -> None:

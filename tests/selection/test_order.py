@@ -25,6 +25,7 @@ def lanes_of(
     shards_per_block: int = 2,
     min_block: int = 1,
     max_block: int = 1 << 30,
+    passes: int = 1,
 ) -> list[LaneOrder]:
     """Every lane's order."""
     return [
@@ -37,6 +38,7 @@ def lanes_of(
             shards_per_block=shards_per_block,
             min_block=min_block,
             max_block=max_block,
+            passes=passes,
         )
         for lane in range(num_lanes)
     ]
@@ -89,6 +91,54 @@ def test_lanes_offer_each_candidate_once(
         assert sum(times) == count
         # Samples of a shard are repeated equally often, but for one.
         assert not times or max(times) - min(times) <= 1
+
+
+@settings(max_examples=80)
+@given(
+    shards=shard_tables(),
+    num_lanes=st.integers(1, 5),
+    passes=st.integers(2, 4),
+    shards_per_block=st.integers(1, 4),
+    min_block=st.integers(1, 40),
+    max_block=st.integers(1, 30) | st.just(1 << 30),
+)
+def test_nothing_is_offered_again_before_all_have_been(
+    shards: tuple[list[int], list[int]],
+    num_lanes: int,
+    passes: int,
+    shards_per_block: int,
+    min_block: int,
+    max_block: int,
+) -> None:
+    options = {
+        "shards_per_block": shards_per_block, "min_block": min_block, "max_block": max_block
+    }  # fmt: skip
+    table = table_of(*shards)
+    for single, order in zip(
+        lanes_of(table, num_lanes, **options),
+        lanes_of(table, num_lanes, **options, passes=passes),
+        strict=True,
+    ):
+        once, offered = candidates_of(single), candidates_of(order)
+        assert len(offered) == order.num_candidates == passes * len(once)
+        assert len(set(offered)) == len(offered)
+        assert order.turns == single.turns
+        ids = np.array([sample_id for sample_id, _ in offered]).reshape(passes, -1)
+        everyone = sorted(sample_id for sample_id, _ in once)
+        assert [sorted(part.tolist()) for part in ids] == [everyone] * passes
+        # A small block between others would leave little to choose from.
+        small = np.diff(order.block_start)[:-1] < min_block
+        assert not small.any() or len(once) < min_block
+
+
+def test_what_comes_again_comes_about_a_pass_later() -> None:
+    [order] = lanes_of(table_of([20] * 30), 1, passes=3, seed=1)
+    ids = np.array([sample_id for sample_id, _ in candidates_of(order)])
+    at = np.argsort(ids, kind="stable").reshape(600, 3)
+    # A block is of two shards, and shuffled anew.
+    assert np.abs(np.diff(at, axis=1) - 600).max() < 40
+    assert [order.block_start[15 * done] for done in range(4)] == [0, 600, 1200, 1800]
+    assert np.any(np.diff(at, axis=1) != 600)
 
 
 @settings(max_examples=150)

@@ -26,10 +26,11 @@ from tests.laws import (
 )
 
 POLICIES = tuple(OURS)
-# Every policy, and the one that follows what it finds dispensable.
+# Every policy, and the one that follows what it finds dispensable, on fewer steps and on as many.
 RULES: list[dict[str, Any]] = [
     *({"policy": policy} for policy in POLICIES),
     {"policy": "slap", "keep": "auto", "keep_min": 0.4},
+    {"policy": "slap", "keep": "auto", "keep_min": 0.4, "steps": "full"},
 ]
 DIM = 8
 
@@ -93,6 +94,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
     num_lanes = draw(st.integers(1, 8))
     batch_size = num_lanes * draw(st.integers(1, 6))
     keep = draw(st.sampled_from([1.0, 0.7, 0.5, 0.05]))
+    full = keep >= 0.25 and draw(st.booleans())
     candidates = sum(sizes if counts is None else counts)
     assume(keep * candidates >= batch_size)
     steps = int(keep * candidates) // batch_size
@@ -103,6 +105,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
         "batch_size": batch_size,
         "num_lanes": num_lanes,
         "keep": keep,
+        "steps": "full" if full else "fewer",
         "mismatched": draw(st.sampled_from([None, 0.3, 0.8])),
         "pool_batches": draw(st.integers(2, 6)),
         "shards_per_block": draw(st.integers(1, 3)),
@@ -133,6 +136,37 @@ def test_an_epoch_keeps_the_laws(rule: dict[str, Any], run: dict[str, Any]) -> N
     sampler = make(**run)
     batches = drive([sampler], LossTable(sampler.table.num_samples, 16))
     hold_epoch_laws(sampler, batches)
+
+
+@pytest.mark.parametrize("num_lanes", [1, 4])
+def test_steps_that_pruning_frees_are_spent_on_what_is_kept(num_lanes: int) -> None:
+    # Three in ten are mismatched, and all of these are told.
+    batches, found = {}, {}
+    table = LossTable(1200, 16)
+    for steps in ("fewer", "full"):
+        sampler = make(
+            [50] * 24, num_lanes=num_lanes, mismatched=0.3, keep="auto", steps=steps, **FIRM
+        )
+        batches[steps], found[steps] = drive([sampler], table), sampler.metrics()
+    assert len(batches["full"]) == 50 > 1.4 * len(batches["fewer"])
+    # Until the shorter one's pool runs dry they are the same.
+    np.testing.assert_array_equal(batches["full"][:28], batches["fewer"][:28])
+    bad = np.random.default_rng(3).random(1200) < 0.3
+    visits = np.bincount(np.concatenate(batches["full"]), minlength=1200)
+    assert visits[bad].mean() < 0.2
+    # What is worth it is visited, and four in ten of that once more.
+    assert np.mean(visits[~bad] >= 1) > 0.95
+    assert np.mean(visits[~bad] == 2) == pytest.approx(1 / 0.7 - 1, abs=0.1)
+    assert visits.max() == 2
+    assert found["full"]["offered"] == pytest.approx(1200 / (~bad).mean(), rel=0.05)
+
+
+def test_where_nothing_is_dispensable_full_steps_train_on_everything_once() -> None:
+    # None is nearer to another than the others are.
+    config = config_of(keep="auto", steps="full", num_lanes=2)
+    sampler = SlapSampler([50] * 6, np.eye(300), batch_size=20, config=config)
+    for _ in range(2):
+        assert sorted(np.concatenate(list(sampler))) == list(range(300))
 
 
 def test_repeated_samples_never_share_a_batch_when_there_is_room() -> None:
@@ -462,6 +496,10 @@ def test_probe_budget_stays_within_its_fraction_and_is_the_same_on_every_lane() 
     ("arguments", "message"),
     [
         ({"sizes": [10], "batch_size": 24}, r"keep \* candidates must fill a global batch of 24"),
+        (
+            {"sizes": [10], "batch_size": 24, "steps": "full"},
+            "^candidates must fill a global batch of 24, got 10; use a smaller",
+        ),
         ({"sizes": [100], "batch_size": 9, "num_lanes": 2}, "divisible by num_lanes, got 9"),
         ({"sizes": [100], "num_lanes": 3, "world_size": 2}, "multiple of the world size 2, got 3"),
         ({"sizes": [100], "batch_size": 0}, "batch_size must be a positive whole number, got 0"),
@@ -528,6 +566,7 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing() -> None:
     state = as_json(sampler.state_dict())
     for other, difference in [
         (make([40] * 5, batch_size=8, keep=0.5), "keep: 0.7 -> 0.5"),
+        (make([40] * 5, batch_size=8, steps="full"), "steps: 'fewer' -> 'full'"),
         (make([40] * 5, batch_size=10), "global_batch: 8 -> 10"),
         (make([50] * 4, batch_size=8), "shards: "),
         (make([40] * 4, batch_size=8), "num_samples: 200 -> 160"),
@@ -541,7 +580,7 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing() -> None:
         with pytest.raises(StateError, match=difference):
             other.load_state_dict(state)
         assert as_json(other.state_dict()) == before
-    with pytest.raises(StateError, match="version must be 8, got 0"):
+    with pytest.raises(StateError, match="version must be 9, got 0"):
         sampler.load_state_dict({**state, "version": 0})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -17,6 +18,7 @@ from slap_stream.selection.schedule import (
     LaneProgress,
     apportion,
     claims_of,
+    plan_run,
     steps_of_epoch,
 )
 from tests.strategies import Array, seeds
@@ -85,16 +87,68 @@ def test_the_pool_fills_stays_level_and_drains(
     for candidates in set(np.diff(lane_bounds(num_candidates, num_lanes)).tolist()):
         pooled, offered = 0, 0
         for step in range(plan.max_steps):
-            before, offered = offered, plan.offered_before(step, candidates)
+            before, offered = offered, plan.offered_before(step, step, keep, candidates)
             assert offered >= before
             pooled += offered - before
             # A full batch can be made, and a batch's worth of room was never exceeded.
             assert batch_size <= pooled <= plan.pool_size
-            after = plan.pooled_after(step, plan.after(step, keep), candidates)
+            after = plan.pooled_after(step, step, plan.after(step, keep), keep, candidates)
             assert 0 <= after <= pooled - batch_size
             pooled = after
         assert offered == candidates
         assert pooled == 0
+
+
+@settings(max_examples=100)
+@given(
+    num_candidates=st.integers(1, 3000),
+    num_lanes=st.integers(1, 8),
+    batch_size=st.integers(1, 20),
+    keep_min=st.sampled_from([1.0, 0.7, 0.5, 0.25]),
+    pool_batches=st.integers(2, 6),
+    moves=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=20),
+)
+def test_whatever_is_kept_an_epoch_of_full_steps_ends_with_an_empty_pool(
+    num_candidates: int,
+    num_lanes: int,
+    batch_size: int,
+    keep_min: float,
+    pool_batches: int,
+    moves: list[float],
+) -> None:
+    steps = num_candidates // (num_lanes * batch_size)
+    assume(steps)
+    plan = plan_run(
+        ShardTable.of(np.array([num_candidates])),
+        ArrayStore(np.zeros((num_candidates, 3), np.float16)),
+        SlapConfig(
+            keep="auto",
+            keep_min=keep_min,
+            steps="full",
+            advanced=Advanced(pool_batches=pool_batches),
+        ),
+        num_lanes=num_lanes,
+        batch_size=num_lanes * batch_size,
+        world_size=1,
+    )
+    assert plan.max_steps == steps
+    assert plan.passes == math.ceil(1 / Fraction(str(keep_min)))
+    for once in set(np.diff(lane_bounds(num_candidates, num_lanes)).tolist()):
+        candidates, offered, left, part = plan.passes * once, 0, 0, 0
+        for step in range(steps):
+            assert not plan.is_over(step, part)
+            # What is kept moves at refreshes.
+            keep = keep_min + (1.0 - keep_min) * moves[step * len(moves) // steps]
+            offered = max(offered, plan.offered_before(step, part, keep, candidates))
+            assert batch_size <= offered - left <= plan.pool_size
+            end = plan.after(part, keep)
+            pooled = plan.pooled_after(step, part, end, keep, candidates)
+            assert pooled >= 0
+            left, part = max(left + batch_size, offered - pooled), end
+            assert plan.steps_left(step + 1, part, keep) == steps - step - 1
+        assert plan.is_over(steps, part)
+        assert plan.done(steps, part) == 1.0
+        assert left == offered <= candidates
 
 
 def test_a_small_keep_widens_the_pool() -> None:

@@ -166,6 +166,8 @@ def arms() -> dict[str, Arm]:
         ),
         Arm(name="slap"),
         Arm(name="slap_auto", config={"keep": "auto"}),
+        Arm(name="slap_full_steps", config={"steps": "full"}),
+        Arm(name="slap_auto_full_steps", config={"keep": "auto", "steps": "full"}),
         Arm(name="slap_judge", judged=True),
         Arm(name="slap_judge_auto", config={"keep": "auto"}, judged=True),
         # Ranks by the loss beyond the reference model's: it tells noise from what can be learnt.
