@@ -223,7 +223,7 @@ class SlapDataLoader(DataLoader[Any]):
         self._line.restart()
         if Accelerated.is_due(self):
             self._accelerated = self._accelerated or Accelerated(SAMPLE_ID)
-            self._accelerated.begin()
+            self._accelerated.begin(self)
         return Delivery(
             batches,
             self._workers_of(batches),

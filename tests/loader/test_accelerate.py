@@ -87,6 +87,22 @@ def test_batches_come_on_the_accelerators_device(
     assert batch["sample_id"].device.type == "cpu"
 
 
+@pytest.mark.parametrize("by_argument", [False, True])
+def test_batches_stay_where_they_are_if_accelerate_is_to_place_nothing(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, by_argument: bool
+) -> None:
+    loader = make(corpus)
+    accelerator, other = Accelerator(cpu=True, device_placement=by_argument), Accelerator(cpu=True)
+    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("meta"))
+    accelerator.prepare(loader, **({"device_placement": [False]} if by_argument else {}))
+    batch = next(iter(loader))
+    assert batch["number"].device.type == "cpu"
+    assert not GradientState().end_of_dataloader
+    # The last one that has prepared it says where.
+    other.prepare(loader)
+    assert next(iter(loader))["number"].device.type == "meta"
+
+
 def test_ids_stay_also_in_a_batch_that_moves_itself(
     corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
