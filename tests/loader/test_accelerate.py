@@ -125,6 +125,8 @@ def test_accelerate_is_told_of_the_last_batch_and_of_nothing_after_it(
     loader = make(corpus, config=config_of(num_lanes=2, lookahead=lookahead))
     Accelerator(cpu=True).prepare(loader)
     gradients, told = GradientState(), []
+    # Accelerate 1.1 still holds what another test has broken off.
+    before = gradients.active_dataloader
     for _ in range(3):
         # Broken off and gone on with.
         batch = next(iter(loader))
@@ -133,5 +135,5 @@ def test_accelerate_is_told_of_the_last_batch_and_of_nothing_after_it(
         for batch in loader:
             told.append(gradients.end_of_dataloader)
             feed(loader, batch)
-        assert not gradients.in_dataloader
+        assert gradients.active_dataloader is before
     assert told == 3 * [*[False] * (len(loader) - 1), True]
