@@ -9,6 +9,7 @@ readers.py     a piece of an input, row by row
 loaded.py      the rows of a `datasets.Dataset` or `IterableDataset`
 records.py     a row in any known shape to messages, or the reason why it is dropped
 messages.py    one turn, as data sets write it
+token_rows.py  a row that was tokenised before, and what is learnt of it
 tokenising.py  messages to token ids
 shuffle.py     rows scattered over parts on disk, each part then put in its order
 tally.py       what was kept, by source, and what was dropped, by reason
@@ -20,9 +21,10 @@ from __future__ import annotations
 EXPORTS = {
     "convert": ("ConvertReport", "convert"),
     "inputs": ("find_inputs", "read_records"),
-    "loaded": ("check_loaded", "loaded_kind"),
+    "loaded": ("check_loaded", "check_tokenizer", "loaded_kind", "token_columns_of"),
     "messages": ("DropReason", "RecordDropped", "is_given"),
     "records": ("KNOWN_SHAPES", "normalise"),
+    "token_rows": ("holds_tokens", "read_tokens"),
     "tokenising": (
         "find_tokenizer",
         "keep_tokenizer",

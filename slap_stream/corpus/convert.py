@@ -24,7 +24,7 @@ from slap_stream.core.processes import usable_cores
 from slap_stream.core.room import require_room, told_when_full
 from slap_stream.core.work_dir import claimed, run_missing
 from slap_stream.corpus.inputs import Input, cut, find_inputs, peek, read_together
-from slap_stream.corpus.loaded import loaded_kind
+from slap_stream.corpus.loaded import check_tokenizer, loaded_kind
 from slap_stream.corpus.messages import RecordDropped
 from slap_stream.corpus.readers import Piece
 from slap_stream.corpus.records import normalise
@@ -41,7 +41,7 @@ from slap_stream.corpus.tally import Tally
 from slap_stream.corpus.tokenising import find_tokenizer, load_tokenizer, tokenizer_digest
 from slap_stream.errors import ConfigError, CorpusError
 from slap_stream.shards.index import INDEX_NAME, SHARD_BYTES, merge_indexes
-from slap_stream.text.chat import Truncate, check_truncate, encode
+from slap_stream.text.chat import ATTENTION, Truncate, check_truncate, encode
 
 CORPUS_NAME, WORK_NAME = "corpus.json", ".convert"
 
@@ -151,9 +151,11 @@ def convert(
     check_truncate(truncate, max_length)
     out = path_to_write("out", out)
     found = find_inputs(_several(inputs))
+    for entry in found:
+        check_tokenizer(entry.dataset, tokenizer)
     pieces_of = [cut(entry) for entry in found]
     name = None if tokenizer is None else find_tokenizer(tokenizer)
-    _try_first_records(found, pieces_of, name, max_length, source_field)
+    masked = _try_first_records(found, pieces_of, name, max_length, source_field)
 
     text_bytes = sum(entry.text_bytes for entry in found)
     num_parts = _num_parts(text_bytes, shard_bytes)
@@ -244,6 +246,7 @@ def convert(
                 tokenizer=name,
                 max_length=max_length,
                 truncate=truncate,
+                masked=masked,
                 shard_bytes=shard_bytes,
                 work_dir=work_dir,
                 out=out,
@@ -318,15 +321,22 @@ def _try_first_records(
     tokenizer: str | None,
     max_length: int | None,
     source_field: str | None,
-) -> None:
-    """Find out on a few records what would fail on all, before any work is done."""
+) -> bool:
+    """Find out on a few records what would fail on all, before any work is done.
+
+    Returns:
+        Whether some of them are tokens with an attention mask.
+    """
+    masked, tokenised = False, tokenizer is not None
     for entry, pieces in zip(found, pieces_of, strict=True):
         failure: CorpusError | None = None
-        for fields in peek(entry, pieces):
+        for fields in peek(entry, pieces, tokenised=tokenised):
             try:
-                messages = normalise(fields, source_field=source_field).messages
-                if tokenizer is not None:
-                    encode(load_tokenizer(tokenizer), messages, max_length=max_length)
+                record = normalise(fields, source_field=source_field, tokenised=tokenised)
+                if record.tokens is not None:
+                    masked = masked or ATTENTION in record.tokens
+                elif tokenizer is not None:
+                    encode(load_tokenizer(tokenizer), record.messages, max_length=max_length)
             except RecordDropped:
                 continue
             except CorpusError as error:
@@ -339,6 +349,7 @@ def _try_first_records(
                     f"tokenizer must fit the records of {entry.name!r}, got {tokenizer!r}, "
                     f"which fits none of the first: {failure}"
                 ) from failure
+    return masked
 
 
 def _describe(report: ConvertReport, plan: Mapping[str, Any], command: str | None) -> None:

@@ -24,6 +24,7 @@ from slap_stream.corpus.loaded import (
 from slap_stream.corpus.messages import DropReason, RecordDropped
 from slap_stream.corpus.readers import Kind, Piece, batch_bytes, explained, read, row_group_bytes
 from slap_stream.corpus.records import (
+    ALL_COLUMNS,
     COLUMNS,
     KNOWN_SHAPES,
     has_known_shape,
@@ -186,8 +187,11 @@ def cut(entry: Input) -> list[Piece]:
     return pieces
 
 
-def peek(entry: Input, pieces: Sequence[Piece]) -> Iterator[Mapping[str, Any]]:
-    """The first records of an input that are of a known shape; none only if it has no rows.
+def peek(
+    entry: Input, pieces: Sequence[Piece], *, tokenised: bool = False
+) -> Iterator[Mapping[str, Any]]:
+    """The first records of an input that are of a known shape, also token ids if there is a
+    tokenizer; none only if it has no rows.
 
     Read as they are asked for: of thousands of small files, more would be all of them.
 
@@ -197,13 +201,15 @@ def peek(entry: Input, pieces: Sequence[Piece]) -> Iterator[Mapping[str, Any]]:
     """
     first, known = None, False
     if pieces:
-        with closing(read(pieces[0], COLUMNS)) as reader:
+        columns = ALL_COLUMNS if tokenised else COLUMNS
+        with closing(read(pieces[0], columns)) as reader:
             for row in islice(reader, _PEEKED_ROWS):
                 if row is None:
                     continue
                 first = row if first is None else first
-                known = known or shape_by_names(row) is not None
-                if isinstance(row, Mapping) and has_known_shape(row):
+                fits = has_known_shape(row, tokenised=tokenised)
+                known = known or fits or shape_by_names(row) is not None
+                if isinstance(row, Mapping) and fits:
                     yield row
     if first is not None and not known:
         raise CorpusError(

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
-from slap_stream.corpus.records import COLUMNS, KNOWN_SHAPES, has_known_shape
-from slap_stream.errors import CorpusError
+from slap_stream.corpus.records import ALL_COLUMNS, KNOWN_SHAPES, has_known_shape
+from slap_stream.corpus.token_rows import TOKEN_FIELDS, packed_fields
+from slap_stream.errors import ConfigError, CorpusError
 
 LoadedKind = Literal["rows", "stream"]
 
@@ -65,13 +66,50 @@ def check_loaded(dataset: Any) -> None:
         )
     names = dataset.column_names
     # A stream knows its columns only if somebody has said which they are.
-    if names is not None and not has_known_shape(dict.fromkeys(names, "")):
-        tokens = "input_ids" in names
-        cure = "hand it over as it was before it was tokenised; " if tokens else ""
+    if names is None or has_known_shape(dict.fromkeys(names, "")):
+        return
+    if "input_ids" not in names:
         raise CorpusError(
             f"dataset must have the columns of one of the known shapes, got {names[:20]!r}; "
-            f"{cure}rename_column() or map() to one of: {'; '.join(KNOWN_SHAPES)}."
+            f"rename_column() or map() to one of: {'; '.join(KNOWN_SHAPES)}."
         )
+    packed = packed_fields(names)
+    if packed:
+        raise CorpusError(
+            f"dataset must hold one sample in a row, got a column {packed[0]!r} beside input_ids, "
+            "as packed ones have; samples are chosen one by one: hand it over as it was before it "
+            "was packed (padding_free saves padding, too), or without that column if it was not."
+        )
+
+
+def check_tokenizer(dataset: Any, tokenizer: Any) -> None:
+    """Refuse a dataset of nothing but token ids where there is no tokenizer.
+
+    Raises:
+        ConfigError: If it is one.
+    """
+    if tokenizer is not None or not token_columns_of(dataset):
+        return
+    names = dataset.column_names
+    if names is None or not has_known_shape(dict.fromkeys(names, "")):
+        raise ConfigError(
+            "tokenizer must be the one that made the dataset's input_ids, got None; what is "
+            "embedded are the texts that it makes of them."
+        )
+
+
+def token_columns_of(dataset: Any) -> tuple[str, ...]:
+    """Columns of a dataset that was tokenised before, as far as they are read; else none.
+
+    Of a stream that does not say what it holds, those of its first row.
+    """
+    kind = loaded_kind(dataset)
+    if kind is None:
+        return ()
+    names = dataset.column_names
+    if names is None:
+        names = list(next(_stream(dataset), {}))
+    return tuple(n for n in TOKEN_FIELDS if n in names) if "input_ids" in names else ()
 
 
 def loaded_fingerprint(dataset: Any) -> list[str | int]:
@@ -104,7 +142,7 @@ def loaded_bytes(dataset: Any) -> int:
     """Size of the texts in a dataset, about."""
     if loaded_kind(dataset) == "stream":
         return int(dataset.info.dataset_size or _STREAM_BYTES)
-    view = _view(dataset, COLUMNS)
+    view = _view(dataset, ALL_COLUMNS)
     # Of the whole table, of which an index may show a part.
     return int(view.data.nbytes * len(view) // max(view.data.num_rows, 1))
 
@@ -165,4 +203,4 @@ def _stream(dataset: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _known_columns(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in COLUMNS if name in row}
+    return {name: row[name] for name in ALL_COLUMNS if name in row}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from slap_stream.corpus.messages import (
@@ -16,10 +16,13 @@ from slap_stream.corpus.messages import (
     read_turns,
     text_of,
 )
+from slap_stream.corpus.token_rows import TOKEN_FIELDS, Tokens, holds_tokens, read_tokens
 from slap_stream.text.template import TurnsError
 from slap_stream.text.turns import tools_of
 
 KNOWN_SHAPES = (
+    "input_ids, with labels, completion_mask or assistant_masks, or none of them (if there is a "
+    "tokenizer, the one that made them)",
     "messages: [{role, content}, ...]",
     "conversations: [{from, value}, ...] (ShareGPT)",
     "instruction, input or context (optional), output (Alpaca, Dolly)",
@@ -48,6 +51,9 @@ COLUMNS = (
 )
 """Fields that are looked at, besides the one that names the source."""
 
+ALL_COLUMNS = (*COLUMNS, *TOKEN_FIELDS)
+"""Fields that are looked at where there is a tokenizer, likewise."""
+
 
 class Record(NamedTuple):
     """What is kept of a record.
@@ -56,14 +62,16 @@ class Record(NamedTuple):
         id: Its own, None if it has none.
         source: Its own, None if it has none.
         messages: At least one turn of the assistant that is to be learnt, or one of role `text`;
-            no empty turn.
+            no empty turn. None of a row of tokens.
         unused: Names of fields that say something and are not used.
+        tokens: Of a row that was tokenised before.
     """
 
     id: str | None
     source: str | None
     messages: list[Message]
     unused: tuple[str, ...] = ()
+    tokens: Tokens | None = None
 
 
 def parse_line(line: bytes) -> Any:
@@ -81,8 +89,11 @@ def parse_line(line: bytes) -> Any:
         raise RecordDropped(DropReason.UNREADABLE) from error
 
 
-def has_known_shape(fields: Any) -> bool:
-    """Whether a record is of a known shape, whatever its turns hold."""
+def has_known_shape(fields: Any, *, tokenised: bool = False) -> bool:
+    """Whether a record is of a known shape, whatever its turns hold; `tokenised`: as `normalise`
+    takes it."""
+    if tokenised and holds_tokens(fields):
+        return True
     return isinstance(fields, Mapping) and _shape(fields) is not None
 
 
@@ -91,7 +102,9 @@ def shape_by_names(fields: Any) -> tuple[str, ...] | None:
     return _shape(dict.fromkeys(fields, "")) if isinstance(fields, Mapping) else None
 
 
-def normalise(fields: Any, *, source_field: str | None = "source") -> Record:
+def normalise(
+    fields: Any, *, source_field: str | None = "source", tokenised: bool = False
+) -> Record:
     """Bring a record to messages.
 
     Roles are brought to system, developer, user, assistant and tool; system turns without content
@@ -102,12 +115,15 @@ def normalise(fields: Any, *, source_field: str | None = "source") -> Record:
     Args:
         fields: A record as it was read.
         source_field: Field that names the source; None leaves the source to the input.
+        tokenised: Whether records become tokens: where they hold token ids, these count.
 
     Raises:
         RecordDropped: If the record cannot be used.
     """
     if not isinstance(fields, Mapping):
         raise RecordDropped(DropReason.NOT_AN_OBJECT)
+    if tokenised and holds_tokens(fields):
+        return _record(fields, source_field, TOKEN_FIELDS, tokens=read_tokens(fields))
     shape = _shape(fields)
     if shape is None:
         named = shape_by_names(fields)
@@ -116,7 +132,7 @@ def normalise(fields: Any, *, source_field: str | None = "source") -> Record:
         empty = [name for name in named if fields[name] is None]
         raise RecordDropped(DropReason.NO_VALUE, " and ".join(empty))
     unused: set[str] = set()
-    used = {"id", source_field, *shape}
+    used = set(shape)
     if shape == ("text",):
         messages = _document(fields)
     else:
@@ -129,12 +145,26 @@ def normalise(fields: Any, *, source_field: str | None = "source") -> Record:
         elif tools:
             unused.add("tools of a document")
     _check_roles(messages)
-    unused |= {str(name) for name, value in fields.items() if name not in used and is_given(value)}
+    return _record(fields, source_field, used, messages=messages, unused=unused)
+
+
+def _record(
+    fields: Mapping[str, Any],
+    source_field: str | None,
+    used: Collection[str],
+    *,
+    messages: Sequence[Message] = (),
+    unused: Collection[str] = (),
+    tokens: Tokens | None = None,
+) -> Record:
+    known = {"id", source_field, *used}
+    others = {str(n) for n, value in fields.items() if n not in known and is_given(value)}
     return Record(
         id=_label(fields.get("id")),
         source=None if source_field is None else _label(fields.get(source_field)),
-        messages=messages,
-        unused=tuple(sorted(unused)) if unused else (),
+        messages=list(messages),
+        unused=tuple(sorted(others.union(unused))),
+        tokens=tokens,
     )
 
 

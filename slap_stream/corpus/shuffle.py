@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 
 from slap_stream.core.files import read_json, write_json
 from slap_stream.core.rng import Purpose, generator
-from slap_stream.corpus.messages import DropReason, Message, RecordDropped
+from slap_stream.corpus.messages import DropReason, RecordDropped
 from slap_stream.corpus.readers import Piece, other_columns, read
-from slap_stream.corpus.records import COLUMNS, normalise
+from slap_stream.corpus.records import ALL_COLUMNS, COLUMNS, Record, normalise
 from slap_stream.corpus.tally import Tally
-from slap_stream.corpus.tokenising import tokenise
+from slap_stream.corpus.tokenising import take_tokens, tokenise
 from slap_stream.shards.writer import open_writer
-from slap_stream.text.chat import Truncate
+from slap_stream.text.chat import ATTENTION, Truncate
 from slap_stream.types import IntArray
 
 RAW_COLUMNS = {"id": "str", "source": "str", "messages": "json"}
@@ -53,7 +53,7 @@ _SPAN_BYTES = 1 << 20
 _DRAWS_AT_ONCE = 256
 _PLACE = np.dtype([("file", np.int64), ("offset", np.int64), ("size", np.int64)])
 # A record on its way: its piece, its row in it, bytes of its own id and of its source; then these
-# two, and its messages.
+# two, and its messages or tokens.
 _HEAD = struct.Struct("<IQII")
 _NO_ID = (1 << 32) - 1
 # Messages as shards hold them, so that they are encoded once; to be tokenised they need not be.
@@ -102,6 +102,8 @@ class GatherJob:
         tokenizer: Path or name to load it by; None leaves messages as they are.
         max_length: Tokens kept of a record; None keeps all.
         truncate: What is done with a longer one.
+        masked: Whether samples have an attention mask: rows that were tokenised before may hold
+            padding, and a collator that does not pad needs it.
         shard_bytes: Limit of a shard.
         work_dir: Where the pieces are, and the manifest goes.
         out: Directory of the corpus.
@@ -115,6 +117,7 @@ class GatherJob:
     tokenizer: str | None
     max_length: int | None
     truncate: Truncate
+    masked: bool
     shard_bytes: int
     work_dir: Path
     out: Path
@@ -157,7 +160,8 @@ def _scatter_piece(
     advance: Callable[[int], None],
 ) -> int:
     """Rows of the piece, whose records have been added to the runs."""
-    columns = [*COLUMNS, *([job.source_field] if job.source_field else [])]
+    known = ALL_COLUMNS if job.tokenised else COLUMNS
+    columns = [*known, *([job.source_field] if job.source_field else [])]
     draws = generator(job.seed, Purpose.CORPUS_PARTS, number)
     parts: list[int] = []
     row, kept = -1, tally.counts.total()
@@ -170,9 +174,9 @@ def _scatter_piece(
         try:
             if isinstance(fields, DropReason):
                 raise RecordDropped(fields)
-            record = normalise(fields, source_field=job.source_field)
+            record = normalise(fields, source_field=job.source_field, tokenised=job.tokenised)
             source = piece.stem if record.source is None else record.source
-            packed = _pack(number, row, record.id, source, record.messages, job.tokenised)
+            packed = _pack(number, row, record, source, job.tokenised)
         except RecordDropped as dropped:
             tally.drop(dropped.reason, number, row, dropped.detail)
             continue
@@ -199,6 +203,8 @@ def gather(job: GatherJob, advance: Callable[[int], None]) -> None:
     unfinished = job.work_dir / f"{name}.{os.getpid()}"
     shutil.rmtree(unfinished, ignore_errors=True)
     columns = RAW_COLUMNS if job.tokenizer is None else TOKEN_COLUMNS
+    if job.masked:
+        columns = {**columns, ATTENTION: "ndarray:uint8"}
     with open_writer(unfinished, columns, shard_bytes=job.shard_bytes) as writer:
         for done, packed in enumerate(_texts(job, places[order])):
             if done % _REPORT_RECORDS == 0:
@@ -211,8 +217,15 @@ def gather(job: GatherJob, advance: Callable[[int], None]) -> None:
                 if job.tokenizer is None:
                     sample["messages"] = messages
                 else:
-                    turns = json.loads(messages)
-                    tokens, encoded = tokenise(job.tokenizer, turns, job.max_length, job.truncate)
+                    told, options = json.loads(messages), (job.max_length, job.truncate)
+                    if isinstance(told, list):
+                        tokens, encoded = tokenise(job.tokenizer, told, *options)
+                    else:
+                        tokens, encoded = take_tokens(
+                            job.tokenizer, told, *options, masked=job.masked
+                        )
+                    if job.masked:
+                        tokens.setdefault(ATTENTION, np.ones_like(tokens["supervised"]))
                     sample |= tokens
                     tally.truncated += encoded.truncated
                     tally.shared += encoded.shared
@@ -367,16 +380,16 @@ def _settle(unfinished: Path, directory: Path) -> dict[str, int]:
 def _pack(
     piece: int,
     row: int,
-    own_id: str | None,
+    record: Record,
     source: str,
-    messages: list[Message],
     tokenised: bool,
 ) -> bytes:
+    own_id = record.id
     try:
-        told = (_plain if tokenised else _escaped)(messages)
+        told = (_plain if tokenised else _escaped)(record.tokens or record.messages)
         # Escaped, half a character passes for one.
         if not tokenised and "\\ud" in told:
-            _plain(messages).encode()
+            _plain(record.messages).encode()
         ids = b"" if own_id is None else own_id.encode()
         sources = source.encode()
         head = _HEAD.pack(piece, row, _NO_ID if own_id is None else len(ids), len(sources))

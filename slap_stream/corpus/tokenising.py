@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from slap_stream.corpus.messages import DropReason, Message, RecordDropped
+from slap_stream.corpus.token_rows import Tokens
 from slap_stream.errors import ConfigError
-from slap_stream.text.chat import Encoded, Truncate, cut, encode
+from slap_stream.text.chat import ATTENTION, Encoded, Truncate, cut, encode, without_padding
 from slap_stream.text.template import TurnsError
 
 
@@ -152,14 +154,51 @@ def token_columns(
         whole = encode(tokenizer, messages)
     except TurnsError as error:
         raise RecordDropped(DropReason.TEMPLATE, error.short) from error
+    return _fitting(tokenizer, whole, max_length, truncate)
+
+
+def take_tokens(
+    name: str, tokens: Tokens, max_length: int | None, truncate: Truncate, *, masked: bool
+) -> tuple[dict[str, Any], Encoded]:
+    """The same of a row that was tokenised before, by the tokenizer of that path or name.
+
+    Args:
+        name: Of the tokenizer that made the token ids.
+        tokens: As `read_tokens` gives them.
+        max_length: Tokens kept, of those that are no padding; None keeps all.
+        truncate: What is done with a longer row.
+        masked: Whether padding may stay, with a mask; a row that is cut has none.
+
+    Raises:
+        RecordDropped: If the tokenizer has no such tokens, or nothing is left to learn from.
+    """
+    tokenizer = load_tokenizer(name)
+    input_ids, supervised = without_padding(tokens)
+    unknown = [token for token in input_ids if not 0 <= token < len(tokenizer)]
+    if unknown:
+        raise RecordDropped(DropReason.BAD_TOKENS, f"the tokenizer has no {unknown[0]}")
+    whole = Encoded(input_ids=input_ids, supervised=supervised, truncated=False)
+    columns, encoded = _fitting(tokenizer, whole, max_length, truncate)
+    if masked and max_length is None and ATTENTION in tokens:
+        kept = tokens["input_ids"], tokens["supervised"], tokens[ATTENTION]
+        columns = _arrays(*kept[:2]) | {ATTENTION: np.array(kept[2], dtype=np.uint8)}
+    return columns, encoded
+
+
+def _fitting(
+    tokenizer: Any, whole: Encoded, max_length: int | None, truncate: Truncate
+) -> tuple[dict[str, Any], Encoded]:
     encoded = cut(whole, tokenizer, max_length, truncate)
     if encoded is None:
         raise RecordDropped(DropReason.TOO_LONG)
     # The first token is never predicted.
     if not any(encoded.supervised[1:]):
         raise RecordDropped(DropReason.NOTHING_SUPERVISED)
-    columns = {
-        "input_ids": np.array(encoded.input_ids, dtype=np.int32),
-        "supervised": np.array(encoded.supervised, dtype=np.uint8),
+    return _arrays(encoded.input_ids, encoded.supervised), encoded
+
+
+def _arrays(input_ids: Sequence[int], supervised: Sequence[int]) -> dict[str, Any]:
+    return {
+        "input_ids": np.array(input_ids, dtype=np.int32),
+        "supervised": np.array(supervised, dtype=np.uint8),
     }
-    return columns, encoded

@@ -6,6 +6,7 @@ training_set.py       whatever a Trainer is given to train on, as a `StreamingDa
 evaluation_set.py     evaluation sets that are named by their path
 transformers.py       `SlapTrainer`: Hugging Face's Trainer
 trl.py                `SlapSFTTrainer`: TRL's SFTTrainer
+trl_datasets.py       datasets as TRL reads them
 mixin.py              `SlapMixin`: what makes any Trainer choose its batches
 trainer_loader.py     the loader that a Trainer draws from
 trainer_forward.py    each sample's loss, from the forward of the training step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from slap_stream.config import SlapConfig
 from slap_stream.core.state_bytes import from_bytes, to_bytes
+from slap_stream.corpus.loaded import token_columns_of
 from slap_stream.errors import ConfigError, StateError
 from slap_stream.integrations.data_schedule import DataSchedule, planned_steps
 from slap_stream.integrations.evaluation_set import EvaluationSets, check_paths
@@ -39,6 +40,7 @@ from slap_stream.integrations.trainer_checks import (
 from slap_stream.integrations.trainer_forward import TrainingForward
 from slap_stream.integrations.trainer_loader import ModelColumns, TrainerLoader
 from slap_stream.integrations.training_set import (
+    AsTokenised,
     tokenizer_and_length,
     truncation,
     with_training_set,
@@ -97,6 +99,8 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         if given.get("train_dataset") is not None:
             check_steps(args, self._slap_config)
         check_paths(given.get("eval_dataset"))
+        # Of a dataset that was tokenised before; none: samples are collated as they are read.
+        self._token_columns: Sequence[str] = token_columns_of(given.get("train_dataset"))
         given, embeddings = self.with_training_set(given, embeddings, corpus, args)
         if given.get("train_dataset") is not None:
             check_dataset(given["train_dataset"], embeddings, args, self._slap_config)
@@ -210,6 +214,8 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         if args.remove_unused_columns and not isinstance(collate, ChatCollator):
             self._set_signature_columns_if_needed()
             collate = ModelColumns(collate, self._signature_columns)
+        if self._token_columns and not isinstance(collate, ChatCollator):
+            collate = AsTokenised(collate, self._token_columns)
         # Not prepared by Accelerate, which would divide and reorder the batches; the Trainer moves
         # them to the device.
         return TrainerLoader(

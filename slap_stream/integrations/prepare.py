@@ -18,7 +18,7 @@ from slap_stream.core.checks import require_whole
 from slap_stream.core.files import file_digest
 from slap_stream.corpus.convert import convert
 from slap_stream.corpus.inputs import find_inputs
-from slap_stream.corpus.loaded import check_loaded, loaded_kind
+from slap_stream.corpus.loaded import check_loaded, check_tokenizer, loaded_kind, token_columns_of
 from slap_stream.corpus.tokenising import (
     find_tokenizer,
     keep_tokenizer,
@@ -99,7 +99,8 @@ def prepare(
             directory of such files; or a directory of MDS shards, which are left as they are.
         out: Directory for this and other corpora; made if it is not there.
         tokenizer: A Hugging Face tokenizer, or its path or name. The corpus then holds its tokens,
-            with a mask of what is learnt; None keeps messages.
+            with a mask of what is learnt; None keeps messages. Of a dataset that was tokenised
+            before, the one that has done it: the texts that are embedded are what it makes of them.
         max_length: Tokens kept of a record; None keeps all, as it must of shards.
         truncate: As for `convert`.
         encoder: As for `embed`.
@@ -214,6 +215,7 @@ class _Work:
                     "tokens."
                 )
             max_length = require_whole("max_length", max_length, 2)
+        check_tokenizer(self.dataset, tokenizer)
         check_truncate(self.truncate, max_length)
         seed = require_whole("seed", self.seed, 0)
         return replace(self, tokenizer=tokenizer, max_length=max_length, seed=seed)
@@ -260,6 +262,9 @@ class _Work:
             "seed": self.seed,
             "source_field": self.source_field,
         }
+        if self.tokenizer is not None and token_columns_of(self.dataset):
+            # Texts beside them were what counted once.
+            told["tokens"] = True
         if self.truncate != "right":
             # Where it stands corpora of before are found again.
             told["truncate"] = self.truncate

@@ -17,6 +17,9 @@ class TrainerLoader(SlapDataLoader):
     batches that do not come, and never step on an epoch's last, shorter group of them.
     """
 
+    # It lies in the Trainer's output_dir, which nobody has named for it.
+    needs_log = False
+
     @property
     def steps(self) -> int:
         """Batches of a whole epoch; the most there can be, where their number is not known."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from slap_stream.corpus.loaded import token_columns_of
 from slap_stream.corpus.messages import DropReason, RecordDropped, is_given
 from slap_stream.corpus.records import normalise
+from slap_stream.corpus.token_rows import holds_tokens, read_tokens
 from slap_stream.errors import ConfigError, CorpusError
 from slap_stream.integrations.first_rank import first_rank_first
 from slap_stream.integrations.prepare import Prepared, check_source, is_shards, prepare
 from slap_stream.shards.index import corpus_columns
 from slap_stream.shards.opening import is_stock, open_local
-from slap_stream.text.chat import Truncate
+from slap_stream.text.chat import ATTENTION, Truncate
 from slap_stream.text.collate import ChatCollator
+from slap_stream.types import IGNORED_LABEL
 
 # A Trainer that pushes its output_dir to the hub leaves out what begins with an underscore.
 CORPUS_FOLDER = "_slap_corpus"
@@ -36,6 +39,36 @@ class RecordCollator(ChatCollator):
         return super().__call__([_as_sample(sample) for sample in samples])
 
 
+class AsTokenised:
+    """Hands a collator the rows of a dataset that was tokenised before, as it was handed over.
+
+    Its labels, mask and padding are those of the dataset, so that the collator makes the same of
+    them; of several masks each is what all of them say.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], columns: Sequence[str]) -> None:
+        """
+        Args:
+            collate: The caller's.
+            columns: Of the dataset, as `token_columns_of` gives them.
+        """
+        self._collate, self._columns = collate, columns
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Any:
+        return self._collate([self._row(sample) for sample in samples])
+
+    def _row(self, sample: Mapping[str, Any]) -> dict[str, list[int]]:
+        ids, learnt = sample["input_ids"].tolist(), sample["supervised"].tolist()
+        row = dict.fromkeys(self._columns, learnt) | {"input_ids": ids}
+        if ATTENTION in row:
+            shown = sample.get(ATTENTION)
+            row[ATTENTION] = [1] * len(ids) if shown is None else shown.tolist()
+        if "labels" in row:
+            pairs = zip(ids, learnt, strict=True)
+            row["labels"] = [token if mark else IGNORED_LABEL for token, mark in pairs]
+        return row
+
+
 def with_training_set(
     given: Mapping[str, Any],
     embeddings: Any,
@@ -48,8 +81,8 @@ def with_training_set(
 
     A `datasets.Dataset` or `IterableDataset`, a path or what `prepare` returned takes the place of
     a `StreamingDataset`: it is prepared here, in `corpus`. Its samples are tokenised if there is a
-    tokenizer, the Trainer's or the `ChatCollator`'s. Where no collator is given, chats and tokens
-    get a `ChatCollator`.
+    tokenizer, the Trainer's or the `ChatCollator`'s; what was tokenised before stays as it is.
+    Where no collator is given, chats and tokens get a `ChatCollator`.
 
     Args:
         given: The Trainer's arguments by name.
@@ -77,9 +110,12 @@ def with_training_set(
                 f"data_collator is given, got {type(chosen).__name__}; load one with "
                 "AutoTokenizer.from_pretrained(...)."
             )
+        cut_to, decoder = max_length, tokenizer
+        if token_columns_of(dataset):
+            cut_to, decoder = max_length_of_tokens(args), _decoder(given)
         # A collator that cuts otherwise finds nothing left to cut in what is prepared.
         dataset, embeddings = _open(
-            dataset, embeddings, corpus, args, tokenizer, max_length, truncation(given)
+            dataset, embeddings, corpus, args, decoder, cut_to, truncation(given)
         )
         given["train_dataset"] = dataset
     if collate and given.get("data_collator") is None and tokenizer and _holds_chats(dataset):
@@ -97,6 +133,28 @@ def tokenizer_and_length(
     """What makes token ids of the samples, and of how many at most; no tokenizer: nothing does."""
     tokenizer = _tokenizer(given, args)
     return tokenizer, None if tokenizer is None else _max_length(given, args, tokenizer)
+
+
+def max_length_of_tokens(args: TrainingArguments) -> int | None:
+    """Tokens of a sample that was tokenised before, at most: what TRL's settings say, where TRL
+    would prepare it. The stock Trainer takes rows as long as they are; its collator may cut."""
+    if (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"):
+        return None
+    length: int | None = getattr(args, "max_length", None)
+    return length
+
+
+def _decoder(given: Mapping[str, Any]) -> Any:
+    """The tokenizer that made the token ids of a dataset: what is embedded are its texts."""
+    chosen = given.get("processing_class", given.get("tokenizer"))
+    for owner in (chosen, given.get("data_collator")):
+        found = getattr(owner, "tokenizer", owner)
+        if isinstance(found, PreTrainedTokenizerBase):
+            return found
+    raise ConfigError(
+        "processing_class must be the tokenizer that made the input_ids of train_dataset, got "
+        f"{type(chosen).__name__}; the texts that are embedded are what it makes of them."
+    )
 
 
 def truncation(given: Mapping[str, Any]) -> Truncate:
@@ -200,6 +258,11 @@ def _max_length(given: Mapping[str, Any], args: TrainingArguments, tokenizer: An
 def _as_sample(sample: Mapping[str, Any]) -> Mapping[str, Any]:
     if {"input_ids", "supervised"} <= sample.keys():
         return sample
+    if holds_tokens(sample):
+        try:
+            return read_tokens(sample)
+        except RecordDropped as dropped:
+            raise CorpusError(f"samples must be records that can be used: {dropped}.") from dropped
     # An id only names the record in the collator's errors: it may be whatever it is.
     fields = {name: value for name, value in sample.items() if name != "id"}
     named = {name: sample[name] for name in sample.keys() - fields.keys()}

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import AutoProcessor, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from slap_stream.config import SlapConfig
 from slap_stream.errors import ConfigError
-from slap_stream.integrations.evaluation_set import is_path
 from slap_stream.integrations.mixin import SlapMixin
-from slap_stream.integrations.prepare import is_shards
-from slap_stream.integrations.training_set import with_training_set
+from slap_stream.integrations.trainer_loader import TrainerLoader
+from slap_stream.integrations.training_set import max_length_of_tokens, with_training_set
+from slap_stream.integrations.trl_datasets import (
+    check_columns,
+    check_evaluation,
+    check_record,
+    check_turns,
+    first_rows,
+    has_turns,
+    is_whole_chat,
+    with_masks,
+    with_texts,
+    with_turns,
+)
+from slap_stream.probe.head import unwrap
 from slap_stream.text.collate import ChatCollator
-from slap_stream.text.template import DEFAULT_CHAT_TEMPLATE
 from slap_stream.types import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
@@ -36,12 +44,8 @@ _FIXED: dict[str, tuple[Any, str]] = {
         "to keep the end of records give ChatCollator(tokenizer, max_length=..., truncate='left')",
     ),
 }
-# What TRL reads of a record, and neither slap-convert nor ChatCollator does.
-_UNREAD = ("image", "images", "chat_template_kwargs")
-# What TRL reads rather than a text, where it is there.
-_CHATS = frozenset({"messages", "conversations", "prompt"})
-# What else slap-convert makes turns of.
-_TURNS = _CHATS | {"instruction", "question", "query"}
+# The stage of ZeRO that keeps weights in pieces, too.
+_ALL_IN_PIECES = 3
 
 
 class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not typed
@@ -104,9 +108,17 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
             )
         check_evaluation(given.get("eval_dataset"))
         check_columns(given.get("train_dataset"))
-        given = {**given, "train_dataset": with_texts(given.get("train_dataset"), args)}
-        if isinstance(given["train_dataset"], Dataset | IterableDataset):
-            check_turns(args, chats=bool(_TURNS & set(_columns(given["train_dataset"]))))
+        dataset = given.get("train_dataset")
+        if self._token_columns:
+            dataset = with_masks(dataset, args)
+            if not _skips_preparing(args):
+                # What TRL's preparing leaves of it for a collator.
+                self._token_columns = ("input_ids", "labels")
+        else:
+            dataset = with_texts(dataset, args)
+            if isinstance(dataset, Dataset | IterableDataset):
+                check_turns(args, chats=has_turns(dataset))
+        given = {**given, "train_dataset": dataset}
         if given.get("processing_class") is None:
             given = {**given, "processing_class": _processor(given["model"], args)}
         return with_training_set(given, embeddings, corpus, args, collate=False)
@@ -137,7 +149,7 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
             if by_chat:
                 check_record(sample, args)
                 of_all = not getattr(args, "assistant_only_loss", False)
-                if of_all and any(map(_is_whole_chat, _first_rows(given.get("eval_dataset")))):
+                if of_all and any(map(is_whole_chat, first_rows(given.get("eval_dataset")))):
                     logger.warning(
                         "eval_loss is of all tokens of a conversation, the training loss of the "
                         "assistant's; assistant_only_loss=True, or an eval_dataset of prompts and "
@@ -145,7 +157,7 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
                     )
             given = {**given, "train_dataset": first_row(sample if by_chat else None)}
         # What TRL has prepared it collates itself; without padding it knows of no other collator.
-        prepared = not (getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset")
+        prepared = not _skips_preparing(args)
         self._by_chat_template = by_chat and prepared
         if self._by_chat_template:
             bare = getattr(args, "chat_template_path", None) is None
@@ -154,7 +166,6 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         if by_chat and (prepared or getattr(args, "padding_free", False)):
             given = {**given, "data_collator": None}
         super().construct(given)
-        check_zero(self, self._slap_config)
         if collate is not None and not prepared:
             self.data_collator = collate
         self.train_dataset = dataset
@@ -173,6 +184,14 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         metrics: dict[str, float] = super().evaluate(eval_dataset, *rest, **options)
         return metrics
 
+    def _begin(self, loader: TrainerLoader) -> None:
+        if (
+            self.is_deepspeed_enabled
+            and self.accelerator.state.deepspeed_plugin.zero_stage == _ALL_IN_PIECES
+        ):
+            keep_head_gathered(self.model)
+        super()._begin(loader)
+
     def _chat_collator(self) -> ChatCollator:
         # TRL has given it the tokens and the template that the settings name.
         processor: Any = self.processing_class
@@ -182,9 +201,12 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
                 "processing_class must have its chat template on its tokenizer, got it on "
                 f"{type(processor).__name__} alone; set processing_class.tokenizer.chat_template."
             )
+        max_length = self.args.max_length
+        if self._token_columns:
+            max_length = max_length_of_tokens(self.args)
         return ChatCollator(
             tokenizer,
-            max_length=self.args.max_length,
+            max_length=max_length,
             pad_to_multiple_of=self.args.pad_to_multiple_of,
             packing="padding_free" if self.args.padding_free else None,
         )
@@ -265,154 +287,25 @@ def check_arguments(args: Any, collate: Any) -> None:
             )
 
 
-def check_zero(trainer: Any, config: SlapConfig) -> None:
-    """Refuse weights in pieces that TRL's loss would find empty: tried, its backward then fails."""
-    if not trainer.is_deepspeed_enabled or not config.probe_fraction:
-        return
-    stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
-    if stage > 2:
-        raise ConfigError(
-            "deepspeed's zero_optimization.stage must be at most 2 with TRL's trainer and a probe, "
-            f"got {stage!r}; TRL's loss reads the head's weight itself, which is not gathered for "
-            "it once the probe has called the head: take stage 2, FSDP2, or "
-            "SlapConfig(probe_fraction=0)."
-        )
+def _skips_preparing(args: Any) -> bool:
+    return bool((getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"))
 
 
-def check_columns(dataset: Any) -> None:
-    """Refuse a dataset with columns that TRL would read, and that are lost when it is converted."""
-    if not isinstance(dataset, Dataset | IterableDataset):
-        return
-    columns = _columns(dataset)
-    for name in _UNREAD:
-        if name in columns:
-            raise ConfigError(
-                f"train_dataset must hold no {name!r}, got the columns {columns!r}; text alone is "
-                f"kept of it: leave them out by remove_columns({name!r}), or give shards that hold "
-                "them (a StreamingDataset) and a data_collator that reads them."
-            )
+def keep_head_gathered(model: Any) -> None:
+    """Under ZeRO 3: let the weights of the head be gathered for the whole model's forward and
+    backward, where TRL's loss reads them itself.
 
-
-def with_texts(dataset: Any, args: Any) -> Any:
-    """A dataset whose texts, if it is they that count, have the column that slap-convert reads.
-
-    Raises:
-        ConfigError: If `dataset_text_field` names no column of it, or no column can be renamed.
-    """
-    field = getattr(args, "dataset_text_field", "text")
-    if field == "text":
-        return dataset
-    if isinstance(dataset, str | Path) and not is_shards(dataset):
-        raise ConfigError(
-            f"dataset_text_field must be 'text' with files, got {field!r}; hand over what "
-            "datasets.load_dataset() makes of them, or leave it out if they hold chats."
-        )
-    if not isinstance(dataset, Dataset | IterableDataset):
-        return dataset
-    columns = _columns(dataset)
-    if _CHATS & set(columns):
-        return dataset
-    if field not in columns:
-        raise ConfigError(
-            f"dataset_text_field must be a column of train_dataset, got {field!r}; it has "
-            f"{columns!r}."
-        )
-    # The others might make a record of another shape, or hold another text.
-    kept = [name for name in ("id", "source") if name in columns and name != field]
-    return dataset.select_columns([field, *kept]).rename_column(field, "text")
-
-
-def _columns(dataset: Dataset | IterableDataset) -> list[str]:
-    # A stream may not know them before its first row.
-    return list(dataset.column_names or next(iter(dataset), {}))
-
-
-def check_record(sample: Mapping[str, Any], args: Any) -> None:
-    """Refuse records that ChatCollator does not read, or not as TRL does."""
-    columns = sorted(sample)
-    if "messages" not in sample and not {"input_ids", "supervised"} <= sample.keys():
-        raise ConfigError(
-            "train_dataset must hold 'messages', or 'input_ids' and 'supervised', got the columns "
-            f"{columns!r}; slap-convert makes them of texts, prompts and completions, or give a "
-            "data_collator that reads yours."
-        )
-    # Tools are read where slap-convert puts them, and not in a column of their own.
-    for name in (*_UNREAD, "tools"):
-        if sample.get(name) is not None:
-            also = ", and tools on the first of the messages" if name == "tools" else ""
-            raise ConfigError(
-                f"train_dataset must hold no {name!r}, got the columns {columns!r}; ChatCollator "
-                f"reads text alone{also}: give a data_collator that reads it."
-            )
-    roles = {message["role"] for message in sample.get("messages", ())}
-    check_turns(args, chats=roles != {"text"})
-
-
-def check_turns(args: Any, *, chats: bool) -> None:
-    """Refuse to train on the assistant's turns of what has none."""
-    if getattr(args, "assistant_only_loss", False) and not chats:
-        raise ConfigError(
-            "assistant_only_loss must be False with plain documents, got True; they have no turns, "
-            "and all their tokens are trained on."
-        )
-
-
-def check_evaluation(dataset: Any) -> None:
-    """Refuse evaluation sets that TRL does not read."""
-    for one in dataset.values() if isinstance(dataset, Mapping) else [dataset]:
-        if not (one is None or is_path(one) or isinstance(one, Dataset | IterableDataset)):
-            raise ConfigError(
-                "eval_dataset must be a datasets.Dataset, a path or a dict of them, got "
-                f"{type(one).__name__}; TRL reads no other: of a streaming set make one with "
-                "datasets.Dataset.from_list([dataset[i] for i in range(dataset.num_samples)])."
-            )
-
-
-def with_turns(dataset: Any, processor: Any, *, bare: bool = True) -> Any:
-    """Evaluation sets whose prompts and completions are turns, where they are texts.
-
-    TRL would put texts together as they are. As a training set they go through the chat template.
+    DeepSpeed finds out by itself that they are read outside of the head's own forward, but only
+    where they are not there already. Once a probe has called the head they are: DeepSpeed expects
+    the same call again and fetches ahead. The gradient then meets a weight that was given back.
 
     Args:
-        dataset: As `check_evaluation` lets it pass.
-        processor: Whose template is used; without one ChatCollator's own is, as in training.
-        bare: Whether a processor without template stays so.
+        model: The Trainer's, in DeepSpeed's hands.
     """
-    if isinstance(dataset, Mapping):
-        return {name: with_turns(one, processor, bare=bare) for name, one in dataset.items()}
-    for row in _first_rows(dataset):
-        pair = all(isinstance(row.get(name), str) for name in ("prompt", "completion"))
-        if not pair or "input_ids" in row:
-            continue
-        lacking = bare and getattr(processor, "chat_template", None) is None
-        return dataset.map(
-            _as_turns, fn_kwargs={"template": DEFAULT_CHAT_TEMPLATE if lacking else None}
-        )
-    return dataset
+    # Not before it is needed: the import alone takes seconds.
+    import deepspeed
 
-
-def _as_turns(row: dict[str, Any], template: str | None) -> dict[str, Any]:
-    turns: dict[str, Any] = {
-        name: [{"role": role, "content": row[name]}]
-        for name, role in (("prompt", "user"), ("completion", "assistant"))
-    }
-    if template is not None:
-        turns["chat_template_kwargs"] = {"chat_template": template}
-    return turns
-
-
-def _first_rows(dataset: Any) -> list[Mapping[str, Any]]:
-    """The first row of each evaluation set that has one and shows it to TRL, too."""
-    return [
-        row
-        for one in (dataset.values() if isinstance(dataset, Mapping) else [dataset])
-        # Rows that are made when they are asked for TRL does not prepare.
-        if isinstance(one, IterableDataset)
-        or (isinstance(one, Dataset) and one.format["type"] != "custom")
-        for row in islice(one, 1)
-    ]
-
-
-def _is_whole_chat(row: Mapping[str, Any]) -> bool:
-    chats = row.get("messages") or row.get("conversations")
-    return chats is not None and "prompt" not in row and "input_ids" not in row
+    root: Any = unwrap(model)
+    root = root.get_base_model() if hasattr(root, "get_base_model") else root
+    for weight in root.get_output_embeddings().parameters():
+        deepspeed.zero.register_external_parameter(root, weight)

@@ -106,6 +106,8 @@ class SlapDataLoader(DataLoader[Any]):
         TypeError: If the dataset is not a `StreamingDataset`.
     """
 
+    needs_log = True  # a `run_dir` that cannot be written to ends the run, before it has begun
+
     def __init__(
         self,
         dataset: Any,
@@ -221,7 +223,7 @@ class SlapDataLoader(DataLoader[Any]):
         self._line.restart()
         if Accelerated.is_due(self):
             self._accelerated = self._accelerated or Accelerated(SAMPLE_ID)
-            self._accelerated.begin()
+            self._accelerated.begin(self)
         return Delivery(
             batches,
             self._workers_of(batches),
@@ -398,11 +400,11 @@ class SlapDataLoader(DataLoader[Any]):
     def _meet_ranks(self) -> int:
         """Check that all ranks were given the same run; most shards that one needs at a time."""
         run = self.config.to_dict() | self._sampler.describe() | {"index_digests": self._digests}
-        mine = run, self._sampler.shards_at_hand, self._log.started
+        mine = run, self._sampler.shards_at_hand, self._log.started, self._log.problem
         everyones = self._ranks.gather(json.dumps(mine).encode(), self._position())
-        runs, needs, starts = zip(*map(json.loads, everyones), strict=True)
+        runs, needs, starts, problems = zip(*map(json.loads, everyones), strict=True)
         check_ranks_agree(runs)
-        self._log.started = max(starts)
+        self._log.settle(starts, problems, required=self.needs_log)
         return int(max(needs))
 
     def _position(self) -> Position:

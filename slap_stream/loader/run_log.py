@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ class RunLog:
     """Writes a rank's log; `run_files` says what is in it.
 
     If it cannot be written later on (a full disk, say), or anything else fails in here, training
-    goes on without: that is logged once, and `metrics()["run_log_failed"]` is 1.
+    goes on without: that is logged once, and `metrics()["run_log_failed"]` is 1. Whether it can be
+    at all the ranks find out together: `settle`.
 
     Holds the sums since the last span; no state of the loader has them, which would be as long as
     the log.
@@ -74,9 +75,7 @@ class RunLog:
             what they write is told from what was before.
         begun: Whether it is being written.
         failed: Whether it could not be.
-
-    Raises:
-        ConfigError: If the directory cannot be made or written to.
+        problem: What is wrong with the directory, if it cannot be made or written to.
     """
 
     def __init__(
@@ -93,6 +92,7 @@ class RunLog:
         self._index = self._level = self._spans_held = self._rows_held = 0
         self.begun = self.failed = False
         self._kept = run_dir is not None
+        self.problem: str | None = None
         self._early: list[Event] = []
         self._clear(self._place)
         if run_dir is None:
@@ -102,15 +102,46 @@ class RunLog:
             log_dir.mkdir(parents=True, exist_ok=True)
             if not os.access(log_dir, os.W_OK):
                 raise PermissionError(f"{log_dir} may not be written to")
+            # By a clock that is behind (of another machine, say) they would be of the session
+            # before.
+            last = last_started(log_dir, sampler.rank, sampler.world_size)
         except (OSError, CorpusError) as error:
-            raise ConfigError(
-                f"run_dir must be a directory, new or old, that may be written to, got "
-                f"{str(run_dir)!r}: {error}; name another, or None for no log."
-            ) from error
+            # Not raised: the other ranks would wait for this one.
+            self.problem = f"{str(run_dir)!r}: {error}"
+            return
         self._events, self._rows = (f(log_dir, sampler.rank) for f in (event_file, row_file))
-        # By a clock that is behind (of another machine, say) they would be of the session before.
-        last = last_started(log_dir, sampler.rank, sampler.world_size)
         self.started = max(self.started, last + SECONDS_BETWEEN_STARTS)
+
+    def settle(
+        self, starts: Sequence[float], problems: Sequence[str | None], *, required: bool
+    ) -> None:
+        """Take what all ranks have said: all write their logs, or none does. A log that one of them
+        is missing from would tell a part as if it were the whole.
+
+        Args:
+            starts: When each rank began, by its own clock and files.
+            problems: What is wrong with each one's directory.
+            required: Whether a run without its log must not begin.
+
+        Raises:
+            ConfigError: On every rank, if it is required and one of them cannot write it.
+        """
+        self.started = max(starts)
+        failed = [rank for rank, problem in enumerate(problems) if problem is not None]
+        if not failed:
+            return
+        several = len(problems) > 1
+        which = f" on rank {failed[0]} ({len(failed)} of {len(problems)} ranks)" if several else ""
+        told = f"{problems[failed[0]]}{which}"
+        if required:
+            raise ConfigError(
+                "run_dir must be a directory, new or old, that may be written to, got "
+                f"{told}; name another, or None for no log."
+            )
+        # Where this process is none that writes, it says nothing, as before.
+        self.failed = self._kept
+        if self._kept and self._sampler.rank == 0:
+            logger.warning("this run keeps no log for slap-report, which cannot be in %s", told)
 
     @property
     def _place(self) -> Place:

@@ -15,7 +15,10 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
-    "chat": ("Encoded", "Truncate", "check_truncate", "cut", "encode"),
+    "chat": (
+        *("ATTENTION", "Encoded", "Truncate", "check_truncate", "cut", "encode"),
+        "without_padding",
+    ),
     "template": ("DEFAULT_CHAT_TEMPLATE", "REASONING_FIELDS", "TurnsError"),
     "turns": ("LEARN_FIELDS", "is_learnt", "tools_of"),
     "collate": ("ChatCollator",),

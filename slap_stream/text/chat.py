@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -11,7 +11,18 @@ from slap_stream.errors import ConfigError
 from slap_stream.text.template import DEFAULT_CHAT_TEMPLATE, Message, TurnsError
 from slap_stream.text.turns import Span, find_turns, is_learnt
 
-__all__ = ["DEFAULT_CHAT_TEMPLATE", "Encoded", "Truncate", "check_truncate", "cut", "encode"]
+__all__ = [
+    "ATTENTION",
+    "DEFAULT_CHAT_TEMPLATE",
+    "Encoded",
+    "Truncate",
+    "check_truncate",
+    "cut",
+    "encode",
+    "without_padding",
+]
+
+ATTENTION = "attention_mask"
 
 Truncate = Literal["right", "left", "drop"]
 """What becomes of a record that is longer than max_length: its start is kept, its end, or none."""
@@ -52,6 +63,22 @@ def check_truncate(truncate: Any, max_length: int | None) -> None:
         raise ConfigError(
             f"truncate must be 'right' without max_length, got {truncate!r}; nothing is too long."
         )
+
+
+def without_padding(sample: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+    """Ids of a tokenised record, and whether each is learnt, as far as they are attended to.
+
+    Args:
+        sample: `input_ids`; `supervised` unless all are; `attention_mask` if there is padding.
+    """
+    ids = [int(token) for token in sample["input_ids"]]
+    marks, shown = sample.get("supervised"), sample.get(ATTENTION)
+    supervised = [True] * len(ids) if marks is None else [bool(mark) for mark in marks]
+    if shown is None:
+        return ids, supervised
+    rows = zip(ids, supervised, shown, strict=True)
+    kept = [(token, mark) for token, mark, attended in rows if attended]
+    return [token for token, _ in kept], [mark for _, mark in kept]
 
 
 def cut(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from slap_stream.errors import ConfigError, CorpusError
-from slap_stream.text.chat import Encoded, Truncate, check_truncate, cut, encode
+from slap_stream.text.chat import Encoded, Truncate, check_truncate, cut, encode, without_padding
 from slap_stream.types import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ class ChatCollator:
         """Collate records.
 
         Args:
-            samples: (batch,) records with `messages`, or with `input_ids` and `supervised`.
+            samples: (batch,) records with `messages`, or with `input_ids` and `supervised`;
+                tokens that an `attention_mask` hides are padding, and left out.
 
         Returns:
             `input_ids`, `attention_mask`, `labels`, each (batch, tokens) int64; labels are -100
@@ -125,13 +126,13 @@ class ChatCollator:
     def _encode(self, sample: Mapping[str, Any]) -> Encoded:
         name = f"record {sample['id']!r}" if "id" in sample else "a record"
         if "input_ids" in sample and "supervised" in sample:
-            input_ids = [int(token) for token in sample["input_ids"]]
-            supervised = [bool(flag) for flag in sample["supervised"]]
-            if len(input_ids) != len(supervised):
+            lengths = [len(sample[column]) for column in ("input_ids", "supervised")]
+            if lengths[0] != lengths[1]:
                 raise CorpusError(
-                    f"supervised must be as long as input_ids ({len(input_ids)}), "
-                    f"got {len(supervised)} in {name}."
+                    f"supervised must be as long as input_ids ({lengths[0]}), got {lengths[1]} in "
+                    f"{name}."
                 )
+            input_ids, supervised = without_padding(sample)
             whole = Encoded(input_ids=input_ids, supervised=supervised, truncated=False)
         elif "messages" in sample:
             try:

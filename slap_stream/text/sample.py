@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from slap_stream.text.chat import ATTENTION
 from slap_stream.text.turns import is_learnt, tools_of
 
 CHARACTERS_PER_TOKEN = 4
@@ -97,12 +98,15 @@ def from_text(text: str, source: str | None) -> TextSample:
 def from_tokens(
     sample: Mapping[str, Any], source: str | None, decode: Callable[[Any], str]
 ) -> TextSample:
-    """A sample from `input_ids` and, unless all are, `supervised`."""
+    """A sample from `input_ids` and, unless all are, `supervised`; padding is left out."""
     input_ids = np.asarray(sample["input_ids"], dtype=np.int32).reshape(-1)
-    marks = sample.get("supervised")
+    marks, shown = sample.get("supervised"), sample.get(ATTENTION)
     supervised = np.ones(len(input_ids), dtype=np.bool_)
     if marks is not None:
         supervised = np.asarray(marks).reshape(-1).astype(np.bool_)
+    if shown is not None:
+        attended = np.asarray(shown).reshape(-1).astype(np.bool_)
+        input_ids, supervised = input_ids[attended], supervised[attended]
     if supervised.all():
         prompt, target = halves(decode(input_ids))
     else:

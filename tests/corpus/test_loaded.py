@@ -152,8 +152,12 @@ def test_the_same_dataset_is_known_again_and_another_is_not() -> None:
             r"known shapes, got \['headline', 'body'\]; rename_column\(\) or map\(\) to one of",
         ),
         (
-            Dataset.from_dict({"input_ids": [[1]], "labels": [[1]]}),
-            r"got \['input_ids', 'labels'\]; hand it over as it was before it was tokenised",
+            Dataset.from_dict({"input_ids": [[1]], "position_ids": [[0]]}),
+            r"must hold one sample in a row, got a column 'position_ids' .* before it was packed",
+        ),
+        (
+            Dataset.from_dict({"input_ids": [[1]], "seq_lengths": [[1]]}),
+            r"must hold one sample in a row, got a column 'seq_lengths' beside input_ids",
         ),
         (
             Dataset.from_dict({"text": ["a"]}).with_transform(lambda rows: rows),

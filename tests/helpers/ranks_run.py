@@ -39,6 +39,7 @@ from slap_stream.corpus.convert import convert as corpus_convert
 from slap_stream.errors import ConfigError, CorpusError, ExchangeError, StateError
 from slap_stream.integrations import first_rank
 from slap_stream.integrations import prepare as preparation
+from slap_stream.integrations.trainer_loader import TrainerLoader
 from slap_stream.integrations.training_set import with_training_set
 from slap_stream.integrations.transformers import SlapTrainer
 from slap_stream.loader import ranks as distributed
@@ -468,8 +469,26 @@ def preparing(run: Run) -> dict[str, Any]:
     return found
 
 
+def unwritable(run: Run) -> dict[str, Any]:
+    """The second of two ranks has a file where its log should be."""
+    found: dict[str, Any] = {}
+    if run.rank < 2:
+        mine = run.out / f"log of {run.rank}"
+        if run.rank == 1:
+            mine.write_text("")
+        found["asked for"] = error_of(lambda: run.loader(2, run_dir=mine))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SlapDataLoader, "needs_log", TrainerLoader.needs_log)
+            loader = run.loader(2, run_dir=mine)
+        found["batches"] = batches(loader, most=3)
+        found["failed"] = loader.metrics()["run_log_failed"]
+        found["written"] = [path.name for path in mine.glob("_slap_log/*")]
+        loader.close()
+    return found
+
+
 SCENARIOS = [
-    *(laws, cost, cut_short, bad_samples, replicas, limited, errors),
+    *(laws, cost, cut_short, bad_samples, replicas, limited, errors, unwritable),
     *(training, trainer, preparing),
 ]
 

@@ -321,13 +321,15 @@ def deepspeed(run: Run) -> dict[str, Any]:
     ddp = run.trainer(**settings)
     ddp.train()
     found = {"ddp": told(ddp)}
+    with_pieces: dict[str, dict[str, Any]] = {}
     for stage in (1, 2, 3):
         # Of a model this small ZeRO 3 would otherwise leave everything where it is.
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
         asked = {**common, "zero_optimization": zero}
         found |= resumed(run, f"zero {stage}", 4, deepspeed=asked, **settings)
-        if stage == 2 and find_spec("trl") is not None:
-            found |= with_trl(run, {"trl zero 2": {"deepspeed": asked}})
+        with_pieces[f"trl zero {stage}"] = {"deepspeed": asked}
+    if find_spec("trl") is not None:
+        found |= with_trl(run, with_pieces)
     asked["optimizer"] = {"type": "AdamW", "params": {**adam, "torch_adam": True}}
     found |= resumed(run, "auto", 8, deepspeed=asked, keep="auto")
     asked["scheduler"] = {"type": "WarmupLR", "params": {}}

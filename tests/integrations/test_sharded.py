@@ -150,14 +150,15 @@ def test_with_deepspeed_a_training_is_the_one_with_ddp(deepspeed: Results, stage
         check_alike(result[f"zero {stage}"], result["ddp"])
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_with_deepspeed_trls_training_is_the_one_with_ddp_and_resumed_exactly(
-    deepspeed: Results,
+    deepspeed: Results, stage: int
 ) -> None:
     if find_spec("trl") is None:
         pytest.skip("trl is an extra")
     for result in deepspeed:
-        check_alike(result["trl zero 2"], result["trl ddp"])
-        check_resumed(result, "trl zero 2")
+        check_alike(result[f"trl zero {stage}"], result["trl ddp"])
+        check_resumed(result, f"trl zero {stage}")
 
 
 @pytest.mark.parametrize("name", ["zero 1", "zero 2", "zero 3", "auto"])

@@ -354,6 +354,25 @@ def test_evaluation_is_the_stock_trainers_and_changes_nothing(
     assert sum(span["losses"][1] for span in events.spans) == 12 * BATCH
 
 
+def test_a_log_that_cannot_be_kept_ends_no_training(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    alone = make(folder, tmp_path / "alone", max_steps=3)
+    alone.train()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "_slap_log").write_text("a file")
+    trainer = make(folder, tmp_path / "full", max_steps=3)
+    trainer.train()
+    assert (trainer.ids, trainer.losses) == (alone.ids, alone.losses)
+    assert trainer.loader is not None
+    assert trainer.loader.metrics()["run_log_failed"] == 1
+    said = "this run keeps no log for slap-report, which cannot be in"
+    [warning] = [text for text in caplog.messages if said in text]
+    assert repr(str(tmp_path / "full")) in warning
+
+
 def test_probe_fraction_zero_switches_the_probe_off(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     config = config_of(num_lanes=1, lookahead=2, probe_fraction=0.0)
     trainer = make(folder, tmp_path, config=config, max_steps=5)

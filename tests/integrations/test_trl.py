@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from tests.test_training import BATCH, byte_tokenizer, folder  # noqa: F401  (a 
 
 trl = pytest.importorskip("trl", reason="trl is an extra")
 
-from slap_stream.integrations.trl import SlapSFTTrainer, check_zero  # noqa: E402
+from slap_stream.integrations.trl import SlapSFTTrainer  # noqa: E402
 
 # TRL sets what transformers 5 calls by another name, and will smooth labels no more.
 pytestmark = pytest.mark.filterwarnings(
@@ -185,6 +184,59 @@ def test_on_the_same_batches_the_stock_trainer_trains_alike_bit_for_bit(
     assert [step[:3] for step in history(ours)] == [step[:3] for step in history(stock)]
     for mine, theirs in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+MASKS = {"completion_mask": [0, 0, 0, 1, 1, 1], "assistant_masks": [0, 0, 1, 1, 0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings"),
+    [
+        (["completion_mask", "assistant_masks"], {"completion_only_loss": True}),
+        (["completion_mask"], {"max_length": 5}),
+        (["labels"], {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": 5}),
+    ],
+    ids=["both masks", "a mask that TRL passes over, cut", "labels as they are"],
+)
+def test_a_dataset_that_was_tokenised_trains_as_with_trl_bit_for_bit(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    columns: list[str],
+    settings: dict[str, Any],
+) -> None:
+    rows = []
+    for n in range(40):
+        ids = [40 + n + step for step in range(6)]
+        labels = [-100, -100, *ids[2:]]
+        rows.append({"id": str(n), "input_ids": ids, **MASKS, "labels": labels})
+    kept = ["id", "input_ids", *columns]
+    dataset = Dataset.from_list(rows).select_columns(kept)
+    options = {"train_dataset": dataset, "embeddings": None}
+    ours = make(folder, tmp_path, options=options, max_steps=3, **settings)
+    ours.train()
+    order = [int(ours.train_dataset[i]["id"]) for batch in ours.ids for i in batch]
+    stock = Replay(
+        new_model(folder),
+        arguments(tmp_path / "stock", max_steps=3, **settings),
+        train_dataset=dataset.select(order).remove_columns("id"),
+        processing_class=tokenizer(),
+    )
+    stock.train()
+    assert ours.losses == stock.losses
+    for mine, theirs in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    passed_over = "completion_mask is not used, as TRL does without" in caplog.text
+    assert passed_over == (columns == ["completion_mask"])
+
+
+def test_token_ids_that_do_not_say_what_the_assistants_are_are_refused(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    options = {"train_dataset": Dataset.from_list([{"input_ids": [5, 6, 7]}]), "embeddings": None}
+    with pytest.raises(ConfigError, match="must be False with token ids and no 'assistant_masks'"):
+        make(folder, tmp_path, options=options, assistant_only_loss=True)
 
 
 @pytest.fixture(scope="module")
@@ -525,20 +577,6 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     }
     with pytest.raises(ConfigError, match=message):
         make(folder, tmp_path, options=given, **settings)
-
-
-def test_zero_3_is_refused_with_a_probe() -> None:
-    """As a Trainer looks then, which takes DeepSpeed to be made."""
-    plugin = SimpleNamespace(zero_stage=3)
-    state = SimpleNamespace(deepspeed_plugin=plugin)
-    trainer = SimpleNamespace(is_deepspeed_enabled=True, accelerator=SimpleNamespace(state=state))
-    with pytest.raises(
-        ConfigError, match=r"stage must be at most 2 with .* got 3; .* take stage 2"
-    ):
-        check_zero(trainer, CONFIG)
-    check_zero(trainer, NO_PROBE)
-    plugin.zero_stage = 2
-    check_zero(trainer, CONFIG)
 
 
 def test_a_training_set_is_asked_for(folder: Path, tmp_path: Path) -> None:  # noqa: F811

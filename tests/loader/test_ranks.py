@@ -174,6 +174,20 @@ def test_ranks_that_do_not_fit_together_say_so(results: Results, name: str, mess
         assert message in result["errors"][name]
 
 
+def test_a_log_that_one_rank_cannot_write_ends_no_run_that_did_not_ask_for_it(
+    results: Results,
+) -> None:
+    for result in results[:2]:
+        found = result["unwritable"]
+        assert "run_dir must be a directory, new or old, that may be written" in found["asked for"]
+        assert "log of 1" in found["asked for"]
+        assert "on rank 1 (1 of 2 ranks); name another, or None for no" in found["asked for"]
+        assert found["failed"] == 1
+        assert found["written"] == []
+    whole = joined(results, "laws", "table 2", 2)
+    assert joined(results, "unwritable", "batches", 2) == whole[:3]
+
+
 def test_twins_that_have_parted_say_so(results: Results) -> None:
     for result in results:
         assert "got others on 2 of 2 processes of rank 1" in result["replicas"]["parted"]
