@@ -150,6 +150,11 @@ def reasons(
         LEARNT: worth(np.maximum(rank, 0.5), evidence) - whole,
     }
     for name, values in evidence.items():
+        if name == "unrelated":
+            # Whatever the policy, if it weighs evidence at all.
+            weight = policy.config.advanced.target_weight if "evidence" in policy.needs else 0.0
+            charges[name] = np.where(values >= LEAST_SHOWN, weight * values, 0.0)
+            continue
         # Of two kinds of noise in one sample neither would take anything more.
         kind = _NOISE if name in _NOISE else (name,)
         charge = worth(rank, evidence | dict.fromkeys(kind, none)) - whole

@@ -22,7 +22,14 @@ from slap_stream.selection.moments import Moments
 from slap_stream.selection.schedule import Keep, LanePlan
 from slap_stream.selection.state import Lookup
 from slap_stream.selection.strata import Strata
-from slap_stream.types import MISMATCH_COLUMN, REFERENCE_COLUMN, Float32Array, FloatArray, State
+from slap_stream.types import (
+    MISMATCH_COLUMN,
+    REFERENCE_COLUMN,
+    RELEVANCE_COLUMN,
+    Float32Array,
+    FloatArray,
+    State,
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -167,6 +174,7 @@ class Shared:
         )
         self.keep = Keep(config)
         self._mismatch = column_of.get(MISMATCH_COLUMN)
+        self._relevance = column_of.get(RELEVANCE_COLUMN)
         self.seeded = False
 
     def seed(self, x: Float32Array, *, weighs: bool) -> None:
@@ -177,8 +185,13 @@ class Shared:
             weighs: Whether evidence against candidates is weighed at all.
         """
         self.strata.seed(x[:, -self.strata.centroids.shape[1] :], self._config.seed)
-        if weighs and self._mismatch is not None:
-            self.keep.guess(1.0 - float(np.clip(x[:, self._mismatch], 0.0, 1.0).mean()))
+        if weighs:
+            spared = np.zeros(len(x), np.float32)
+            if self._mismatch is not None:
+                spared = np.clip(x[:, self._mismatch], 0.0, 1.0)
+            if self._relevance is not None:
+                spared = 1.0 - (1.0 - spared) * np.clip(x[:, self._relevance], 0.0, 1.0)
+            self.keep.guess(1.0 - float(spared.mean()))
         self.seeded = True
 
     def learn(self, sums: State) -> None:
