@@ -58,8 +58,10 @@ STIFFNESS = 1e-5
 ALL_OF_IT = 0.9
 # With fewer samples of their kind among those that were looked at there is little to choose from.
 FEW = 5
-# The length is left out: it is in another unit where examples and corpus are not both tokens.
-COLUMNS = tuple(name for name in FEATURE_NAMES if name != "log_length")
+# The length is left out, because it is in another unit where examples and corpus are not both
+# tokens; and how rare words are, because those of the corpus were counted and those of the examples
+# were not.
+COLUMNS = tuple(name for name in FEATURE_NAMES if name not in ("log_length", "target_rarity"))
 
 # (n,) samples to their (n, dim) embeddings and (n, columns) feature columns.
 Describe = Callable[[Sequence[TextSample]], tuple[Float32Array, Float32Array]]

@@ -140,9 +140,13 @@ def reasons(
         (n,) numbers in `OUTCOMES`, none of them that of `trained`.
     """
 
+    # Taken from the utility by the scorer, if the policy weighs evidence.
+    weight = policy.config.advanced.target_weight if "evidence" in policy.needs else 0.0
+
     def worth(rank: FloatArray, shown: dict[str, FloatArray]) -> FloatArray:
         noise = either(shown["mismatch"], shown["outlier"])
-        return policy.utility(rank=rank, loss=loss, copy=shown["copy"], mismatch=noise)
+        utility = policy.utility(rank=rank, loss=loss, copy=shown["copy"], mismatch=noise)
+        return utility - weight * shown["unrelated"]
 
     whole, none = worth(rank, evidence), np.zeros(len(rank))
     charges = {
@@ -150,11 +154,6 @@ def reasons(
         LEARNT: worth(np.maximum(rank, 0.5), evidence) - whole,
     }
     for name, values in evidence.items():
-        if name == "unrelated":
-            # Whatever the policy, if it weighs evidence at all.
-            weight = policy.config.advanced.target_weight if "evidence" in policy.needs else 0.0
-            charges[name] = np.where(values >= LEAST_SHOWN, weight * values, 0.0)
-            continue
         # Of two kinds of noise in one sample neither would take anything more.
         kind = _NOISE if name in _NOISE else (name,)
         charge = worth(rank, evidence | dict.fromkeys(kind, none)) - whole

@@ -39,7 +39,7 @@ from slap_stream.types import (
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 8
+STATE_VERSION = 9
 
 
 class SlapSampler:

@@ -20,6 +20,7 @@ from slap_stream.selection.loss_model import NUM_OWN_COLUMNS, LossModel, RankTab
 from slap_stream.selection.outliers import Outliers
 from slap_stream.selection.policies.base import Policy
 from slap_stream.selection.pool import EMPTY, Pool, RecentlyTrained
+from slap_stream.selection.schedule import Keep, raised
 from slap_stream.selection.state import Lookup
 from slap_stream.types import (
     MISMATCH_COLUMN,
@@ -84,6 +85,7 @@ class Yardsticks:
 
     Args:
         model: The model shared by all lanes.
+        keep: The fraction that is kept.
         feature_names: Names of the store's feature columns.
         columns: Columns of a design row.
         dim: Dimensions of the embedding, the last columns of a design row.
@@ -95,9 +97,9 @@ class Yardsticks:
     """
 
     def __init__(
-        self, model: LossModel, feature_names: Sequence[str], *, columns: int, dim: int
+        self, model: LossModel, keep: Keep, feature_names: Sequence[str], *, columns: int, dim: int
     ) -> None:
-        self._model = model
+        self._model, self._keep = model, keep
         self._dim = dim
         place = {name: NUM_OWN_COLUMNS + at for at, name in enumerate(feature_names)}
         self._mismatch, self._relevance = place.get(MISMATCH_COLUMN), place.get(RELEVANCE_COLUMN)
@@ -142,11 +144,10 @@ class Yardsticks:
         return unit_rows(project(x, self._metric))
 
     def unrelated(self, x: Float32Array, at: IntArray) -> FloatArray:
-        """(n,) probability that each row `at` of x is not of the target set's kind; zeros where
-        there is none."""
+        """(n,) probability of rows `at` of x not to be of the target set's kind; else zeros."""
         if self._relevance is None:
             return np.zeros(len(at))
-        return 1.0 - _probability(x[at, self._relevance])
+        return 1.0 - raised(_probability(x[at, self._relevance]), self._keep.leniency)
 
     def _mismatches(self, x: Float32Array) -> FloatArray:
         """(n,) the store's column of that name; zeros without one."""
@@ -185,8 +186,7 @@ class Yardsticks:
 
 
 def _probability(column: Float32Array) -> FloatArray:
-    clipped: FloatArray = np.clip(column.astype(np.float64), 0.0, 1.0)
-    return clipped
+    return np.clip(column.astype(np.float64), 0.0, 1.0)
 
 
 class _Window:

@@ -186,12 +186,14 @@ class Shared:
         """
         self.strata.seed(x[:, -self.strata.centroids.shape[1] :], self._config.seed)
         if weighs:
-            spared = np.zeros(len(x), np.float32)
+            mismatch: Float32Array = np.zeros(len(x), np.float32)
             if self._mismatch is not None:
-                spared = np.clip(x[:, self._mismatch], 0.0, 1.0)
-            if self._relevance is not None:
-                spared = 1.0 - (1.0 - spared) * np.clip(x[:, self._relevance], 0.0, 1.0)
-            self.keep.guess(1.0 - float(spared.mean()))
+                mismatch = np.clip(x[:, self._mismatch], 0.0, 1.0)
+            if self._relevance is None:
+                self.keep.guess(1.0 - float(mismatch.mean()))
+            else:
+                relevance = np.clip(x[:, self._relevance].astype(np.float64), 0.0, 1.0)
+                self.keep.aim(relevance, 1.0 - mismatch.astype(np.float64))
         self.seeded = True
 
     def learn(self, sums: State) -> None:

@@ -385,7 +385,8 @@ def nearness_to(examples: Sequence[Record], corpus: Path) -> NDArray[np.float64]
     mine = [from_messages(record["messages"], None) for record in examples]
     theirs, ours = (encoder.encode(some, tfidf.transform(some))[0] for some in (samples, mine))
     similarity = theirs.astype(np.float64) @ ours.T
-    return np.sort(similarity, axis=1)[:, -NEAREST:].mean(axis=1)
+    nearest: NDArray[np.float64] = np.sort(similarity, axis=1)[:, -NEAREST:].mean(axis=1)
+    return nearest
 
 
 def _adapted(path: Path, lora: bool) -> Any:
