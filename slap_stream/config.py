@@ -42,6 +42,7 @@ class Advanced:
         rank_cap: Ranks above this count as this: the very highest losses are mostly noise.
         copy_weight: Weight of being a near-copy of what was trained on lately and is learnt.
         mismatch_weight: Weight of the probability that the target belongs to another prompt.
+        target_weight: Utility taken from candidates that are not of the target set's kind.
         curvature: Weight of shared gradient directions inside a batch, relative to the scores.
         diversity: Weight of the distance to the nearest neighbour, relative to the scores.
         shortlist: Candidates examined per slot when a batch is composed.
@@ -59,6 +60,7 @@ class Advanced:
     rank_cap: float = 0.9
     copy_weight: float = 8.0
     mismatch_weight: float = 8.0
+    target_weight: float = 8.0
     curvature: float = 0.25
     diversity: float = 0.25
     shortlist: int = 2
@@ -88,7 +90,8 @@ class Advanced:
         for name in ("decay", "rank_cap"):
             _take_fraction(self, name)
         given = () if self.rank_weight is None else ("rank_weight",)
-        for name in ("copy_weight", "mismatch_weight", "curvature", "diversity", *given):
+        weights = ("copy_weight", "mismatch_weight", "target_weight")
+        for name in (*weights, "curvature", "diversity", *given):
             if _take_number(self, name) < 0.0:
                 raise ConfigError(
                     f"{name} must not be negative, got {getattr(self, name)!r}; 0 switches it off."

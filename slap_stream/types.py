@@ -26,6 +26,8 @@ MISMATCH_COLUMN = "mismatch"
 REFERENCE_COLUMN = "reference_loss"
 # Feature column with the losses of a model that has only read the beginnings of targets.
 JUDGE_COLUMN = "judge_loss"
+# Feature column with the probability that a sample is of the kind that a target set shows.
+RELEVANCE_COLUMN = "relevance"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

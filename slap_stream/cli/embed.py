@@ -31,6 +31,9 @@ def parser() -> argparse.ArgumentParser:
         "--judge-model", help="adds the column judge_loss, and finds targets that stand out by it"
     )
     line.add_argument(
+        "--target", help="examples of what the model is to become good at: adds relevance to them"
+    )
+    line.add_argument(
         "--device", type=device, help="of the models; default: the GPU if there is one"
     )
     line.add_argument("--tokenizer", help="decodes input_ids; default: what corpus.json names")

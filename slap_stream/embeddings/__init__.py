@@ -10,6 +10,7 @@ features.py      cheap columns that say much about a sample
 pairing.py       the column `mismatch`: does a target belong to another prompt?
 reference.py     the column `reference_loss`: what another model loses on a sample
 judge.py         the column `judge_loss`: what stands out to a model that reads it once
+target_set.py    the column `relevance`: is a sample of a target set's kind?
 layout.py        shape, columns and origin of a store
 store.py         `EmbeddingStore`: the store itself; the only importer of zarr
 plain_rows.py    rows of an array without Zarr, for speed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,16 +18,17 @@ from slap_stream.core.processes import run_jobs, usable_cores
 from slap_stream.embeddings.corpus_texts import CorpusTexts, source_names
 from slap_stream.embeddings.encoders import Encoder, open_encoder
 from slap_stream.embeddings.features import FEATURE_NAMES, FIT_SAMPLES, HashedTfidf, feature_columns
-from slap_stream.embeddings.judge import FIT_SAMPLES as JUDGED_SAMPLES
+from slap_stream.embeddings.judge import FIT_SAMPLES as SOME_SAMPLES
 from slap_stream.embeddings.judge import Judge
 from slap_stream.embeddings.layout import ROWS_PER_CHUNK, StoreLayout
 from slap_stream.embeddings.pairing import PairModel, cut_sides
 from slap_stream.embeddings.reference import ReferenceLoss
 from slap_stream.embeddings.store import EmbeddingStore, EmbeddingWriter
+from slap_stream.embeddings.target_set import COLUMNS, Relevance, read_examples
 from slap_stream.errors import ConfigError, CorpusError
 from slap_stream.shards.index import INDEX_NAME, corpus_size, unhashed_contents
 from slap_stream.text.sample import TextSample
-from slap_stream.types import MISMATCH_COLUMN, Rows
+from slap_stream.types import MISMATCH_COLUMN, RELEVANCE_COLUMN, Float32Array, Rows
 
 STORE_NAME = "embeddings.zarr"
 # Samples held as text at once, per process.
@@ -35,6 +36,8 @@ _BATCH = 512
 SAMPLES_PER_WORKER = 65_536
 # Stretches of the corpus that document frequencies are counted on.
 _FIT_STRETCHES = 20
+# Columns that a target set is told by.
+_TELLING = [FEATURE_NAMES.index(name) for name in COLUMNS]
 # Characters of the samples that pairs are learnt from; all of them are in memory at once.
 _PAIR_CHARACTERS = 3_000_000
 
@@ -54,6 +57,7 @@ class EmbedReport:
         misplaced_share: Share of the targets that seem to belong to other prompts; None if that
             could not be found out: too few samples, or words that do not tell.
         judge_tokens: Tokens that the judge model has read in this call.
+        relevant_share: Share of the corpus that is of the target set's kind; None without one.
         seconds: Wall-clock time of this call.
     """
 
@@ -66,6 +70,7 @@ class EmbedReport:
     length_unit: str
     misplaced_share: float | None
     judge_tokens: int
+    relevant_share: float | None
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +86,7 @@ def embed(
     dim: int | None = None,
     reference_model: str | Path | None = None,
     judge_model: str | Path | None = None,
+    target: str | Path | None = None,
     device: str | None = None,
     tokenizer: str | Path | None = None,
     text_column: str | None = None,
@@ -108,6 +114,9 @@ def embed(
         judge_model: Path or name of a causal language model, as a rule the one that is to be
             trained. It reads the beginning of every sample once, which adds the column
             `judge_loss`, in nats per token, and raises `mismatch` where that loss stands out.
+        target: Examples of what the model is to become good at, some 50 or more: a file that
+            `convert` takes, or a directory of MDS shards. Adds the column `relevance`, by which
+            what is not of their kind is pruned first.
         device: torch device of the models; None means the GPU if there is one.
         tokenizer: Path or name of the tokenizer that decodes `input_ids`; None means the one that
             corpus.json names.
@@ -142,6 +151,7 @@ def embed(
         completion_column=completion_column,
         source_column=source_column,
     ).found()
+    examples = None if target is None else read_examples(target, texts)
     names = source_names(texts, num_samples)
     first = next(iter(texts.read(0, 1)))
     opened = open_encoder(encoder, dim=dim, device=device)
@@ -171,6 +181,9 @@ def embed(
     if judge is not None:
         described["judge_model"] = {"name": judge.name, "version": judge.version}
         feature_names = (*feature_names, *judge.feature_names)
+    if examples is not None:
+        described["target"] = {"digest": examples.digest, "records": len(examples.samples)}
+        feature_names = (*feature_names, RELEVANCE_COLUMN)
     layout = StoreLayout(
         num_samples=num_samples,
         dim=opened.dim,
@@ -191,12 +204,19 @@ def embed(
             embedded = sum(sizes)
             tfidf = HashedTfidf()
             pairing = PairModel(tfidf)
+            relevance = None if examples is None else Relevance(examples)
             if blocks:
                 # Also after a kill: the same samples give the same frequencies and odds.
                 _fit(texts, num_samples, tfidf, pairing)
                 if judge is not None:
                     judge.fit(_spread_samples(texts, num_samples))
                 writer.note(misplaced_share=pairing.share)
+                if relevance is not None:
+                    relevance.fit(
+                        _spread_samples(texts, num_samples),
+                        lambda samples: _described(samples, tfidf, opened),
+                    )
+                    writer.note(relevant_share=relevance.share)
             maker = _RowMaker(
                 texts=texts,
                 writer=writer,
@@ -205,6 +225,7 @@ def embed(
                 encoder=opened,
                 reference=reference,
                 judge=judge,
+                relevance=relevance,
             )
             jobs = [(maker, block) for block in blocks]
             with tqdm(
@@ -214,6 +235,7 @@ def embed(
                 disable=None if progress is None else not progress,
             ) as bar:
                 run_jobs(_write_block, jobs, sizes, num_workers=num_workers, bar=bar)
+    noted = EmbeddingStore(path).attributes
     return EmbedReport(
         path=str(path),
         num_samples=num_samples,
@@ -222,8 +244,9 @@ def embed(
         feature_names=feature_names,
         num_sources=len(names),
         length_unit=layout.length_unit,
-        misplaced_share=EmbeddingStore(path).attributes.get("misplaced_share"),
+        misplaced_share=noted.get("misplaced_share"),
         judge_tokens=0 if judge is None else judge.tokens,
+        relevant_share=noted.get("relevant_share"),
         seconds=round(time.perf_counter() - began, 3),
     )
 
@@ -239,6 +262,7 @@ class _RowMaker:
     encoder: Encoder
     reference: ReferenceLoss | None
     judge: Judge | None
+    relevance: Relevance | None
 
     def rows(self, start: int, stop: int, advance: Callable[[int], None]) -> Rows:
         """Rows of samples `start` to `stop`, which are read as few at a time as is fast."""
@@ -265,6 +289,9 @@ class _RowMaker:
                 columns.append(losses[:, None])
                 # Words and model see different things; either is enough.
                 mismatch[:] = 1.0 - (1.0 - mismatch) * (1.0 - unlikely)
+            if self.relevance is not None:
+                telling = told[:, _TELLING]
+                columns.append(self.relevance.relevance(batch, embedding[here], telling)[:, None])
             feature[here] = np.concatenate(columns, axis=1)
             length[here] = [sample.length for sample in batch]
             if number:
@@ -297,9 +324,22 @@ def _fit_samples(texts: CorpusTexts, num_samples: int) -> Iterator[TextSample]:
         yield from texts.read(int(start), int(start) + stretch)
 
 
+def _described(
+    samples: Sequence[TextSample], tfidf: HashedTfidf, encoder: Encoder
+) -> tuple[Float32Array, Float32Array]:
+    """(n, dim) embeddings and (n, columns) columns of n samples, by which a target set is told."""
+    embeddings, columns = [], []
+    for start in range(0, len(samples), _BATCH):
+        batch = samples[start : start + _BATCH]
+        pairs = tfidf.transform(batch)
+        embeddings.append(encoder.encode(batch, pairs)[0])
+        columns.append(feature_columns(batch, pairs)[:, _TELLING])
+    return np.concatenate(embeddings), np.concatenate(columns)
+
+
 def _spread_samples(texts: CorpusTexts, num_samples: int) -> list[TextSample]:
     """Some of the samples that are fitted on, spread evenly over them."""
-    every = -(-min(num_samples, FIT_SAMPLES) // JUDGED_SAMPLES)
+    every = -(-min(num_samples, FIT_SAMPLES) // SOME_SAMPLES)
     return [*islice(_fit_samples(texts, num_samples), 0, None, every)]
 
 

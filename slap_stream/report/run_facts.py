@@ -26,6 +26,7 @@ REASONS = {
     "copy": "nearly the same as a sample that was trained on lately",
     "mismatch": "its target seems to belong to another prompt",
     "outlier": "its loss stands out among its like, as only noise does",
+    "unrelated": "it is not of the kind that the target set shows",
 }
 
 

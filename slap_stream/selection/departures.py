@@ -140,9 +140,13 @@ def reasons(
         (n,) numbers in `OUTCOMES`, none of them that of `trained`.
     """
 
+    # Taken from the utility by the scorer, if the policy weighs evidence.
+    weight = policy.config.advanced.target_weight if "evidence" in policy.needs else 0.0
+
     def worth(rank: FloatArray, shown: dict[str, FloatArray]) -> FloatArray:
         noise = either(shown["mismatch"], shown["outlier"])
-        return policy.utility(rank=rank, loss=loss, copy=shown["copy"], mismatch=noise)
+        utility = policy.utility(rank=rank, loss=loss, copy=shown["copy"], mismatch=noise)
+        return utility - weight * shown["unrelated"]
 
     whole, none = worth(rank, evidence), np.zeros(len(rank))
     charges = {

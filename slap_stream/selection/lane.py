@@ -112,7 +112,7 @@ class Lane:
             **shape,
         )
         self._yardsticks = Yardsticks(
-            model, plan.store.feature_names, columns=shape["columns"], dim=shape["dim"]
+            model, keep, plan.store.feature_names, columns=shape["columns"], dim=shape["dim"]
         )
         outliers = None
         if policy.needs >= {"losses", "evidence"}:

@@ -350,6 +350,17 @@ _COUNTERS = ("epoch", "step", "part", "before", "unusable_trained", "unusable_po
 _COUNTS = ("offered", "trained", "pruned")
 
 
+# Most that odds are raised by, as a logarithm, and how often the interval of it is halved.
+_MOST_RAISED, _HALVINGS = 12.0, 40
+
+
+def raised(probability: FloatArray, factor: float) -> FloatArray:
+    """(n,) probabilities whose odds are so many times as high."""
+    part = factor * probability
+    higher: FloatArray = part / (1.0 - probability + part)
+    return higher
+
+
 class Keep:
     """The fraction that is kept: as configured, or what is not shown to be dispensable.
 
@@ -357,11 +368,14 @@ class Keep:
 
     Attributes:
         value: The fraction now in force; one for all lanes.
+        leniency: Factor on the odds of being of a target set's kind. It is above one where more is
+            kept than is of that kind, so that what is next likeliest goes before all else.
     """
 
     def __init__(self, config: SlapConfig) -> None:
         self._config = config
         self._worth = self._count = 0.0
+        self.leniency = 1.0
         self.value = 1.0 if config.keep == "auto" else float(config.keep)
 
     @property
@@ -374,6 +388,25 @@ class Keep:
         if self._config.keep == "auto":
             self.value = float(np.clip(worth, self._config.keep_min, 1.0))
 
+    def aim(self, relevance: FloatArray, fit: FloatArray) -> None:
+        """Raise the odds of being of a target set's kind until as much is worth keeping as is kept.
+
+        Args:
+            relevance: (n,) probabilities of being of that kind.
+            fit: (n,) worth apart from that.
+        """
+        if self._config.keep == "auto":
+            self.guess(float(np.mean(relevance * fit)))
+            return
+        least, most = 0.0, _MOST_RAISED
+        for _ in range(_HALVINGS):
+            middle = (least + most) / 2.0
+            if np.mean(raised(relevance, np.exp(middle)) * fit) < self.value:
+                least = middle
+            else:
+                most = middle
+        self.leniency = float(np.exp(least))
+
     def refresh(self, worth: float, count: float) -> None:
         """Take in the sum of the worth of so many candidates that left since the last refresh."""
         self._worth = self._worth * self._config.advanced.decay + worth
@@ -383,11 +416,17 @@ class Keep:
 
     def state_dict(self) -> State:
         """Sums and the fraction."""
-        return {"worth": self._worth, "count": self._count, "value": self.value}
+        return {
+            "worth": self._worth,
+            "count": self._count,
+            "value": self.value,
+            "leniency": self.leniency,
+        }
 
     def load_state_dict(self, state: Saved) -> None:
         """Take over a saved state."""
         self._worth, self._count = (state.number(name, least=0.0) for name in ("worth", "count"))
+        self.leniency = state.number("leniency", least=1.0)
         auto, keep_min = self._config.keep == "auto", self._config.keep_min
         self.value = state.number("value", least=keep_min if auto else self.value, most=1.0)
 

@@ -1,9 +1,9 @@
 """Scores of a lane's pooled candidates: predicted loss, rank, evidence that one can be spared.
 
 They are renewed when candidates come, at refreshes, and when something like them has been trained
-on. Evidence is a probability, of being a near-copy, of having another prompt's target, or of a loss
-that only noise has; all else is kept and drawn uniformly: where nothing is shown, nothing is pruned
-for it.
+on. Evidence is a probability, of being a near-copy, of having another prompt's target, of a loss
+that only noise has, or of being unrelated to a target set; all else is kept and drawn uniformly:
+where nothing is shown, nothing is pruned for it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from slap_stream.selection.loss_model import NUM_OWN_COLUMNS, LossModel, RankTab
 from slap_stream.selection.outliers import Outliers
 from slap_stream.selection.policies.base import Policy
 from slap_stream.selection.pool import EMPTY, Pool, RecentlyTrained
+from slap_stream.selection.schedule import Keep, raised
 from slap_stream.selection.state import Lookup
 from slap_stream.types import (
     MISMATCH_COLUMN,
+    RELEVANCE_COLUMN,
     Float32Array,
     FloatArray,
     IntArray,
@@ -36,7 +38,7 @@ from slap_stream.types import (
 # (hashing encoder). With 0.6 these would be 16 %, and hardly more copies.
 SURE_COPY, NO_COPY = 0.3, 0.5
 # What may show that a candidate can be spared, by name.
-EVIDENCE = ("copy", "mismatch", "outlier")
+EVIDENCE = ("copy", "mismatch", "outlier", "unrelated")
 
 
 def copy_likelihood(distance: FloatArray) -> FloatArray:
@@ -83,6 +85,7 @@ class Yardsticks:
 
     Args:
         model: The model shared by all lanes.
+        keep: The fraction that is kept.
         feature_names: Names of the store's feature columns.
         columns: Columns of a design row.
         dim: Dimensions of the embedding, the last columns of a design row.
@@ -94,13 +97,12 @@ class Yardsticks:
     """
 
     def __init__(
-        self, model: LossModel, feature_names: Sequence[str], *, columns: int, dim: int
+        self, model: LossModel, keep: Keep, feature_names: Sequence[str], *, columns: int, dim: int
     ) -> None:
-        self._model = model
+        self._model, self._keep = model, keep
         self._dim = dim
-        self._mismatch: int | None = None
-        if MISMATCH_COLUMN in feature_names:
-            self._mismatch = NUM_OWN_COLUMNS + list(feature_names).index(MISMATCH_COLUMN)
+        place = {name: NUM_OWN_COLUMNS + at for at, name in enumerate(feature_names)}
+        self._mismatch, self._relevance = place.get(MISMATCH_COLUMN), place.get(RELEVANCE_COLUMN)
         self._window = _Window(columns)
         self._ranks = RankTable(np.zeros(0), np.zeros(0, np.int64))
         self._prediction, self._metric = model.prediction, model.metric
@@ -141,12 +143,15 @@ class Yardsticks:
         """(n, metric_dim) unit vectors of the metric space."""
         return unit_rows(project(x, self._metric))
 
+    def unrelated(self, x: Float32Array, at: IntArray) -> FloatArray:
+        """(n,) probability of rows `at` of x not to be of the target set's kind; else zeros."""
+        if self._relevance is None:
+            return np.zeros(len(at))
+        return 1.0 - raised(_probability(x[at, self._relevance]), self._keep.leniency)
+
     def _mismatches(self, x: Float32Array) -> FloatArray:
         """(n,) the store's column of that name; zeros without one."""
-        if self._mismatch is None:
-            return np.zeros(len(x))
-        column: FloatArray = np.clip(x[:, self._mismatch].astype(np.float64), 0.0, 1.0)
-        return column
+        return np.zeros(len(x)) if self._mismatch is None else _probability(x[:, self._mismatch])
 
     def _predict(self, x: Float32Array) -> tuple[FloatArray, FloatArray]:
         """(n,) losses and (n,) excesses, as far as the design rows tell."""
@@ -178,6 +183,10 @@ class Yardsticks:
             state.number(name, least=LEAST_DISTANCE) for name in ("typical", "apart")
         )
         self._prediction, self._metric = self._model.prediction, self._model.metric
+
+
+def _probability(column: Float32Array) -> FloatArray:
+    return np.clip(column.astype(np.float64), 0.0, 1.0)
 
 
 class _Window:
@@ -352,6 +361,7 @@ class Scorer:
             "copy": copy_likelihood(distance),
             "mismatch": columns.mismatch[slots],
             "outlier": columns.outlier[slots],
+            "unrelated": self._yardsticks.unrelated(self._pool.x, slots),
         }
 
     def _weigh(self, slots: IntArray) -> None:
@@ -359,14 +369,13 @@ class Scorer:
         pool = self._pool
         copy = copy_likelihood(pool.columns.distance[slots] / self._yardsticks.apart)
         noise = either(pool.columns.mismatch[slots], pool.columns.outlier[slots])
-        pool.columns.utility[slots] = self._policy.utility(
-            rank=pool.columns.rank[slots],
-            loss=pool.columns.loss[slots],
-            copy=copy,
-            mismatch=noise,
-        )
+        rank, loss = pool.columns.rank[slots], pool.columns.loss[slots]
+        utility = self._policy.utility(rank=rank, loss=loss, copy=copy, mismatch=noise)
         if self._weighs_evidence:
-            pool.columns.worth[slots] = 1.0 - either(copy, noise)
+            unrelated = self._yardsticks.unrelated(pool.x, slots)
+            utility = utility - self._policy.config.advanced.target_weight * unrelated
+            pool.columns.worth[slots] = (1.0 - either(copy, noise)) * (1.0 - unrelated)
+        pool.columns.utility[slots] = utility
 
     def bring_near(self, ids: IntArray, stratum: IntArray, x: Float32Array) -> None:
         """What waits in the pool may be a copy of what was just trained on.

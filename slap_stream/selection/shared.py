@@ -22,7 +22,14 @@ from slap_stream.selection.moments import Moments
 from slap_stream.selection.schedule import Keep, LanePlan
 from slap_stream.selection.state import Lookup
 from slap_stream.selection.strata import Strata
-from slap_stream.types import MISMATCH_COLUMN, REFERENCE_COLUMN, Float32Array, FloatArray, State
+from slap_stream.types import (
+    MISMATCH_COLUMN,
+    REFERENCE_COLUMN,
+    RELEVANCE_COLUMN,
+    Float32Array,
+    FloatArray,
+    State,
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -167,6 +174,7 @@ class Shared:
         )
         self.keep = Keep(config)
         self._mismatch = column_of.get(MISMATCH_COLUMN)
+        self._relevance = column_of.get(RELEVANCE_COLUMN)
         self.seeded = False
 
     def seed(self, x: Float32Array, *, weighs: bool) -> None:
@@ -177,8 +185,15 @@ class Shared:
             weighs: Whether evidence against candidates is weighed at all.
         """
         self.strata.seed(x[:, -self.strata.centroids.shape[1] :], self._config.seed)
-        if weighs and self._mismatch is not None:
-            self.keep.guess(1.0 - float(np.clip(x[:, self._mismatch], 0.0, 1.0).mean()))
+        if weighs:
+            mismatch: Float32Array = np.zeros(len(x), np.float32)
+            if self._mismatch is not None:
+                mismatch = np.clip(x[:, self._mismatch], 0.0, 1.0)
+            if self._relevance is None:
+                self.keep.guess(1.0 - float(mismatch.mean()))
+            else:
+                relevance = np.clip(x[:, self._relevance].astype(np.float64), 0.0, 1.0)
+                self.keep.aim(relevance, 1.0 - mismatch.astype(np.float64))
         self.seeded = True
 
     def learn(self, sums: State) -> None:

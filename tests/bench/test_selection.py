@@ -174,6 +174,8 @@ def some_known(count: int = 12, keep: float = 0.5) -> subsets.Known:
         records=records,
         embeddings=vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
         keep=keep,
+        aim="s",
+        nearness=lambda: -np.abs(np.arange(count) - 4.0),
         instruction_difficulty=lambda: np.arange(count) / 8,
     )
 
@@ -187,6 +189,9 @@ def test_of_near_copies_the_first_is_left(choice: str) -> None:
 def test_choices_with_a_budget_keep_it() -> None:
     known = some_known()
     assert np.flatnonzero(subsets.longest(known)).tolist() == [6, 7, 8, 9, 10, 11]
+    assert np.flatnonzero(subsets.nearest(known)).tolist() == [1, 2, 3, 4, 5, 6]
+    assert subsets.of_task(known).all()
+    assert not subsets.of_task(replace(known, aim="other")).any()
     # From a ratio of 1 on, at record 8, the prompt does not belong to the answer.
     assert np.flatnonzero(subsets.top_ifd(known)).tolist() == [2, 3, 4, 5, 6, 7]
 
@@ -497,6 +502,25 @@ def test_baselines_on_a_pretrained_model(
     for kind, count in offered.items():
         assert f"| {kind} | {count} | " in printed
     assert all(row["offered"] == full["offered"] for row in rows.values())
+
+
+def test_arms_that_are_aimed_at_a_task_are_compared_by_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(PRESETS, "tiny", replace(TINY, epochs=1, generated=(), evaluations=1))
+    given = ["--data", str(data), "--out", str(tmp_path), "--preset", "tiny", "--seeds", "1"]
+    given += ["--conditions", "balanced", "--keep", "0.4"]
+    some = ["uniform", "slap_target_gsm8k", "nearest_gsm8k", "only_gsm8k", "only_gsm8k_budget"]
+    assert bench_selection.main([*given, "--arms", *some]) == 0
+    rows = {row["arm"]: row for row in read_rows(tmp_path / "results.jsonl")}
+    budget = [rows[arm]["samples"] for arm in some if arm != "only_gsm8k"]
+    assert budget == [64] * 4
+    # 15 % of 160.
+    assert rows["only_gsm8k"]["samples"] == 24
+    printed = capsys.readouterr().out
+    assert "Aimed at gsm8k:" in printed
+    assert "Aimed at sgd:" not in printed
+    assert f"| only_gsm8k | 0.15 | {rows['only_gsm8k']['heldout']['gsm8k']:.4f} | " in printed
 
 
 @pytest.mark.parametrize("arm", ["rho_loss", "greats", "infobatch"])

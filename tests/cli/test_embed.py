@@ -105,6 +105,31 @@ def test_what_is_finished_is_left_alone_and_other_settings_are_refused(
     assert run(capsys, *given[:-1], 32, "--overwrite")["embedded"] == 300
 
 
+def test_a_target_set_adds_a_column_and_another_one_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lines(name: str, numbers: range) -> Path:
+        records = [json.dumps({"messages": messages_of(number)}) for number in numbers]
+        (tmp_path / name).write_text("\n".join(records))
+        return tmp_path / name
+
+    given = (corpus, "--out", tmp_path / "e.zarr", "--dim", 16, "--rows-per-chunk", 64, "--target")
+    # Of the same making as the corpus: all of it is of their kind.
+    report = run(capsys, *given, lines("some.jsonl", range(1_000, 1_040)))
+    assert report["feature_names"] == [*FEATURE_NAMES, MISMATCH_COLUMN, "relevance"]
+    assert report["relevant_share"] > 0.8
+    store = EmbeddingStore(tmp_path / "e.zarr")
+    relevance = store.read(0, 300).feature[:, -1].astype(np.float64)
+    assert relevance.mean() == pytest.approx(report["relevant_share"], abs=0.01)
+    # Wherever they stand, and however they are ordered, they are the same.
+    again = run(capsys, *given, lines("turned.jsonl", range(1_039, 999, -1)))
+    assert (again["embedded"], again["relevant_share"]) == (0, report["relevant_share"])
+    other = lines("other.jsonl", range(1_001, 1_041))
+    assert "with another encoder; pass overwrite" in refuse(capsys, *given, other)
+    assert "with another encoder, feature_names; pass overwrite" in refuse(capsys, *given[:-1])
+    assert "must be a file or a directory" in refuse(capsys, *given, tmp_path / "none")
+
+
 def test_nothing_but_embeddings_is_ever_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

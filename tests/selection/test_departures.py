@@ -102,7 +102,8 @@ def test_the_reason_is_what_took_most_from_the_score(data: st.DataObject, policy
     def worth(rank: float, shown: dict[str, float]) -> float:
         noise = 1.0 - (1.0 - shown["mismatch"]) * (1.0 - shown["outlier"])
         told = {"copy": np.array([shown["copy"]]), "mismatch": np.array([noise])}
-        return float(rule.utility(rank=np.array([rank]), loss=np.ones(1), **told)[0])
+        utility = float(rule.utility(rank=np.array([rank]), loss=np.ones(1), **told)[0])
+        return utility - (8.0 * shown["unrelated"] if policy == "slap" else 0.0)
 
     arrays = {name: np.array([value]) for name, value in shown.items()}
     found = reasons(rule, np.array([rank]), np.ones(1), np.array([noise]), arrays)
@@ -110,7 +111,7 @@ def test_the_reason_is_what_took_most_from_the_score(data: st.DataObject, policy
     charges = {"drawn out": max(0.0, 0.5772 - noise)}
     charges["learnt"] = worth(max(rank, 0.5), shown) - worth(rank, shown)
     for one, value in shown.items():
-        alike = ["copy"] if one == "copy" else ["mismatch", "outlier"]
+        alike = [one] if one in ("copy", "unrelated") else ["mismatch", "outlier"]
         if value >= max(LEAST_SHOWN, *(shown[other] for other in alike)):
             charges[one] = worth(rank, {**shown, **dict.fromkeys(alike, 0.0)}) - worth(rank, shown)
     assert charges[name] == pytest.approx(max(charges.values()))

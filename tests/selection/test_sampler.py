@@ -52,13 +52,15 @@ def make(
     batch_size: int = 24,
     sources: Any = None,
     mismatched: float | None = None,
+    relevant: float | None = None,
     rank: int = 0,
     world_size: int = 1,
     **settings: Any,
 ) -> SlapSampler:
     """A sampler over random embeddings.
 
-    Policies that measure every candidate do so. `mismatched`: share of targets of other prompts.
+    Policies that measure every candidate do so. `mismatched`: share of targets of other prompts;
+    `relevant`: of samples that are of the target set's kind.
     """
     policy = settings.get("policy", "slap")
     if make_policy(SlapConfig(policy=policy)).measures_all:
@@ -67,6 +69,10 @@ def make(
     columns = {}
     if mismatched is not None:
         columns["mismatch"] = np.random.default_rng(3).random(sum(sizes)) < mismatched
+    if relevant is not None:
+        rng = np.random.default_rng(4)
+        kindred = rng.random(sum(sizes)) < relevant
+        columns["relevance"] = np.where(kindred, 1.0 - 0.3 * rng.random(len(kindred)), 0.01)
     if policy == "rho_loss":
         columns["reference_loss"] = np.random.default_rng(2).gamma(4.0, 0.5, sum(sizes))
     if columns:
@@ -107,6 +113,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
         "keep": keep,
         "steps": "full" if full else "fewer",
         "mismatched": draw(st.sampled_from([None, 0.3, 0.8])),
+        "relevant": draw(st.sampled_from([None, 0.0, 0.3])),
         "pool_batches": draw(st.integers(2, 6)),
         "shards_per_block": draw(st.integers(1, 3)),
         "seed": draw(st.integers(0, 99)),
@@ -202,7 +209,8 @@ def test_a_saved_run_goes_on_as_the_unbroken_one(rule: dict[str, Any], num_lanes
     sizes, counts = [30, 20, 25, 30, 15], [30, 40, 12, 60, 15]
 
     def fresh() -> SlapSampler:
-        return make(sizes, counts=counts, batch_size=8, num_lanes=num_lanes, mismatched=0.3, **rule)
+        evidence = {"mismatched": 0.3, "relevant": 0.4}
+        return make(sizes, counts=counts, batch_size=8, num_lanes=num_lanes, **evidence, **rule)
 
     hold_resume_law(fresh, LossTable(sum(sizes), 16), every=4, epochs=2)
 
@@ -244,6 +252,7 @@ def test_the_world_size_is_free(rule: dict[str, Any], num_lanes: int) -> None:
                 batch_size=24 // world_size,
                 num_lanes=num_lanes,
                 mismatched=0.3,
+                relevant=0.4,
                 rank=rank,
                 world_size=world_size,
                 **rule,

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from slap_stream.config import Advanced, SlapConfig
 from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.selection.order import ShardTable, lane_bounds
 from slap_stream.selection.schedule import (
+    Keep,
     LanePlan,
     LaneProgress,
     apportion,
     claims_of,
     plan_run,
+    raised,
     steps_of_epoch,
 )
 from tests.strategies import Array, seeds
@@ -284,3 +287,40 @@ def test_a_stratum_of_copies_yields_its_slots() -> None:
 def test_more_slots_than_stock_are_refused() -> None:
     with pytest.raises(ValueError, match=r"slots must be in \[0, 3\], the stock, got 4"):
         apportion(np.array([5, 5]), np.zeros(2, np.int64), np.array([1, 2]), 4)
+
+
+probabilities = hnp.arrays(np.float64, st.integers(1, 50), elements=st.floats(0.0, 1.0))
+
+
+@given(probability=probabilities, factor=st.floats(1.0, 1e5))
+def test_raised_odds_keep_their_order_and_what_is_certain(
+    probability: Array, factor: float
+) -> None:
+    higher = raised(probability, factor)
+    assert np.all((higher >= probability - 1e-12) & (higher <= 1.0))
+    assert np.all(np.diff(higher[np.argsort(probability)]) >= 0.0)
+    certain = (probability == 0.0) | (probability == 1.0)
+    np.testing.assert_array_equal(higher[certain], probability[certain])
+
+
+@given(relevance=probabilities, keep=st.floats(0.05, 1.0), fit=st.floats(0.1, 1.0))
+def test_odds_are_raised_until_as_much_is_worth_keeping_as_is_kept(
+    relevance: Array, keep: float, fit: float
+) -> None:
+    fraction = Keep(SlapConfig(keep=keep))
+    fraction.aim(relevance, np.full(len(relevance), fit))
+    assert fraction.leniency >= 1.0
+    found = float(np.mean(raised(relevance, fraction.leniency) * fit))
+    # Not beyond, unless as much is of the kind without; nor less, unless the odds have no more.
+    plain = float(np.mean(relevance * fit))
+    assert found <= max(plain, keep) + 1e-6
+    assert found >= keep - 1e-6 or fraction.leniency > 1e5
+    assert fraction.value == keep
+
+
+@given(relevance=probabilities)
+def test_auto_keeps_what_is_of_the_kind_and_no_less_than_it_may(relevance: Array) -> None:
+    fraction = Keep(SlapConfig(keep="auto", keep_min=0.2))
+    fraction.aim(relevance, np.ones(len(relevance)))
+    assert fraction.value == pytest.approx(max(0.2, float(relevance.mean())))
+    assert fraction.leniency == 1.0

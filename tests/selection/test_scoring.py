@@ -16,6 +16,7 @@ from slap_stream.selection.loss_model import LossModel
 from slap_stream.selection.moments import Moments
 from slap_stream.selection.policies.slap import Slap
 from slap_stream.selection.pool import Pool, RecentlyTrained
+from slap_stream.selection.schedule import Keep
 from slap_stream.selection.scoring import (
     NO_COPY,
     SURE_COPY,
@@ -86,6 +87,48 @@ def test_strata_of_copies_yield_their_slots_to_others() -> None:
     assert trained[(source == 1) & ~wrong].mean() == pytest.approx(0.7 / 0.75, abs=0.04)
 
 
+@pytest.mark.parametrize("keep", [0.1, 0.25, 0.5])
+def test_a_source_that_has_nothing_to_do_with_the_target_set_yields_its_slots(keep: float) -> None:
+    """Source 1 is of its kind, for the most part, and source 2 is somewhat like it."""
+    rng, source = np.random.default_rng(5), np.arange(4000) % 4
+    relevance = np.choose(source, [0.001, 0.9, 0.06, 0.001]) * rng.uniform(0.9, 1.1, 4000)
+    store = ArrayStore(
+        embeddings(4000),
+        features=relevance[:, None].astype(np.float16),
+        feature_names=["relevance"],
+        sources=source.astype(np.int16),
+    )
+    config = config_of(keep=keep, num_clusters=1)
+    sampler = SlapSampler([100] * 40, store, batch_size=32, config=config)
+    batches = drive([sampler], LossTable(4000, 16))
+    hold_epoch_laws(sampler, batches)
+    trained = np.isin(np.arange(4000), np.concatenate(batches))
+    share = [float(trained[source == one].mean()) for one in range(4)]
+    # Of its kind as much as there is room for, then what is next likeliest, then anything.
+    assert share[1] > 0.85 * min(1.0, 4 * keep)
+    assert share[2] < 0.15 if keep < 0.3 else share[2] > 0.75
+    assert max(share[0], share[3]) < 0.1
+
+
+@pytest.mark.parametrize("relevance", [1.0, 0.8])
+def test_a_target_set_that_all_are_alike_to_changes_nothing(relevance: float) -> None:
+    def ids(column: float, weight: float) -> list[list[int]]:
+        store = ArrayStore(
+            embeddings(800),
+            features=np.full((800, 1), column, np.float16),
+            feature_names=["relevance"],
+            sources=(np.arange(800) % 3).astype(np.int16),
+        )
+        config = config_of(keep=0.6, target_weight=weight)
+        sampler = SlapSampler([40] * 20, store, batch_size=16, config=config)
+        return [batch.tolist() for batch in drive([sampler], LossTable(800, 16))]
+
+    usual, found = ids(1.0, 0.0), ids(relevance, 8.0)
+    same = [len({*one} & {*other}) for one, other in zip(usual, found, strict=True)]
+    # Rounding may move one sample from a batch to the next.
+    assert np.mean(same) > 15.9
+
+
 POOL_DIM, POOL_COLUMNS, STRATA = 4, 6, 2
 
 
@@ -100,7 +143,9 @@ class Lane:
         shape = {"columns": POOL_COLUMNS, "dim": POOL_DIM, "metric_dim": 3}
         self.pool = Pool(capacity=200, **shape)
         self.recent = RecentlyTrained(num_strata=STRATA, per_stratum=200, **shape)
-        self.yardsticks = Yardsticks(self.model, (), columns=POOL_COLUMNS, dim=POOL_DIM)
+        self.yardsticks = Yardsticks(
+            self.model, Keep(SlapConfig()), (), columns=POOL_COLUMNS, dim=POOL_DIM
+        )
         self.scorer = Scorer(
             Slap(SlapConfig()), self.model, self.pool, self.recent, self.yardsticks, None
         )
@@ -239,7 +284,7 @@ def yardsticks_of(
     model: LossModel, names: tuple[str, ...] = NAMES, *, watched: int = 300
 ) -> Yardsticks:
     """An yardsticks that watched some candidates in three strata and was refreshed."""
-    yardsticks = Yardsticks(model, names, columns=COLUMNS, dim=DIM)
+    yardsticks = Yardsticks(model, Keep(SlapConfig()), names, columns=COLUMNS, dim=DIM)
     ids = np.arange(watched)
     yardsticks.watch(ids, rows_of(ids), ids % 3)
     yardsticks.refresh()
@@ -313,7 +358,7 @@ def test_before_losses_are_predicted_the_mismatch_is_all_there_is() -> None:
 
 
 def test_yardsticks_that_saw_nothing_score_nobody() -> None:
-    yardsticks = Yardsticks(model_of(), NAMES, columns=COLUMNS, dim=DIM)
+    yardsticks = Yardsticks(model_of(), Keep(SlapConfig()), NAMES, columns=COLUMNS, dim=DIM)
     yardsticks.refresh()
     scores = yardsticks.score(X, STRATUM, UNKNOWN)
     assert np.all(scores.rank == 0.5)
@@ -327,7 +372,7 @@ def test_typical_distance_is_that_of_neighbours_in_a_stratum() -> None:
     assert 0.0 < crowded < sparse < 2.0
     # Nobody has a neighbour; and copies of one sample leave a floor, not a zero.
     assert yardsticks_of(model, watched=3).typical == 1.0
-    copies = Yardsticks(model, NAMES, columns=COLUMNS, dim=DIM)
+    copies = Yardsticks(model, Keep(SlapConfig()), NAMES, columns=COLUMNS, dim=DIM)
     copies.watch(NEW, np.tile(X[:1], (len(NEW), 1)), STRATUM)
     copies.refresh()
     assert copies.typical == pytest.approx(1e-3, abs=1e-3)
@@ -343,7 +388,7 @@ def test_candidates_without_a_copy_are_apart_by_the_distance_to_their_neighbours
     apart = yardsticks_of(model_of()).apart
     assert apart == pytest.approx(np.quantile(nearest, 0.9), abs=1e-3)
     # Copies of half of them change little: the others say what is usual.
-    copied = Yardsticks(model_of(), NAMES, columns=COLUMNS, dim=DIM)
+    copied = Yardsticks(model_of(), Keep(SlapConfig()), NAMES, columns=COLUMNS, dim=DIM)
     copied.watch(np.tile(ids[:150], 2), np.tile(x[:150], (2, 1)), np.tile(ids[:150] % 3, 2))
     copied.watch(ids[150:], x[150:], ids[150:] % 3)
     copied.refresh()
@@ -360,7 +405,7 @@ def test_yardsticks_survive_a_checkpoint_and_its_window_is_bounded(
     yardsticks.watch(late, rows_of(late), late % 3)
     state = as_json(yardsticks.state_dict())
     assert len(state["sample_id"]) == WINDOW
-    again = Yardsticks(model, names, columns=COLUMNS, dim=DIM)
+    again = Yardsticks(model, Keep(SlapConfig()), names, columns=COLUMNS, dim=DIM)
     again.load_state_dict(Saved(state), LOOKUP)
     assert as_json(again.state_dict()) == state
     for _ in range(2):

@@ -26,12 +26,16 @@ from transformers import (
 
 from slap_stream import EmbeddingStore, per_sample_loss
 from slap_stream.cli import convert, embed
+from slap_stream.embeddings.corpus_texts import CorpusTexts
 from slap_stream.embeddings.embed import embed as embed_corpus
+from slap_stream.embeddings.encoders import HashingEncoder
+from slap_stream.embeddings.features import HashedTfidf
 from slap_stream.errors import SlapStreamError
 from slap_stream.shards.index import corpus_size
 from slap_stream.shards.reader import iter_corpus
 from slap_stream.text.chat import DEFAULT_CHAT_TEMPLATE
 from slap_stream.text.collate import ChatCollator
+from slap_stream.text.sample import from_messages
 from tools.bench.selection.dirt import MIXED
 from tools.bench.selection.schedule import Preset, rate
 from tools.bench.selection.scoring import encoded, instruction_difficulty
@@ -54,6 +58,8 @@ CHATML = (
 )
 # Kinds that repeat a record of the kind `first`.
 COPIES = ("copy", "exact")
+# Records of a target set, and of these how many nearest ones a similarity is the mean of.
+NUM_EXAMPLES, NEAREST = 50, 5
 KINDS = ("clean", "first", *dict.fromkeys(("copy", "shuffled", *MIXED)))
 
 
@@ -129,9 +135,11 @@ class Workshop:
 
         return Corpus.read(self._make(f"{condition.name}-{seed}", write))
 
-    def chosen(self, condition: Condition, seed: int, choice: str, share: float) -> Corpus:
+    def chosen(
+        self, condition: Condition, seed: int, choice: str, share: float, aim: str | None = None
+    ) -> Corpus:
         """What a baseline leaves of a condition's corpus."""
-        known, read = self._known(condition, seed, share)
+        known, read = self._known(condition, seed, share, aim)
 
         def write(place: Path) -> None:
             left = CHOICES[choice](known)
@@ -139,10 +147,12 @@ class Workshop:
             self._write(place, records, seed)
             (place / "prepared.json").write_text(json.dumps(sum(read)))
 
-        name = f"{condition.name}-{seed}-{choice}-{share}"
+        name = f"{condition.name}-{seed}-{choice}-{share}{'' if aim is None else '-' + aim}"
         return Corpus.read(self._make(name, write))
 
-    def _known(self, condition: Condition, seed: int, share: float) -> tuple[Known, list[int]]:
+    def _known(
+        self, condition: Condition, seed: int, share: float, aim: str | None
+    ) -> tuple[Known, list[int]]:
         """What baselines may look at, and the tokens that looking takes, once it is done."""
         corpus, read = self.corpus(condition, seed), list[int]()
         records = {
@@ -161,9 +171,34 @@ class Workshop:
             read.append(tokens)
             return ratio
 
+        def nearness() -> NDArray[np.float64]:
+            assert aim is not None, "only arms with an aim choose by it"
+            return nearness_to(self.examples(aim), corpus.path)
+
         return Known(
-            records=mine, embeddings=rows / norms, keep=share, instruction_difficulty=difficulty
+            records=mine,
+            embeddings=rows / norms,
+            keep=share,
+            aim=aim,
+            nearness=nearness,
+            instruction_difficulty=difficulty,
         ), read
+
+    def examples(self, aim: str) -> list[Record]:
+        """Examples of a task, of what the base model was trained on."""
+        return split_training(self.data, aim, limit=NUM_EXAMPLES)[0]
+
+    def aimed_store(self, condition: Condition, seed: int, aim: str) -> Path:
+        """Embeddings of a condition's corpus, with the relevance to examples of a task."""
+        corpus = self.corpus(condition, seed).path
+
+        def write(place: Path) -> None:
+            lines = [json.dumps({"messages": r["messages"]}) for r in self.examples(aim)]
+            (place / "target.jsonl").write_text("\n".join(lines))
+            store = place / "embeddings.zarr"
+            _command(embed, corpus, "--out", store, "--target", place / "target.jsonl", "--quiet")
+
+        return self._make(f"aimed-{condition.name}-{seed}-{aim}", write) / "embeddings.zarr"
 
     def reference_store(self, condition: Condition, seed: int) -> Path:
         """Embeddings of a condition's corpus, with the losses of a reference model beside them.
@@ -357,6 +392,20 @@ class Workshop:
             kind=np.array([KINDS.index(name.split(":", 1)[0]) for name in ids]),
             group=np.array(groups_of_copies(ids)),
         )
+
+
+def nearness_to(examples: Sequence[Record], corpus: Path) -> NDArray[np.float64]:
+    """(num_samples,) mean cosine of each sample with the examples nearest to it, by the encoder
+    that the corpus was embedded with."""
+    texts = CorpusTexts(corpus_dir=corpus).found()
+    samples = list(texts.read(0, corpus_size(corpus)))
+    tfidf, encoder = HashedTfidf(), HashingEncoder()
+    tfidf.fit(samples)
+    mine = [from_messages(record["messages"], None) for record in examples]
+    theirs, ours = (encoder.encode(some, tfidf.transform(some))[0] for some in (samples, mine))
+    similarity = theirs.astype(np.float64) @ ours.T
+    nearest: NDArray[np.float64] = np.sort(similarity, axis=1)[:, -NEAREST:].mean(axis=1)
+    return nearest
 
 
 def _adapted(path: Path, lora: bool) -> Any:

@@ -14,7 +14,8 @@ from scipy import stats
 
 from tools.bench.selection import by_task
 from tools.bench.selection.results import Row, key_of
-from tools.bench.selection.schedule import PRESETS
+from tools.bench.selection.schedule import AIMS, PRESETS
+from tools.bench.selection.schedule import arms as known_arms
 
 # A forward without a backward, in steps on the same tokens (measured: 0.31 and 0.32).
 FORWARD_SHARE = 1 / 3
@@ -22,6 +23,7 @@ WRITTEN = {"tatoeba": "chrF of tatoeba", "gsm8k": "exact answers of gsm8k, %"}
 CONFIDENCE = 0.95
 # What others are compared with, task by task.
 BASELINES = ("full", "dedupe", "dedupe_equal")
+ARMS = known_arms()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +163,46 @@ def tables(rows: Sequence[Row]) -> str:
             parts.append(_line(name, seeds, full, uniform, tasks))
         parts.append("\n" + _against(arms))
         parts.append(by_task.table(arms, BASELINES))
+        parts += _aimed(arms)
     return "\n".join(parts)
+
+
+def _aimed(arms: dict[str, dict[int, Row]]) -> list[str]:
+    """For each task that arms are aimed at: its held-out loss, and the mean over the others."""
+    uniform = next((s for s in arms.values() if _first(s)["arm"] == "uniform"), {})
+    parts = []
+    for task in AIMS:
+        mine = {
+            name: {
+                seed: {
+                    "aimed": row["heldout"][task],
+                    "others": float(np.mean([v for t, v in row["heldout"].items() if t != task])),
+                    "share": row["samples"] / row["candidates"],
+                }
+                for seed, row in seeds.items()
+            }
+            for name, seeds in arms.items()
+            if seeds is uniform or ARMS[_first(seeds)["arm"]].aim == task
+        }
+        plain = next((mine[name] for name, seeds in arms.items() if seeds is uniform), {})
+        if len(mine) - bool(plain) < 1:
+            continue
+        parts.append(
+            f"Aimed at {task}:\n\n| arm | trained on | {task} | - uniform | others | seeds |"
+        )
+        parts.append("|---|---:|---:|---:|---:|---:|")
+        for name, seeds in sorted(mine.items(), key=lambda item: _mean(item[1], "aimed")):
+            difference = paired(seeds, plain, "aimed") if seeds is not plain else None
+            parts.append(
+                f"| {name} | {_mean(seeds, 'share'):.2f} | {_mean(seeds, 'aimed'):.4f} | "
+                f"{difference or ''} | {_mean(seeds, 'others'):.4f} | {len(seeds)} |"
+            )
+        parts.append("")
+    return parts
+
+
+def _first(seeds: dict[int, Row]) -> Row:
+    return next(iter(seeds.values()))
 
 
 def _scores(seeds: dict[int, Row], task: str) -> dict[int, Row]:

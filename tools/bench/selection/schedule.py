@@ -100,6 +100,9 @@ class Arm:
         knows: Kinds of samples that are told to it as dispensable, for certain: the oracles.
         keeps_as: Arm that must have run before, on as many samples of which this one trains.
         target: Whether a target set of clean records is shown to it.
+        aim: Task that it is to become good at: examples of it are known before.
+        visits: Share of full data's steps that it makes, whatever it keeps; None: as many as that
+            gives.
         reference: Whether it is told the losses of a reference model.
         judged: Whether the base model has read the corpus before (`slap-embed --judge-model`).
         choice: Of `subsets.CHOICES`; what is trained on was chosen before.
@@ -114,6 +117,8 @@ class Arm:
     knows: tuple[str, ...] = ()
     keeps_as: str | None = None
     target: bool = False
+    aim: str | None = None
+    visits: float | None = None
     reference: bool = False
     judged: bool = False
     choice: str | None = None
@@ -123,6 +128,11 @@ class Arm:
 
 # A batch is chosen from exactly what was measured since the last one, and every candidate is.
 MEASURED = {"probe_fraction": 1.0, "probe_every": 1, "pool_batches": 2, "lookahead": 0}
+
+
+# Tasks that arms are aimed at, and the share of full data's steps that these arms have.
+AIMS, AIMED_AT = ("sgd", "gsm8k"), 0.4
+_ALL_OF_IT: Any = {"config": {"policy": "uniform", "keep": 1.0}, "probe": False}
 
 
 def arms() -> dict[str, Arm]:
@@ -187,6 +197,21 @@ def arms() -> dict[str, Arm]:
             )
         ),
     ]
+    for task in AIMS:
+        known += [
+            Arm(name=f"slap_target_{task}", aim=task),
+            # As much of what is nearest as the budget holds; and all that is of the task, gone
+            # through as often as the others go through theirs, or until the budget is spent.
+            Arm(name=f"nearest_{task}", choice="nearest", share=AIMED_AT, aim=task, **_ALL_OF_IT),
+            Arm(name=f"only_{task}", choice="of_task", aim=task, **_ALL_OF_IT),
+            Arm(
+                name=f"only_{task}_budget",
+                choice="of_task",
+                aim=task,
+                visits=AIMED_AT,
+                **_ALL_OF_IT,
+            ),
+        ]
     # The steps that are saved are spent on what is kept.
     spent = (
         *("uniform", "dedupe", "dedupe_embedding", "removal", "longest"),
@@ -237,6 +262,25 @@ PRESETS = {
             epochs=6,
             conditions=("t0_50k", "balanced"),
             arms=("full", "uniform", "slap", "slap_auto"),
+            seeds=3,
+        ),
+        # Four sources, of which one is what the model is to become good at.
+        Preset(
+            name="target",
+            evaluations=1,
+            generated=(),
+            conditions=("balanced",),
+            arms=(
+                "uniform",
+                *(
+                    name
+                    for task in AIMS
+                    for name in (
+                        *(f"slap_target_{task}", f"nearest_{task}", f"only_{task}"),
+                        f"only_{task}_budget",
+                    )
+                ),
+            ),
             seeds=3,
         ),
         # Five times the parameters: does it carry over?

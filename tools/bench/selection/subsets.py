@@ -24,6 +24,8 @@ class Known:
         records: (n,) records with `messages` and `kind`.
         embeddings: (n, d) float32 unit vectors.
         keep: Share that those with a budget keep.
+        aim: Task that the model is to become good at, if any.
+        nearness: Makes (n,) mean similarities to the nearest of the task's examples.
         instruction_difficulty: Makes (n,) losses of the answers given their prompts over those of
             the answers alone, with the model that is to be trained; its tokens are paid for.
     """
@@ -31,6 +33,8 @@ class Known:
     records: Sequence[Record]
     embeddings: NDArray[np.float32]
     keep: float
+    aim: str | None
+    nearness: Callable[[], NDArray[np.float64]]
     instruction_difficulty: Callable[[], NDArray[np.float64]]
 
 
@@ -82,6 +86,16 @@ def top_ifd(known: Known) -> NDArray[np.bool_]:
     return _top(np.where(ratio < 1.0, ratio, -ratio), known.keep)
 
 
+def nearest(known: Known) -> NDArray[np.bool_]:
+    """Those whose embeddings are nearest to what the model is to become good at."""
+    return _top(known.nearness(), known.keep)
+
+
+def of_task(known: Known) -> NDArray[np.bool_]:
+    """All that is of the task that the model is to become good at, whatever its share."""
+    return np.array([record["source"] == known.aim for record in known.records])
+
+
 def _top(scores: NDArray[np.float64], share: float) -> NDArray[np.bool_]:
     left = np.zeros(len(scores), np.bool_)
     left[np.argsort(-scores, kind="stable")[: round(share * len(scores))]] = True
@@ -94,6 +108,8 @@ CHOICES: dict[str, Callable[[Known], NDArray[np.bool_]]] = {
     "truth": truth,
     "longest": longest,
     "top_ifd": top_ifd,
+    "nearest": nearest,
+    "of_task": of_task,
 }
 
 

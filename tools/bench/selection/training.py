@@ -49,7 +49,7 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
     whole = workshop.corpus(condition, key.seed)
     corpus = whole
     if arm.choice is not None:
-        corpus = workshop.chosen(condition, key.seed, arm.choice, arm.share)
+        corpus = workshop.chosen(condition, key.seed, arm.choice, arm.share, arm.aim)
     tokenizer = workshop.tokenizer()
     heldout = _heldout_batches(workshop, condition, tokenizer)
     dataset = _open_dataset(corpus, preset)
@@ -75,7 +75,9 @@ def run(workshop: Workshop, key: RunKey, arm: Arm) -> dict[str, Any]:
     tokens = samples = steps = shown = 0
     targets = _target_batches(workshop, condition, tokenizer) if arm.target else []
     due = [part / preset.evaluations for part in range(1, preset.evaluations)]
-    most = len(whole.kind) // preset.batch_size * preset.epochs if arm.equal_steps else None
+    visits = 1.0 if arm.equal_steps else arm.visits
+    every = len(whole.kind) // preset.batch_size * preset.epochs
+    most = None if visits is None else round(visits * every)
     for done, batch in _batches(loader, preset.epochs, most, seconds):
         began = time.perf_counter()
         for group in optimizer.param_groups:
@@ -179,6 +181,8 @@ def _store(workshop: Workshop, corpus: Corpus, arm: Arm, key: RunKey) -> tuple[A
     if arm.judged:
         path, read = workshop.judged_store(condition, key.seed)
         return EmbeddingStore(path), read
+    if arm.aim is not None and arm.choice is None:
+        return EmbeddingStore(workshop.aimed_store(condition, key.seed, arm.aim)), 0
     if arm.reference:
         return EmbeddingStore(workshop.reference_store(condition, key.seed)), 0
     store = EmbeddingStore(corpus.path / "embeddings.zarr")
