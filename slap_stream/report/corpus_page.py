@@ -15,6 +15,7 @@ from slap_stream.report.corpus_facts import CorpusFacts, Part
 from slap_stream.report.page import Sample, Section, Table, render
 from slap_stream.report.said import number, percent
 from slap_stream.report.texts import SampleTexts
+from slap_stream.report.verdict import LOOKS_RIGHT, corpus_verdict
 from slap_stream.shards.index import INDEX_NAME, corpus_size
 
 STORE_NAME = "embeddings.zarr"
@@ -34,6 +35,7 @@ def corpus_page(
     facts, texts = CorpusFacts(store), SampleTexts([corpus], columns)
     warnings = facts.warnings()
     sections = [
+        corpus_verdict(facts),
         _overview(facts),
         _parts(facts),
         _samples(facts, texts),
@@ -62,7 +64,6 @@ def corpus_page(
 
 def _overview(facts: CorpusFacts) -> Section:
     total, unit = int(facts.lengths.sum()), facts.length_unit
-    misplaced = facts.misplaced_share
     exact = len(facts.asked) == facts.num_samples
     tiles = [
         (
@@ -78,11 +79,7 @@ def _overview(facts: CorpusFacts) -> Section:
             if exact
             else f"± {facts.copy_error:.1%}; {number(len(facts.asked))} were compared with all",
         ),
-        (
-            "misplaced targets",
-            "\N{EN DASH}" if misplaced is None else percent(misplaced),
-            "seem to belong to other prompts, by their words",
-        ),
+        _misplaced(facts.misplaced_share),
     ]
     edges, counts = facts.length_histogram()
     lengths = Chart("lengths", "Lengths", x=unit, y="samples")
@@ -99,6 +96,19 @@ def _overview(facts: CorpusFacts) -> Section:
         )
     )
     return Section(id="overview", title="Overview", tiles=tiles, charts=charts)
+
+
+def _misplaced(share: float | None) -> tuple[str, str, str]:
+    name, least = "targets of other prompts", percent(LOOKS_RIGHT)
+    if share is None:
+        return name, "\N{EN DASH}", "could not be found out"
+    if share <= LOOKS_RIGHT:
+        return (
+            name,
+            "no sign",
+            f"at most {percent(share)}; with nothing wrong up to {least} is seen",
+        )
+    return name, f"at most {percent(share)}", "by their words; an upper bound"
 
 
 def _parts(facts: CorpusFacts) -> Section:
@@ -119,14 +129,14 @@ def _parts(facts: CorpusFacts) -> Section:
 def _table(title: str, what: str, parts: Sequence[Part]) -> Table:
     return Table(
         title=title,
-        names=(what, "samples", "median length", "near-copies", "mismatched"),
+        names=(what, "samples", "median length", "near-copies", "may be misplaced"),
         rows=[
             (
                 part.name,
                 number(part.count),
                 number(part.median_length),
                 percent(part.copies),
-                percent(part.mismatched),
+                "no sign" if part.mismatched <= LOOKS_RIGHT else percent(part.mismatched),
             )
             for part in parts[:_MOST_ROWS]
         ],
@@ -146,10 +156,9 @@ def _samples(facts: CorpusFacts, texts: SampleTexts) -> Section:
         )
         for pair in facts.pairs
     ]
-    samples += [
-        Sample(sample_id=n, source="", reason="mismatch", said=[f"probability {value:.2f}"])
-        for n, value in facts.suspects
-    ]
+    clean = (facts.misplaced_share or 0.0) <= LOOKS_RIGHT
+    suspect = "fits its prompt least" if clean else "may be misplaced"
+    samples += [Sample(sample_id=n, source="", reason=suspect) for n in facts.suspects]
     samples += [
         Sample(sample_id=n, source="", reason=reason)
         for reason, ids in facts.odd.items()
@@ -165,5 +174,15 @@ def _samples(facts: CorpusFacts, texts: SampleTexts) -> Section:
     for one, name in zip(samples, names, strict=True):
         one.text, one.beside_text = found.get(one.sample_id), found.get(one.beside)
         one.source = name if len(facts.sources) > 1 else ""
-    lines = ["Near-copies beside what they copy, suspects, and examples of each cluster."]
+    lines = ["Near-copies beside what they copy, and examples of each cluster."]
+    if facts.suspects:
+        lines.append(
+            f"'{suspect.capitalize()}': by its words the target would go with another prompt as "
+            "well as with its own. "
+            + (
+                "No more are than where nothing is wrong, so most are right."
+                if clean
+                else "Some are right: short answers, say, that go with many prompts."
+            )
+        )
     return Section(id="samples", title="Which samples", lines=lines, samples=samples)

@@ -85,6 +85,7 @@ class Section:
         id: Its anchor; the one of `warnings` shows them.
         title: Above it.
         lines: Sentences.
+        todo: What the reader should do, sentence by sentence.
         tiles: Numbers that stand out: name, value, what is said of it.
         charts: Captions and SVG.
         tables: Tables.
@@ -94,6 +95,7 @@ class Section:
     id: str
     title: str
     lines: Sequence[str] = ()
+    todo: Sequence[str] = ()
     tiles: Sequence[tuple[str, str, str]] = ()
     charts: Sequence[tuple[str, str]] = ()
     tables: Sequence[Table] = ()
