@@ -141,6 +141,13 @@ class CorpusFacts:
         found: float | None = self._store.attributes.get("misplaced_share")
         return found
 
+    @property
+    def marked_share(self) -> float:
+        """Share of the targets for which at least as much speaks as is shown; NaN if unknown."""
+        if self.mismatch is None:
+            return float("nan")
+        return float(np.mean(self.mismatch >= LEAST_SHOWN))
+
     def source_of(self, ids: list[int]) -> list[str]:
         """(n,) names of the sources of (n,) samples."""
         names = self._store.source_names

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from slap_stream import __version__
 from slap_stream.core.files import file_digest
@@ -12,7 +11,7 @@ from slap_stream.embeddings.corpus_texts import CorpusTexts
 from slap_stream.embeddings.store import EmbeddingStore
 from slap_stream.report.charts import COLOURS, Chart
 from slap_stream.report.corpus_facts import CorpusFacts, Part
-from slap_stream.report.page import Sample, Section, Table, render
+from slap_stream.report.page import Made, Sample, Section, Table, render
 from slap_stream.report.said import number, percent
 from slap_stream.report.texts import SampleTexts
 from slap_stream.report.verdict import LOOKS_RIGHT, corpus_verdict
@@ -22,10 +21,8 @@ STORE_NAME = "embeddings.zarr"
 _MOST_ROWS = 40
 
 
-def corpus_page(
-    corpus: Path, embeddings: str | Path | None, columns: CorpusTexts
-) -> tuple[str, dict[str, Any], list[str]]:
-    """The page as HTML, the numbers on top of it, and its warnings.
+def corpus_page(corpus: Path, embeddings: str | Path | None, columns: CorpusTexts) -> Made:
+    """The page of a corpus.
 
     Raises:
         AlignmentError: If there are no embeddings, or they are of another corpus.
@@ -59,7 +56,7 @@ def corpus_page(
         "copy_rate_error": round(facts.copy_error, 4),
         "misplaced_share": facts.misplaced_share,
     }
-    return html, summary, warnings
+    return Made(html=html, summary=summary, todo=sections[0].todo, warnings=warnings)
 
 
 def _overview(facts: CorpusFacts) -> Section:
@@ -79,7 +76,7 @@ def _overview(facts: CorpusFacts) -> Section:
             if exact
             else f"± {facts.copy_error:.1%}; {number(len(facts.asked))} were compared with all",
         ),
-        _misplaced(facts.misplaced_share),
+        _misplaced(facts),
     ]
     edges, counts = facts.length_histogram()
     lengths = Chart("lengths", "Lengths", x=unit, y="samples")
@@ -98,17 +95,14 @@ def _overview(facts: CorpusFacts) -> Section:
     return Section(id="overview", title="Overview", tiles=tiles, charts=charts)
 
 
-def _misplaced(share: float | None) -> tuple[str, str, str]:
-    name, least = "targets of other prompts", percent(LOOKS_RIGHT)
+def _misplaced(facts: CorpusFacts) -> tuple[str, str, str]:
+    name, share = "targets of other prompts", facts.misplaced_share
     if share is None:
         return name, "\N{EN DASH}", "could not be found out"
+    marked = f"{percent(facts.marked_share)} are marked"
     if share <= LOOKS_RIGHT:
-        return (
-            name,
-            "no sign",
-            f"at most {percent(share)}; with nothing wrong up to {least} is seen",
-        )
-    return name, f"at most {percent(share)}", "by their words; an upper bound"
+        return name, "no sign", f"{marked}, as where nothing is wrong"
+    return name, f"up to {percent(share)}", f"{marked}, some of which are right"
 
 
 def _parts(facts: CorpusFacts) -> Section:
@@ -129,7 +123,7 @@ def _parts(facts: CorpusFacts) -> Section:
 def _table(title: str, what: str, parts: Sequence[Part]) -> Table:
     return Table(
         title=title,
-        names=(what, "samples", "median length", "near-copies", "may be misplaced"),
+        names=(what, "samples", "median length", "near-copies", "marked as misplaced"),
         rows=[
             (
                 part.name,
@@ -180,7 +174,7 @@ def _samples(facts: CorpusFacts, texts: SampleTexts) -> Section:
             f"'{suspect.capitalize()}': by its words the target would go with another prompt as "
             "well as with its own. "
             + (
-                "No more are than where nothing is wrong, so most are right."
+                "No more are than where nothing is wrong, so all may be right."
                 if clean
                 else "Some are right: short answers, say, that go with many prompts."
             )

@@ -112,6 +112,23 @@ class Section:
         return list(dict.fromkeys(sample.reason for sample in self.samples))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """A page, and what of it is told where there is no page.
+
+    Attributes:
+        html: The page.
+        summary: The numbers on top of it, by name.
+        todo: What the reader should do.
+        warnings: What somebody should look into.
+    """
+
+    html: str
+    summary: dict[str, Any]
+    todo: Sequence[str]
+    warnings: list[str]
+
+
 def render(
     *,
     title: str,
@@ -126,7 +143,7 @@ def render(
         title: Of the page.
         subtitle: Below it.
         sections: In their order.
-        warnings: Whole sentences; the first are shown on top, too.
+        warnings: Whole sentences; the first are shown below the first section, too.
         version: Of slap_stream.
     """
     # Not on top: whoever only exports has no use for it.

@@ -29,6 +29,7 @@ class Report:
         page: The page.
         exported: Lines of the exported list; None if none was asked for.
         summary: The numbers on top of the page, by name.
+        todo: What the page says is to be done.
         warnings: What somebody should look into.
         seconds: Wall-clock time.
     """
@@ -37,6 +38,7 @@ class Report:
     page: str
     exported: int | None
     summary: dict[str, Any]
+    todo: list[str]
     warnings: list[str]
     seconds: float
 
@@ -105,15 +107,16 @@ def report(
         if list_path is not None:
             events = run.events
             exported = export(list_path, events.rows, run.outcomes, run.sources, events.errors)
-        html, summary, warnings = run_page(run)
+        made = run_page(run)
     else:
-        html, summary, warnings = corpus_page(path, embeddings, columns)
-    write_text(page_path, html)
+        made = corpus_page(path, embeddings, columns)
+    write_text(page_path, made.html)
     return Report(
         kind="run" if is_run else "corpus",
         page=str(page_path),
         exported=exported,
-        summary=summary,
-        warnings=warnings,
+        summary=made.summary,
+        todo=list(made.todo),
+        warnings=made.warnings,
         seconds=round(time.perf_counter() - began, 3),
     )

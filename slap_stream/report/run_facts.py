@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from slap_stream.loader.run_files import Place, RunEvents, delivered_of
+from slap_stream.report.texts import shown
 from slap_stream.selection.departures import OUTCOMES, TRAINED, WITHDRAWN
 
 # Points of a series.
@@ -18,6 +19,8 @@ _POINTS = 80
 _PREDICTS_NOTHING = 0.1
 _ENOUGH_LOSSES = 1000
 _ENOUGH_CANDIDATES = 50
+# Characters of an error in a warning.
+_ERROR_SHOWN = 160
 # What is said of each reason, for people.
 REASONS = {
     "drawn out": "nothing speaks against it; by chance, so that the rest fits",
@@ -233,10 +236,10 @@ class RunFacts:
                 "found. slap-embed makes it."
             )
         if self.withdrawn:
-            first = next(iter(self._events.errors.values()), "unknown")
+            first = next(iter(self._events.errors.values()), "")
             found.append(
-                f"{self.withdrawn:,} samples could not be read or collated and were withdrawn; the "
-                f"first for: {first} --export lists them all."
+                f"{self.withdrawn:,} samples could not be read or collated and were withdrawn; "
+                f"--export lists them. The first: {shown(first, _ERROR_SHOWN)}"
             )
         for name, said in _TROUBLES.items():
             if gauges.get(name):

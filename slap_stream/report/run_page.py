@@ -18,7 +18,7 @@ from slap_stream.embeddings.store import open_embeddings
 from slap_stream.errors import SlapStreamError
 from slap_stream.loader.run_files import read_log
 from slap_stream.report.charts import COLOURS, Chart
-from slap_stream.report.page import Sample, Section, Table, render
+from slap_stream.report.page import Made, Sample, Section, Table, render
 from slap_stream.report.picked import Picker, Shown
 from slap_stream.report.run_facts import REASONS, Group, RunFacts
 from slap_stream.report.said import duration, number, percent
@@ -81,8 +81,8 @@ class Run:
             return np.full(len(rows), "")
 
 
-def run_page(run: Run) -> tuple[str, dict[str, Any], list[str]]:
-    """The page as HTML, the numbers on top of it, and its warnings."""
+def run_page(run: Run) -> Made:
+    """The page of a run."""
     facts, events = run.facts, run.events
     warnings = facts.warnings()
     if run.source_problem:
@@ -124,7 +124,7 @@ def run_page(run: Run) -> tuple[str, dict[str, Any], list[str]]:
         "probe_seconds": round(facts.probe_seconds, 1),
         "compose_seconds": round(facts.compose_seconds, 1),
     }
-    return html, summary, warnings
+    return Made(html=html, summary=summary, todo=sections[0].todo, warnings=warnings)
 
 
 def _reasons(facts: RunFacts) -> list[str]:

@@ -5,22 +5,22 @@ from __future__ import annotations
 from slap_stream.report.corpus_facts import CorpusFacts
 from slap_stream.report.page import Section
 from slap_stream.report.run_facts import RunFacts
-from slap_stream.report.said import duration, number, percent
-from slap_stream.selection.departures import DRAWN_OUT
+from slap_stream.report.said import duration, number, percent, tokens
+from slap_stream.selection.departures import DRAWN_OUT, LEARNT
 
 # From these shares of the candidates on something is worth doing about them.
 MANY_COPIES, MANY_SUSPECTS = 0.05, 0.01
-# Of public corpora with nothing wrong as many targets look as if they belonged to other prompts;
+# Of public corpora with nothing wrong as many targets are marked, as if they were of other prompts;
 # docs/report.md has the table.
-LOOKS_RIGHT = 0.035
+LOOKS_RIGHT = 0.04
 
-# Of each reason, how a sentence about it ends.
+# Of each reason, how a sentence that begins with a number ends.
 _WHY = {
-    "copy": "nearly repeat a sample that was trained on lately",
-    "mismatch": "look as if their target belonged to another prompt",
-    "outlier": "have a loss that stands out as noise does",
-    "learnt": "have little left to teach",
-    DRAWN_OUT: "were left out by chance",
+    "copy": "as near-copies of a sample trained on lately",
+    "mismatch": "because the target looks like another prompt's",
+    "outlier": "because the loss stands out as noise does",
+    LEARNT: "because little is left to learn from them",
+    DRAWN_OUT: "by chance",
 }
 
 
@@ -31,16 +31,17 @@ def run_verdict(facts: RunFacts) -> Section:
         return Section(
             id="verdict", title="In short", lines=["No batch has been delivered yet. Look later."]
         )
-    unit = str(facts.about["length_unit"]).partition(" ")[0]
     first = (
         f"It trained on {number(facts.trained)} of {number(facts.candidates)} candidates and "
         f"pruned {number(facts.pruned)} ({percent(facts.pruned_share)}), which are "
-        f"{percent(facts.pruned_token_share)} of the {unit}."
+        f"{percent(facts.pruned_token_share)} of the tokens."
     )
     lines = [first]
+    if facts.withdrawn:
+        lines[0] += f" {number(facts.withdrawn)} could not be used."
     if facts.pruned:
         why = [f"{number(counts[name])} {said}" for name, said in _WHY.items() if counts[name]]
-        lines.append(f"Of these {'; '.join(why)}.")
+        lines.append(f"Pruned: {'; '.join(why)}.")
         spent = facts.probe_seconds + facts.compose_seconds
         lines.append(
             f"That saved about {duration(facts.seconds_saved)} beside the {duration(facts.seconds)}"
@@ -68,7 +69,7 @@ def run_verdict(facts: RunFacts) -> Section:
     if facts.config["keep"] != "auto" and by_chance > 0.5 * facts.pruned:
         todo.append(
             f"Nothing speaks against {number(by_chance)} of the pruned: keep="
-            f"{facts.config['keep']} asked for as few. If a shorter run is not what you want, set "
+            f"{facts.config['keep']} asks for that. If a shorter run is not what you want, set "
             'keep="auto".'
         )
     if not facts.noted:
@@ -85,7 +86,7 @@ def corpus_verdict(facts: CorpusFacts) -> Section:
     lines = [
         f"{number(facts.num_samples)} samples"
         + (f" of {sources} sources" if sources > 1 else "")
-        + f", {number(int(facts.lengths.sum()))} {facts.length_unit}."
+        + f", {tokens(int(facts.lengths.sum()), facts.length_unit)}."
     ]
     todo = []
     if facts.copy_rate >= MANY_COPIES:
@@ -106,11 +107,12 @@ def corpus_verdict(facts: CorpusFacts) -> Section:
         )
     else:
         lines.append(
-            f"At most {percent(share)} of the targets may belong to other prompts, by their words."
+            f"Up to about {percent(share)} of the targets may belong to other prompts, by their "
+            "words."
         )
         todo.append(
-            "Read some of the samples marked 'may be misplaced'. Short answers that fit many "
-            "prompts are marked, too, so trust your eyes."
+            "Read some of the samples marked 'may be misplaced'. Answers that fit many prompts are "
+            "marked, too, so trust your eyes."
         )
     if not todo:
         todo.append(

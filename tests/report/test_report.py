@@ -336,7 +336,7 @@ def test_the_first_words_say_what_was_pruned_and_what_to_do(made: Report, run_pa
     first = re.search(r'<section id="verdict">.*?</section>', run_page, re.DOTALL)
     assert first is not None
     assert "It trained on 352 of 600 candidates and pruned 248 (41.3%)" in first[0]
-    assert f"{counts['copy']} nearly repeat a sample" in first[0]
+    assert f"{counts['copy']} as near-copies of a sample" in first[0]
     assert "remove them from the data" in first[0]
     # Held-out losses were noted.
     assert "Note a held-out loss" not in first[0]
@@ -362,9 +362,9 @@ def test_nothing_is_called_sure_that_a_clean_corpus_shows_too(
     assert ">no sign</b>" in clean
     assert "may be misplaced</span>" not in clean
     assert clean.count(">fits its prompt least</span>") == 3
-    assert "so most are right" in clean
+    assert "so all may be right" in clean
     dirty = page_of(0.2)
-    assert ">at most 20.0%</b>" in dirty
+    assert ">up to 20.0%</b>" in dirty
     assert dirty.count(">may be misplaced</span>") == 3
     assert "probability" not in clean + dirty
     assert "could not be found out" in page_of(None)
