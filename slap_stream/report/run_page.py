@@ -106,7 +106,7 @@ def run_page(run: Run) -> Made:
     html = render(
         title="What slap did in this run",
         subtitle=f"Policy {facts.config['policy']}, keep {facts.config['keep']}, seed "
-        f"{facts.config['seed']}; {epochs:.3g} epochs as of {at}: {stands.said}"
+        f"{facts.config['seed']}; epochs done {epochs:.3g}, as of {at}: {stands.said}"
         + (f"; begun {begun} times" if begun > 1 else ""),
         sections=sections,
         warnings=warnings,
@@ -198,13 +198,12 @@ def _pruned(facts: RunFacts, colours: dict[str, str]) -> Section:
     tables = [
         Table(
             title="Why",
-            names=("reason", "candidates", "of those left out", "what it means"),
+            names=("reason", "candidates", "of those left out"),
             rows=[
                 (
-                    name,
+                    f"{name}: {REASONS[name]}" if name in REASONS else name,
                     number(facts.counts[name]),
                     percent(facts.counts[name] / left_out),
-                    REASONS.get(name, ""),
                 )
                 for name in reasons
             ],
