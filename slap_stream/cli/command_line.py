@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import traceback
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from slap_stream import __version__
 from slap_stream.core.files import local_path, path_to_write
 from slap_stream.errors import ConfigError, CorpusError, SlapStreamError
 
@@ -116,6 +118,7 @@ def add_common(line: argparse.ArgumentParser, *, quiet: str) -> None:
         help=f"{quiet}: only the line of JSON",
     )
     line.add_argument("--debug", action="store_true", help="show where an error comes from")
+    line.add_argument("--version", action="version", version=f"{line.prog} {__version__}")
 
 
 def ended(
@@ -134,10 +137,17 @@ def ended(
         debug: Whether to show where an error comes from, too.
 
     Returns:
-        The exit status: 1 after an error, 130 after an interrupt.
+        The exit status: 1 after an error, 130 after an interrupt. (A wrong argument is 2.)
     """
     try:
-        return run()
+        status = run()
+        # Here: what cannot be printed at the interpreter's end is a traceback.
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read it (`| head`) has seen enough; what is left would be tried once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (SlapStreamError, OSError) as error:
         if debug:
             traceback.print_exc()

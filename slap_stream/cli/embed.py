@@ -7,8 +7,12 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from slap_stream.cli.command_line import CommandLine, add_common, device, ended, to_write
+
+if TYPE_CHECKING:
+    from slap_stream.embeddings.embed import EmbedReport
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,8 +59,22 @@ def parser() -> argparse.ArgumentParser:
         help="rows of one file of the store; default 16384, a quarter of that for models",
     )
     line.add_argument("--overwrite", action="store_true", help="replace embeddings that are there")
-    add_common(line, quiet="no progress bar")
+    add_common(line, quiet="no progress bar, no table")
     return line
+
+
+def describe(report: EmbedReport) -> str:
+    """What was made, for people."""
+    share = report.misplaced_share
+    lines = [
+        f"{report.num_samples:>9,}  samples in {report.path}",
+        f"{report.embedded:>9,}  of them embedded now, the others before",
+        f"{report.dim:>9,}  numbers for each, and {len(report.feature_names)} columns: "
+        f"{', '.join(report.feature_names)}",
+    ]
+    if share is not None:
+        lines.append(f"{share:>9.1%}  of the targets, or fewer, may belong to other prompts")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from slap_stream.embeddings.embed import embed
 
         report = embed(**vars(arguments), command=shlex.join(["slap-embed", *given]))
+        if arguments.progress is not False:
+            print(describe(report))
         print(json.dumps(report.to_dict()))
         return 0
 

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from slap_stream.cli.command_line import CommandLine, add_common, ended
 
@@ -35,6 +36,14 @@ def parser() -> argparse.ArgumentParser:
     return line
 
 
+def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{count:,} {name}" for name, count in value.items()) or "none"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "unknown" if value is None else str(value)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `slap-report`."""
     arguments = parser().parse_args(argv)
@@ -48,9 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         made = report(**options)
         if told:
             for name, value in made.summary.items():
-                print(f"{name.replace('_', ' '):>20}  {value}")
-            for warning in made.warnings:
-                print(f"             warning  {warning}")
+                print(f"{name.replace('_', ' '):>20}  {_told(value)}")
+            for label, sentences in (("to do", made.todo), ("warning", made.warnings)):
+                for sentence in sentences:
+                    print(f"{label:>20}  {sentence}")
             print(f"                page  {made.page}")
         print(json.dumps(asdict(made)))
         return 0

@@ -6,23 +6,36 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from slap_stream.errors import CorpusError
+from slap_stream.errors import ConfigError, CorpusError
 
 # A `Path` has made one slash of two. A single letter is a drive.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/|$)")
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Context of a path to write to, whose file is then found at `path`, whole: old or new,
+    whatever ends this process. Nothing is left behind by an error."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file that is found whole, old or new, whatever ends this process."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    with written_whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def sync_new(path: Path, below: Path) -> None:
@@ -88,6 +101,34 @@ def local_path(
         reason = error.strerror if isinstance(error, OSError) else error
         raise CorpusError(f"{name} must be a path that can be, got {text!r} ({reason}).") from error
     return Path(text)
+
+
+def file_to_write(name: str, path: str | os.PathLike[str]) -> Path:
+    """A file that is there and may be replaced, or may be made.
+
+    Args:
+        name: What the path is called in an error.
+        path: As it was given.
+
+    Raises:
+        ConfigError: If it is not local, a directory, in none, or may not be written to.
+    """
+    try:
+        local = local_path(name, path, "write to a local disk, and copy it there")
+    except CorpusError as error:
+        raise ConfigError(str(error)) from error
+    folder, wrong = local.absolute().parent, ""
+    if local.is_dir():
+        wrong = f"which is a directory; name a file, such as {str(local / 'NAME')!r}"
+    elif not folder.is_dir():
+        is_file = folder.exists()
+        wrong = f"where {str(folder)!r} is {'a file; name another' if is_file else 'missing'}"
+        wrong += "" if is_file else "; make it first, or name another"
+    elif not all(os.access(one, os.W_OK) for one in (folder, local) if one.exists()):
+        wrong = "which may not be written to; name another"
+    if wrong:
+        raise ConfigError(f"{name} must be a file, new or old, got {str(path)!r}, {wrong}.")
+    return local
 
 
 def path_to_write(name: str, path: str | os.PathLike[str]) -> Path:

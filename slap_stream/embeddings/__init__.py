@@ -24,6 +24,6 @@ EXPORTS = {
     "corpus_texts": ("CorpusTexts",),
     "store": ("EmbeddingStore", "open_embeddings"),
     "rows": ("StackedStore", "as_row_store", "take"),
-    "embed": ("embed",),
+    "embed": ("EmbedReport", "embed"),
     "pretrained": ("torch_device",),
 }

@@ -346,7 +346,7 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         if self.loader is None or "loss" not in logs:
             super().log(logs, start_time)
             return
-        metrics = {METRICS_PREFIX + name: n for name, n in self.loader.metrics().items()}
+        metrics = self.loader.metrics(prefix=METRICS_PREFIX)
         super().log({**logs, **metrics}, start_time)
         # The history is written into every checkpoint.
         entry = self.state.log_history[-1]

@@ -8,7 +8,10 @@ pending.py      batches that are composed and not delivered yet
 dealing.py      batches of one optimizer step, dealt by length
 bad_samples.py  samples that cannot be read or collated
 delivery.py     one iteration: pending batches to the training loop
-padding.py      how much of the batches was padding
+tally.py        what is counted of delivered batches, and shown while a run goes on
+  padding.py       how much of the batches was padding
+  status_line.py   a line of log, now and then
+  progress_bar.py  a bar
 accelerated.py  a loader that Accelerate has prepared
 probe_link.py   what a probe asks of a loader and tells it
 ranks.py        what ranks tell each other
@@ -17,7 +20,6 @@ checks.py       settings and data that do not fit together
 workers.py      what is said when a worker process dies
 run_log.py      what left the pools and why, losses and cost: the run's log, as it is written
 run_files.py    the log's files, and how they are read while they grow
-status_line.py  a line of log, now and then
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from __future__ import annotations
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
     "checks": ("check_batches", "check_run"),
-    "run_files": ("RunEvents", "find_log", "read_log"),
+    "run_files": ("Place", "RunEvents", "delivered_of", "find_log", "read_log"),
     "delivery": ("SAMPLE_ID",),
     "loader": ("SlapDataLoader",),
 }

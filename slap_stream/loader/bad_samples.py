@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ from slap_stream.types import IntArray
 
 logger = logging.getLogger(__name__)
 
+# Sample id, epoch, and batches of it composed before, of each.
+Withdrawn = list[tuple[int, int, int]]
 # Characters of an error that are told.
 _TOLD_CHARACTERS = 400
 # Batches around one of which nothing can be used that are tried, and first samples of a dataset.
@@ -231,6 +233,7 @@ class BadSamples:
         view: Samples by id; a `LenientView` unless bad samples raise.
         collate: Makes a batch of them; likewise.
         fetcher: Knows which candidates damaged shards have taken.
+        told: Is told of those that are withdrawn, each with what was raised.
     """
 
     def __init__(
@@ -241,10 +244,11 @@ class BadSamples:
         view: ShardView,
         collate: Callable[[list[Any]], Any],
         fetcher: ShardFetcher,
+        told: Callable[[Sequence[tuple[int, int, int, str]]], None] = lambda samples: None,
     ) -> None:
         self._sampler, self._owner = sampler, owner
         self._view, self._collate, self._fetcher = view, collate, fetcher
-        self._told = 0
+        self._told, self._tell = 0, told
 
     def settle(self, part: PartOfBatch, ids: IntArray) -> tuple[Any, IntArray]:
         """What is delivered of a batch.
@@ -351,9 +355,11 @@ class BadSamples:
         return unusable_samples(self._sampler.lanes)
 
     def _withdraw(
-        self, withdrawals: Sequence[Callable[[], None]], ids: IntArray, part: PartOfBatch
+        self, withdrawals: Sequence[Callable[[], Withdrawn]], ids: IntArray, part: PartOfBatch
     ) -> None:
-        count, fraction, most = self._owner.call(partial(self._carry_out, withdrawals))
+        reasons = {int(ids[place]): reason for place, reason in part.reasons.items()}
+        carried = self._owner.call(partial(self._carry_out, withdrawals, reasons))
+        count, fraction, most = carried
         place, reason = next(iter(part.reasons.items()))
         if count and count >= 2 * self._told:
             self._told = count
@@ -372,9 +378,11 @@ class BadSamples:
                 "last state with a larger max_withdrawn."
             )
 
-    def _carry_out(self, withdrawals: Sequence[Callable[[], None]]) -> tuple[int, float, float]:
+    def _carry_out(
+        self, withdrawals: Sequence[Callable[[], Withdrawn]], reasons: Mapping[int, str]
+    ) -> tuple[int, float, float]:
         """Withdraw; how many samples and what fraction of the candidates are gone, and may be."""
-        for withdraw in withdrawals:
-            withdraw()
+        gone = [sample for withdraw in withdrawals for sample in withdraw()]
+        self._tell([(*sample, reasons[sample[0]]) for sample in gone])
         fraction = self.withdrawn_fraction + self._fetcher.withdrawn_fraction
         return self._count, fraction, self._sampler.config.max_withdrawn

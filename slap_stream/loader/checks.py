@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -14,8 +15,12 @@ from slap_stream.core.checks import require_whole
 from slap_stream.embeddings.rows import StackedStore
 from slap_stream.embeddings.store import open_embeddings
 from slap_stream.errors import AlignmentError, ConfigError
+from slap_stream.loader.ranks import Ranks
+from slap_stream.loader.run_log import RunLog
 from slap_stream.selection.policies.registry import make_policy
+from slap_stream.selection.sampler import SlapSampler
 from slap_stream.selection.schedule import check_lanes, check_plan
+from slap_stream.selection.state import check_ranks_agree
 from slap_stream.shards.settings import (
     dataset_shards,
     index_digests,
@@ -23,7 +28,7 @@ from slap_stream.shards.settings import (
     launched_ranks,
     min_cache_bytes,
 )
-from slap_stream.types import IntArray, RowStore
+from slap_stream.types import IntArray, Position, RowStore
 
 
 def check_arguments(
@@ -50,6 +55,37 @@ def check_arguments(
     # and embeddings are waited for.
     make_policy(settings)
     return settings
+
+
+def meet_ranks(
+    ranks: Ranks,
+    sampler: SlapSampler,
+    index_digests: Sequence[str],
+    log: RunLog,
+    needs_log: bool,
+) -> int:
+    """Check that all ranks were given the same run, and settle who keeps its log.
+
+    Args:
+        ranks: Who takes part; every one calls it.
+        sampler: This rank's.
+        index_digests: Of each stream's index.
+        log: This rank's.
+        needs_log: Whether a run whose log cannot be written must not begin.
+
+    Returns:
+        Most shards that a rank needs at a time.
+
+    Raises:
+        ConfigError: If runs differ, or the log is needed and a rank cannot write it.
+    """
+    run = sampler.config.to_dict() | sampler.describe() | {"index_digests": index_digests}
+    mine = json.dumps([run, sampler.shards_at_hand, log.started, log.problem]).encode()
+    everyones = ranks.gather(mine, Position(epoch=sampler.epoch, step=sampler.step, digest=0))
+    runs, needs, starts, problems = zip(*map(json.loads, everyones), strict=True)
+    check_ranks_agree(runs)
+    log.settle(starts, problems, required=needs_log)
+    return int(max(needs))
 
 
 def batch_size_of(batch_size: int | None, dataset: Any) -> int:

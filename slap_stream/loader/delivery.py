@@ -31,6 +31,7 @@ class Delivery(Iterator[Any]):
         pending: The pending batches.
         is_newest: Whether no other iteration has begun since, and no state was loaded.
         hold_shards: Says which shards are still needed; called before a batch is read.
+        ended: Is called when the epoch has no more batches.
         bad_samples: Settles what becomes of a batch of which samples cannot be used.
         count: Takes note of a batch, of how many samples it has, and of the share of the epoch that
             is done after it.
@@ -45,6 +46,7 @@ class Delivery(Iterator[Any]):
         *,
         is_newest: Callable[[], bool],
         hold_shards: Callable[[], None],
+        ended: Callable[[], None],
         bad_samples: BadSamples,
         count: Callable[[Any, int, float], None],
         accelerated: Accelerated | None,
@@ -52,7 +54,7 @@ class Delivery(Iterator[Any]):
         self._batches: Iterator[Any] | None = batches
         self._pending, self._workers = pending, workers
         self._is_newest, self._hold_shards, self._count = is_newest, hold_shards, count
-        self._accelerated, self._bad_samples = accelerated, bad_samples
+        self._accelerated, self._bad_samples, self._ended = accelerated, bad_samples, ended
 
     def __next__(self) -> Any:
         if not self._is_newest():
@@ -69,6 +71,7 @@ class Delivery(Iterator[Any]):
             if oldest is None:
                 if self._accelerated is not None:
                     self._accelerated.end()
+                self._ended()
                 raise StopIteration
             self._hold_shards()
             batch, ids = next(batches, None), oldest.ids

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from os import PathLike
@@ -25,19 +24,19 @@ from slap_stream.loader.checks import (
     check_cache_limit,
     check_launched,
     embedded_hashes,
+    meet_ranks,
     prefetch_within,
 )
 from slap_stream.loader.delivery import SAMPLE_ID, Delivery, on_cpu
-from slap_stream.loader.padding import Padding
 from slap_stream.loader.pending import PendingBatches
 from slap_stream.loader.probe_link import ProbeLink
+from slap_stream.loader.progress_bar import ProgressBar
 from slap_stream.loader.ranks import TIMEOUT_SECONDS, join_ranks
 from slap_stream.loader.run_log import RunLog, describe, weakly
 from slap_stream.loader.state import check_loader_state, whole_state
-from slap_stream.loader.status_line import StatusLine
+from slap_stream.loader.tally import Tally
 from slap_stream.probe.probe import LearnabilityProbe, check_probe_state
 from slap_stream.selection.sampler import SlapSampler
-from slap_stream.selection.state import check_ranks_agree
 from slap_stream.shards.fetch import ShardFetcher
 from slap_stream.shards.settings import (
     dataset_shards,
@@ -97,6 +96,7 @@ class SlapDataLoader(DataLoader[Any]):
         world_size: Ranks; default likewise.
         process_group: Processes that have a loader; default: all.
         run_dir: Where a log of the run is kept, for `slap-report`; None: none is.
+        progress: Whether rank 0 shows a bar, on a terminal or in a notebook.
         exchange_timeout: Deadline of everything that ranks tell each other, in seconds.
 
     Raises:
@@ -127,6 +127,7 @@ class SlapDataLoader(DataLoader[Any]):
         world_size: int | None = None,
         process_group: Any = None,
         run_dir: str | PathLike[str] | None = None,
+        progress: bool = False,
         exchange_timeout: float = TIMEOUT_SECONDS,
     ) -> None:
         config = check_arguments(config, num_workers, prefetch_factor, collate_fn)
@@ -171,19 +172,28 @@ class SlapDataLoader(DataLoader[Any]):
             self._sampler,
             about=partial(describe, dataset, store, self._sampler),
             metrics=weakly(self._metrics),
+            undelivered=weakly(self._undelivered),
         )
         self._pending = PendingBatches(self._sampler, self._owner, self._log.composed)
+        met = meet_ranks, self._ranks, self._sampler, self._digests, self._log, self.needs_log
         # Of the rank that needs most: then all are refused or none.
-        check_cache_limit(dataset, self._owner.call(self._meet_ranks), ranks_on_node)
+        check_cache_limit(dataset, self._owner.call(partial(*met)), ranks_on_node)
         self._probe: LearnabilityProbe | None = None
         self._probe_state: State | None = None
         # Which iterator may go on: none from before a new iteration or a loaded state.
         self._iteration = 0
-        self._line, self._padding = StatusLine(), Padding()
+        shows = progress and self._ranks.rank == 0 and self._ranks.speaks
+        candidates = self._sampler.table.num_candidates
+        self._tally = Tally(ProgressBar(candidates, self._ranks.world_size) if shows else None)
         self._accelerated: Accelerated | None = None
         view, collate = reading(dataset, collate_fn or default_collate, config.on_bad_sample)
         self._bad_samples = BadSamples(
-            self._sampler, self._owner, view=view, collate=collate, fetcher=self._fetcher
+            self._sampler,
+            self._owner,
+            view=view,
+            collate=collate,
+            fetcher=self._fetcher,
+            told=self._log.withdrawn,
         )
         super().__init__(
             view,  # type: ignore[arg-type]  # map-style by duck typing
@@ -220,7 +230,8 @@ class SlapDataLoader(DataLoader[Any]):
         draws = generator(self.config.seed, Purpose.WORKERS, *place)
         self.generator.manual_seed(int(draws.integers(2**63)))
         batches = super().__iter__()
-        self._line.restart()
+        trained = delivered * self._sampler.batch_size
+        self._tally.begin(self._pending.epoch, trained, self._pending.delivered.progress)
         if Accelerated.is_due(self):
             self._accelerated = self._accelerated or Accelerated(SAMPLE_ID)
             self._accelerated.begin(self)
@@ -229,15 +240,12 @@ class SlapDataLoader(DataLoader[Any]):
             self._workers_of(batches),
             self._pending,
             is_newest=lambda: iteration == self._iteration,
-            hold_shards=self._hold_shards,
+            hold_shards=partial(self._pending.hold_shards, self._fetcher),
+            ended=partial(self._owner.call, self._log.flush),
             bad_samples=self._bad_samples,
-            count=self._count,
+            count=partial(self._tally.count, self.metrics),
             accelerated=self._accelerated,
         )
-
-    def _count(self, batch: Any, samples: int, progress: float) -> None:
-        self._padding.note(batch)
-        self._line.count(samples, progress, self.metrics)
 
     def _workers_of(self, batches: Any) -> list[Any]:
         """Worker processes of torch's iterator; one that reads in this process has none."""
@@ -307,6 +315,7 @@ class SlapDataLoader(DataLoader[Any]):
 
     def _observe(self, ids: Any, losses: Any) -> None:
         self._sampler.observe(ids, losses)
+        self._tally.observed(losses)
         self._log.observed(losses, last=self._pending.finished)
 
     def note(self, **values: float) -> None:
@@ -346,31 +355,30 @@ class SlapDataLoader(DataLoader[Any]):
         # From now on the probe says when; a second clock would refresh twice.
         self._sampler.refreshes_itself = False
 
-    def _hold_shards(self) -> None:
-        """Under a `cache_limit`, say which shards composed and pooled samples still need."""
-        if self._fetcher.limited:
-            self._owner.call(self._hold_needed)
-
-    def _hold_needed(self) -> None:
-        self._fetcher.hold(*self._pending.shards_in_use())
-
-    def metrics(self) -> dict[str, float]:
-        """Flat numbers about the run, ready for TensorBoard or Weights & Biases.
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """Flat numbers about the run, ready for TensorBoard, Weights & Biases or trackio.
 
         `epoch` is what `epochs_done` says, such as 1.25.
+
+        Args:
+            prefix: Goes before each name: "slap/" makes a group of them.
         """
-        return self._owner.call(self._metrics)
+        metrics = self._owner.call(self._metrics)
+        return {prefix + name: value for name, value in metrics.items()}
+
+    def _undelivered(self) -> int:
+        return len(self._pending.undelivered)
 
     def _metrics(self) -> dict[str, float]:
         metrics = self._sampler.metrics() | self._fetcher.metrics() | self._ranks.metrics()
         metrics["withdrawn_fraction"] += self._bad_samples.withdrawn_fraction
         # What was composed ahead has not been trained on yet.
-        ahead = len(self._pending.undelivered)
+        ahead = self._undelivered()
         metrics["undelivered"] = float(ahead)
         metrics["epoch"] = self.epochs_done
         metrics["trained"] -= float(ahead * self._sampler.batch_size)
         metrics["step"] -= float(ahead)
-        metrics |= self._padding.metrics()
+        metrics |= self._tally.metrics()
         if self._probe is not None:
             metrics |= self._probe.metrics()
         return metrics | self._log.metrics()
@@ -390,25 +398,12 @@ class SlapDataLoader(DataLoader[Any]):
         self._log.flush(saved=True)
         return whole_state(
             self._ranks,
-            self._position(),
+            Position(epoch=self._sampler.epoch, step=self._sampler.step, digest=0),
             index_digests=self._digests,
             sampler=self._sampler.state_dict(),
             pending=self._pending.state_dict(),
             probe=self._probe_state if self._probe is None else self._probe.state_dict(),
         )
-
-    def _meet_ranks(self) -> int:
-        """Check that all ranks were given the same run; most shards that one needs at a time."""
-        run = self.config.to_dict() | self._sampler.describe() | {"index_digests": self._digests}
-        mine = run, self._sampler.shards_at_hand, self._log.started, self._log.problem
-        everyones = self._ranks.gather(json.dumps(mine).encode(), self._position())
-        runs, needs, starts, problems = zip(*map(json.loads, everyones), strict=True)
-        check_ranks_agree(runs)
-        self._log.settle(starts, problems, required=self.needs_log)
-        return int(max(needs))
-
-    def _position(self) -> Position:
-        return Position(epoch=self._sampler.epoch, step=self._sampler.step, digest=0)
 
     def load_state_dict(self, state: State) -> None:
         """Go on exactly where the state was saved; arrays may come back as nested lists.
@@ -442,9 +437,10 @@ class SlapDataLoader(DataLoader[Any]):
 
     def close(self) -> None:
         """End the threads that fetch shards, and the ranks' connections: the loader's end."""
+        self._tally.close()
         self._owner.call(self._close)
 
     def _close(self) -> None:
-        self._log.flush()
+        self._log.end()
         self._fetcher.close()
         self._ranks.close()

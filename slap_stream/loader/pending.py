@@ -13,6 +13,7 @@ from slap_stream.core.background import BackgroundThread
 from slap_stream.core.saved import Saved
 from slap_stream.loader.dealing import deal_by_length
 from slap_stream.selection.sampler import SlapSampler
+from slap_stream.shards.fetch import ShardFetcher
 from slap_stream.types import IntArray, State
 
 
@@ -116,6 +117,11 @@ class PendingBatches:
     def ids(self) -> IntArray:
         """(n,) sample ids of the batches composed and not delivered yet."""
         return np.concatenate([np.zeros(0, np.int64), *(b.ids for b in self.undelivered)])
+
+    def hold_shards(self, fetcher: ShardFetcher) -> None:
+        """Under a `cache_limit`, say which shards composed and pooled samples still need."""
+        if fetcher.limited:
+            self._owner.call(lambda: fetcher.hold(*self.shards_in_use()))
 
     def shards_in_use(self) -> tuple[IntArray, IntArray]:
         """Shards that composed and pooled samples still need, and those of the blocks after; the

@@ -2,15 +2,21 @@
 
 Two files for each rank, in `_slap_log` of the run's directory. `rank-0.jsonl` has a line an event:
 
-    begin  a process takes up the run: where, and what run it is
-    span   some batches in a row: counts, tokens, losses, seconds, and gauges at its end
-    value  a number that somebody noted, such as a held-out loss
-    level  the rows are about to be thinned
+    begin      a process takes up the run: where, which process, and what run it is
+    span       some batches in a row: counts, tokens, losses, seconds, and gauges at its end
+    value      a number that somebody noted, such as a held-out loss
+    withdrawn  samples that could not be used, and what was raised
+    level      the rows are about to be thinned
+    end        the loader was closed
 
 `rank-0.rows` has a row of fixed size for each candidate that has left a pool. Both are only ever
 appended to or replaced as a whole, so a reader needs no lock, and a kill leaves half a line or half
 a row at the end, which is passed over. Each file is bounded: neighbouring spans are joined, and of
 too many rows those of every second sample id stay.
+
+Every event says how many batches were composed (`at`), and how many of these were delivered. What
+left a pool is written when its batch is composed. A reader leaves out what left with a batch that
+was not delivered: it is not trained on yet, and in a run that was killed it never was.
 
 A run that goes on from a checkpoint begins again where that was saved. What an earlier beginning
 has written from there on did not happen, whichever rank has written it.
@@ -20,7 +26,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +39,7 @@ from slap_stream.errors import RunLogError
 
 # A Trainer uploads its output_dir without what begins so: the log names paths, the page has texts.
 LOG_DIR, _EVENTS = "_slap_log", "rank-*.jsonl"
-VERSION = 1
+VERSION = 2
 # Spans of a rank's file: between half as many and these.
 MAX_SPANS = 1024
 # Checkpoints, the latest, whose place stays the end of a span.
@@ -43,7 +50,7 @@ MAX_ROWS = 1 << 20
 
 Event = dict[str, Any]
 Rows = NDArray[Any]
-# Batches of an epoch composed before, and the epoch; and when, by (time of the start, how often a
+# The epoch, and batches of it composed before; and when, by (time of the start, how often a
 # state was loaded since).
 Place = tuple[int, int]
 Session = tuple[float, int]
@@ -58,9 +65,12 @@ class RunEvents:
         begins: Every beginning, in order of time, of rank 0.
         spans: Of all ranks, in the order in which they ended; each says of which `rank` it is.
         values: Likewise, of rank 0.
-        rows: (n,) what has left the pools, in the order of epochs and steps; of 1 in 2 ** level
-            sample ids.
+        rows: (n,) what has left the pools with batches that were delivered, in the order of epochs
+            and steps; of 1 in 2 ** level sample ids.
         level: The same.
+        errors: What was raised, by epoch, step and sample id of the rows that are `withdrawn`.
+        last: When something was written last, by the clock of who wrote it.
+        ended: Whether the loader was closed since it began last.
         unreadable: Lines that could not be read.
         straddling: Spans that are left out though a part of them had happened.
     """
@@ -71,6 +81,9 @@ class RunEvents:
     values: list[Event]
     rows: Rows
     level: int
+    errors: dict[tuple[int, int, int], str]
+    last: float
+    ended: bool
     unreadable: int
     straddling: int
 
@@ -100,35 +113,91 @@ def read_log(run_dir: str | os.PathLike[str]) -> RunEvents:
             f"run_dir must hold the log of a run ({LOG_DIR}), got {str(run_dir)!r}, which has "
             "none; a loader writes it where its run_dir= says, a Trainer into its output_dir."
         )
+    outcomes = firsts[-1]["outcomes"]
+    kept = {path: surviving(events, every) for path, (events, _) in by_file.items()}
+    everything = [event for events, _ in kept.values() for event in events]
+    level = max(event.get("level", 0) for events, _ in by_file.values() for event in events)
+    delivered = max(map(delivered_of, everything), default=(0, 0))
+    errors = {
+        (epoch, step, sample_id): text
+        for event in everything
+        if event["kind"] == "withdrawn"
+        for sample_id, epoch, step, text in event["samples"]
+    }
     spans: list[Event] = []
-    values: list[Event] = []
     rows: list[Rows] = []
-    straddling = level = 0
-    for path, (events, _) in by_file.items():
-        kept, cut = surviving(events, every)
-        straddling += cut
+    for path, (events, _) in kept.items():
         rank = begins[path][-1]["rank"] if begins[path] else 0
-        mine = [{**event, "rank": rank} for event in kept if event["kind"] == "span"]
-        spans += mine
-        level = max([level, *(event.get("level", 0) for event in events)])
-        if path == event_file(path.parent, 0):
-            values = [event for event in kept if event["kind"] == "value"]
+        mine = [{**event, "rank": rank} for event in events if event["kind"] == "span"]
         if begins[path]:
-            fields = begins[path][-1]["fields"]
-            found = read_rows(path.with_suffix(".rows"), fields)
-            rows.append(surviving_rows(found, begins[path], every))
+            found = read_rows(path.with_suffix(".rows"), begins[path][-1]["fields"])
+            found = surviving_rows(found, begins[path], every)
+            found = found[sampled(found["sample_id"], level)]
+            rows.append(_delivered(found, mine, delivered, errors, outcomes, 2**level))
+        spans += mine
     joined_rows = np.concatenate(rows)
-    joined_rows = joined_rows[sampled(joined_rows["sample_id"], level)]
+    first = next(path for path in kept if path == event_file(path.parent, 0))
     return RunEvents(
         about=firsts[-1],
         begins=firsts,
         spans=sorted(spans, key=place_of),
-        values=values,
+        values=[event for event in kept[first][0] if event["kind"] == "value"],
         rows=joined_rows[np.lexsort((joined_rows["step"], joined_rows["epoch"]))],
         level=level,
+        errors=errors,
+        last=max(event["time"] for event in kept[first][0] if "time" in event),
+        ended=kept[first][0][-1]["kind"] == "end",
         unreadable=sum(unreadable for _, unreadable in by_file.values()),
-        straddling=straddling,
+        straddling=sum(straddling for _, straddling in kept.values()),
     )
+
+
+def _delivered(
+    rows: Rows,
+    spans: Sequence[Event],
+    delivered: Place,
+    errors: Mapping[tuple[int, int, int], str],
+    outcomes: Sequence[str],
+    scale: int,
+) -> Rows:
+    """A rank's rows as of what was delivered; its spans are corrected in place.
+
+    Args:
+        rows: (n,) rows of what has left the pools.
+        spans: Spans, in order.
+        delivered: The place up to which batches were delivered.
+        errors: What was raised, by epoch, step and sample id of what was withdrawn.
+        outcomes: Names of outcomes by number.
+        scale: Candidates that a row stands for.
+    """
+    withdrawn = outcomes.index("withdrawn")
+    epoch, step = delivered
+    early = (rows["epoch"] < epoch) | ((rows["epoch"] == epoch) & (rows["step"] < step))
+    # What was withdrawn from a pool is so at once.
+    early |= rows["outcome"] == withdrawn
+    moved = (rows["outcome"] == 0) & np.isin(rows["sample_id"], [key[2] for key in errors])
+    for at in np.flatnonzero(moved):
+        moved[at] = tuple(rows[["epoch", "step", "sample_id"]][at].item()) in errors
+    early |= moved
+    ends = [place_of(span) for span in spans]
+    for at in np.flatnonzero(moved | ~early):
+        row = rows[at]
+        # The first that ends behind it.
+        place = bisect_right(ends, (int(row["epoch"]), int(row["step"])))
+        if place == len(spans):
+            continue  # its span was killed half way
+        stratum, length = str(row["stratum"]), int(row["length"])
+        for name, amount in (("counts", 1), ("tokens", length)):
+            told = spans[place][name]
+            from_ = told.setdefault(outcomes[row["outcome"]], {})
+            from_[stratum] = max(0, from_.get(stratum, 0) - scale * amount)
+            if early[at]:
+                to = told.setdefault(outcomes[withdrawn], {})
+                to[stratum] = to.get(stratum, 0) + scale * amount
+    rows = rows.copy()
+    rows["outcome"][moved] = withdrawn
+    left: Rows = rows[early]
+    return left
 
 
 def event_file(log_dir: Path, rank: int) -> Path:
@@ -211,10 +280,21 @@ def place_of(event: Event) -> Place:
     return int(epoch), int(step)
 
 
-def last_place(begins: Iterable[Event], session: Session) -> Place:
-    """Up to where what a session has written counts: later ones have begun again there."""
-    later = [place_of(begin) for begin in begins if session_of(begin) > session]
-    return min(later, default=(2**62, 0))
+def delivered_of(event: Event) -> Place:
+    """The same, of batches delivered before."""
+    epoch, step = event["delivered"]
+    return int(epoch), int(step)
+
+
+def last_place(begins: Iterable[Event], session: Session) -> tuple[Place, Place]:
+    """Up to where what a session has written counts, composed and delivered: later ones have begun
+    again there."""
+    later = [begin for begin in begins if session_of(begin) > session]
+    never: Place = (2**62, 0)
+    return (
+        min(map(place_of, later), default=never),
+        min(map(delivered_of, later), default=never),
+    )
 
 
 def surviving(events: Sequence[Event], begins: Sequence[Event]) -> tuple[list[Event], int]:
@@ -225,12 +305,13 @@ def surviving(events: Sequence[Event], begins: Sequence[Event]) -> tuple[list[Ev
         happened.
     """
     kept: list[Event] = []
-    straddling, last = 0, (2**62, 0)
+    straddling, last = 0, ((2**62, 0), (2**62, 0))
     for event in events:
         if event["kind"] == "begin":
             last = last_place(begins, session_of(event))
-        elif place_of(event) > last:
-            straddling += event["kind"] == "span" and tuple(event["from"]) < last
+        # At an epoch's end batches are delivered, and nothing is composed.
+        elif place_of(event) > last[0] or delivered_of(event) > last[1]:
+            straddling += event["kind"] == "span" and tuple(event["from"]) < last[0]
             continue
         kept.append(event)
     return kept, straddling
@@ -246,7 +327,7 @@ def surviving_rows(rows: Rows, own: Sequence[Event], begins: Sequence[Event]) ->
     """
     keep = np.zeros(len(rows), bool)
     for begin in own:
-        epoch, step = last_place(begins, session_of(begin))
+        epoch, step = last_place(begins, session_of(begin))[0]
         # A row at step s has left with batch s, after which s + 1 are composed.
         before = (rows["epoch"] < epoch) | ((rows["epoch"] == epoch) & (rows["step"] < step))
         keep |= (rows["session"] == begin["index"]) & before
@@ -280,10 +361,11 @@ def _added(first: dict[str, float], second: dict[str, float]) -> dict[str, float
     return {key: first.get(key, 0) + second.get(key, 0) for key in {**first, **second}}
 
 
-def thinned(events: Sequence[Event]) -> list[Event]:
+def thinned(events: Sequence[Event], level: int = 0) -> list[Event]:
     """Fewer events that say the same: half of `MAX_SPANS` spans, of equally many batches.
 
-    Spans that end where one of the latest checkpoints was saved still end there.
+    Spans that end where one of the latest checkpoints was saved still end there. Of samples that
+    were withdrawn those stay whose rows do.
     """
     spans = [event for event in events if event["kind"] == "span"]
     saved = [id(span) for span in spans if span["saved"]][-MAX_SAVED:]
@@ -296,6 +378,11 @@ def thinned(events: Sequence[Event]) -> list[Event]:
         if event["kind"] != "span":
             if event["kind"] == "begin":
                 open_ = False
+            if event["kind"] == "withdrawn":
+                stay = sampled(np.array([one[0] for one in event["samples"]], np.int64), level)
+                left = [one for one, stays in zip(event["samples"], stay, strict=True) if stays]
+                event = {**event, "samples": left}
+                dropped |= set() if left else {id(event)}
             if id(event) not in dropped:
                 # What was noted in the middle of a span may as well come before it.
                 result.insert(len(result) - open_, event)

@@ -9,11 +9,12 @@ import json
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakMethod
 
 import numpy as np
@@ -40,7 +41,7 @@ from slap_stream.loader.run_files import (
 )
 from slap_stream.selection.departures import OUTCOMES, ROW
 from slap_stream.selection.sampler import SlapSampler
-from slap_stream.types import FloatArray, RowStore
+from slap_stream.types import FloatArray, IntArray, RowStore
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ SECONDS_BETWEEN_STARTS = 1e-3
 _FIELDS = [[name, ROW[name].str] for name in ROW.names or ()]
 # What reading files that are no log of ours ends with.
 _UNREADABLE = (RunLogError, LookupError, TypeError, ValueError)
+_Result = TypeVar("_Result")
 # Sums of a run that a span has the part of, and how the metrics call them.
 _SUMS = {"probe_seconds": "probe_seconds", "probed": "probe_samples"}
 
@@ -68,6 +70,7 @@ class RunLog:
         sampler: Whose lanes are watched.
         about: Makes what a report has to know of the run, in JSON.
         metrics: The loader's.
+        undelivered: Batches composed and not delivered yet.
         clock: Seconds that only grow.
 
     Attributes:
@@ -85,16 +88,19 @@ class RunLog:
         *,
         about: Callable[[], dict[str, Any]],
         metrics: Callable[[], dict[str, float]],
+        undelivered: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sampler, self._about, self._metrics = sampler, about, metrics
+        self._undelivered = undelivered
         self._clock, self.started, self._loads = clock, time.time(), -1
         self._index = self._level = self._spans_held = self._rows_held = 0
         self.begun = self.failed = False
         self._kept = run_dir is not None
         self.problem: str | None = None
         self._early: list[Event] = []
-        self._clear(self._place)
+        self._told_delivered: Place | None = None
+        self._clear()
         if run_dir is None:
             return
         try:
@@ -147,6 +153,12 @@ class RunLog:
     def _place(self) -> Place:
         return self._sampler.epoch, self._sampler.step
 
+    def _now(self) -> Event:
+        """What every event says: batches composed and delivered, and when."""
+        epoch, step = self._place
+        delivered = epoch, step - self._undelivered()
+        return {"at": (epoch, step), "delivered": delivered, "time": time.time()}
+
     def begin(self) -> None:
         """Take up the run where the sampler is: at its start, or where a state was saved.
 
@@ -161,10 +173,12 @@ class RunLog:
         mine: Event = {
             "kind": "begin",
             "version": VERSION,
-            "at": self._place,
+            **self._now(),
             "session": (self.started, self._loads),
             "index": 0,
-            "time": time.time(),
+            # By which it is told later whether the run still goes on.
+            "process": os.getpid(),
+            "host": socket.gethostname(),
             "rank": self._sampler.rank,
             "world_size": self._sampler.world_size,
             "fields": _FIELDS,
@@ -181,11 +195,11 @@ class RunLog:
         self._replace_rows(rows)
         early, self._early = self._early, []
         # Where the run goes on from may have been loaded since.
-        self._replace_events([*kept, mine, *({**line, "at": self._place} for line in early)])
+        self._replace_events([*kept, mine, *({**line, **self._now()} for line in early)])
         for lane in self._sampler.lanes:
             lane.watch_departures()
-        self.begun = True
-        self._clear(self._place)
+        self.begun, self._told_delivered = True, mine["delivered"]
+        self._clear()
 
     def _happened(self, mine: Event) -> tuple[list[Event], Rows]:
         """What the files hold that has happened before this beginning, which is given its index."""
@@ -210,8 +224,8 @@ class RunLog:
             if path.is_file():
                 path.replace(path.with_name(f"{path.name}.previous"))
 
-    def _clear(self, place: Place) -> None:
-        self._from, self._since = place, self._clock()
+    def _clear(self) -> None:
+        self._from, self._since = self._place, self._clock()
         self._batches, self._compose_seconds = 0, 0.0
         self._losses = [0.0, 0]
         self._before = self._metrics() if self.begun else {}
@@ -222,16 +236,20 @@ class RunLog:
             return
         self._batches += 1
         self._compose_seconds += seconds
-        due = self._clock() - self._since >= SECONDS_BETWEEN_SPANS
-        if due or self._sampler.exhausted:
+        if self._due or self._sampler.exhausted:
             self.flush()
+
+    @property
+    def _due(self) -> bool:
+        return self._clock() - self._since >= SECONDS_BETWEEN_SPANS
 
     def observed(self, losses: FloatArray, *, last: bool) -> None:
         """Losses of a batch were fed back; `last`: it was the epoch's last one."""
         if not self.begun:
             return
         self._guarded(lambda: self._add(losses))
-        if last:
+        # At an epoch's end nothing more is composed.
+        if last or (self._due and self._sampler.exhausted):
             self.flush()
 
     def _add(self, losses: FloatArray) -> None:
@@ -252,13 +270,26 @@ class RunLog:
                 f"{wrong[0]} must be a number, got {values[wrong[0]]!r}; of a tensor note .item()."
             )
         self.flush()
-        about = {"kind": "value", "at": self._place, "time": time.time()}
+        about = {"kind": "value", **self._now()}
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         lines = [{**about, "name": name, "value": value} for name, value in finite.items()]
         if self.begun:
             self._guarded(lambda: self._append(lines))
         elif self._kept and not self.failed:
             self._early += lines
+
+    def withdrawn(self, samples: Sequence[tuple[int, int, int, str]]) -> None:
+        """Samples could not be read or collated: of each its id, epoch and step as in its row, and
+        what was raised."""
+        if self.begun and samples:
+            line = {"kind": "withdrawn", **self._now(), "samples": list(samples)}
+            self._guarded(lambda: self._append([line]))
+
+    def end(self) -> None:
+        """The loader is closed: nothing more will be written."""
+        self.flush()
+        if self.begun:
+            self._guarded(lambda: self._append([{"kind": "end", **self._now()}]))
 
     def metrics(self) -> dict[str, float]:
         """Whether the log could not be written; nothing where none is kept."""
@@ -270,27 +301,27 @@ class RunLog:
             self._guarded(lambda: self._flush(saved))
 
     def _flush(self, saved: bool) -> None:
-        departed = [lane.departures.take() for lane in self._sampler.lanes if lane.departures]
-        rows = np.concatenate([part.rows for part in departed])
-        tokens = np.concatenate([part.tokens for part in departed])
+        parts = [lane.departures.take() for lane in self._sampler.lanes if lane.departures]
+        rows = np.concatenate(parts)
         rows["session"] = self._index
-        if not (len(rows) or self._losses[1] or saved):
+        now = self._now()
+        moved, self._told_delivered = now["delivered"] != self._told_delivered, now["delivered"]
+        if not (len(rows) or self._losses[1] or saved or moved):
             return
-        now, metrics = self._clock(), self._metrics()
+        seconds, metrics = self._clock() - self._since, self._metrics()
         counts, lengths = {}, {}
         for number, name in enumerate(OUTCOMES):
             mine = rows["outcome"] == number
             if mine.any():
                 counts[name] = _by_stratum(rows["stratum"][mine], None)
-                lengths[name] = _by_stratum(rows["stratum"][mine], tokens[mine])
+                lengths[name] = _by_stratum(rows["stratum"][mine], rows["length"][mine])
         span: Event = {
             "kind": "span",
+            **now,
             "from": self._from,
-            "at": self._place,
-            "time": time.time(),
             "saved": saved,
             "batches": self._batches,
-            "seconds": now - self._since,
+            "seconds": seconds,
             "compose_seconds": self._compose_seconds,
             "losses": list(self._losses),
             "counts": counts,
@@ -309,7 +340,7 @@ class RunLog:
                 self._level += 1
                 rows = rows[sampled(rows["sample_id"], self._level)]
             # First: a kill in between must not leave fewer rows than are said to be there.
-            self._append([{"kind": "level", "at": self._place, "level": self._level}])
+            self._append([{"kind": "level", **now, "level": self._level}])
             self._replace_rows(rows)
         elif len(rows):
             with self._rows.open("ab") as file:
@@ -319,8 +350,8 @@ class RunLog:
         self._append([span])
         self._spans_held += 1
         if self._spans_held > MAX_SPANS:
-            self._replace_events(thinned(read_events(self._events)[0]))
-        self._clear(self._place)
+            self._replace_events(thinned(read_events(self._events)[0], self._level))
+        self._clear()
 
     def _append(self, events: list[Event]) -> None:
         with self._events.open("ab") as file:
@@ -349,7 +380,7 @@ class RunLog:
             logger.debug("where that was", exc_info=True)
 
 
-def _by_stratum(stratum: Any, weights: FloatArray | None) -> dict[str, float]:
+def _by_stratum(stratum: IntArray, weights: IntArray | None) -> dict[str, float]:
     sums = np.bincount(stratum, weights=weights)
     return {str(at): round(float(sums[at])) for at in np.flatnonzero(sums).tolist()}
 
@@ -364,13 +395,13 @@ def _replace(path: Path, data: bytes) -> None:
     unfinished.replace(path)
 
 
-def weakly(method: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
+def weakly(method: Callable[[], _Result]) -> Callable[[], _Result]:
     """A method of the loader, which does not hold the loader: one that nobody has any more is gone
     at once, and does not wait for the garbage collector.
     """
     held = WeakMethod(method)
 
-    def call() -> dict[str, float]:
+    def call() -> _Result:
         found = held()
         assert found is not None, "the loader holds the log"
         return found()

@@ -5,7 +5,9 @@ out  one HTML file that needs nothing else; the list of what was pruned, as CSV 
 
 report.py        `report`: a directory to a page
 run_page.py      the page of a run
+verdict.py       what a reader should know first, in words
 run_facts.py     what a run's log says
+standing.py      whether it still goes on
 picked.py        which samples are shown, and the list of all that were pruned
 corpus_page.py   the page of a corpus
 corpus_facts.py  what is in a corpus: near-copies, clusters, suspects

@@ -37,7 +37,7 @@ class Part:
         count: Samples.
         median_length: In the store's unit.
         copies: Share of those asked about that nearly repeat an earlier sample; NaN if none was.
-        mismatched: Share whose target seems to belong to another prompt; NaN if nobody knows.
+        mismatched: Share whose target may belong to another prompt; NaN if nobody knows.
         examples: Sample ids in the middle of it.
     """
 
@@ -80,12 +80,13 @@ class CorpusFacts:
         apart: Distance to the nearest neighbour of what has no copy.
         copy_rate: Share of the samples asked about that nearly repeat an earlier one.
         copy_error: Half of its 95 % interval.
-        mismatch: (num_samples,) probability that the target belongs to another prompt; None where
-            nobody knows.
+        mismatch: (num_samples,) how much speaks for the target being another prompt's, in [0, 1];
+            None where nobody knows. As a probability it is too high: it takes for misplaced all
+            that may be.
         sources: By source, the largest first.
         clusters: By cluster of the embeddings, the largest first.
         pairs: Some that are nearly the same, the nearest first.
-        suspects: Samples whose target most surely belongs to another prompt.
+        suspects: Samples for whose target that most speaks, the strongest first.
         odd: By what is odd about them, sample ids.
     """
 
@@ -139,6 +140,13 @@ class CorpusFacts:
         """Share of the targets that seem to belong to other prompts, as slap-embed found."""
         found: float | None = self._store.attributes.get("misplaced_share")
         return found
+
+    @property
+    def marked_share(self) -> float:
+        """Share of the targets for which at least as much speaks as is shown; NaN if unknown."""
+        if self.mismatch is None:
+            return float("nan")
+        return float(np.mean(self.mismatch >= LEAST_SHOWN))
 
     def source_of(self, ids: list[int]) -> list[str]:
         """(n,) names of the sources of (n,) samples."""
@@ -236,11 +244,11 @@ class CorpusFacts:
             )
         return sorted(parts, key=lambda part: -part.count)
 
-    def _suspects(self) -> list[tuple[int, float]]:
+    def _suspects(self) -> list[int]:
         if self.mismatch is None:
             return []
         order = np.argsort(-self.mismatch, kind="stable")[:_SUSPECTS]
-        return [(int(n), float(self.mismatch[n])) for n in order if self.mismatch[n] >= LEAST_SHOWN]
+        return [int(n) for n in order if self.mismatch[n] >= LEAST_SHOWN]
 
     def _odd(self, feature: NDArray[Any], names: list[str]) -> dict[str, list[int]]:
         odd = {
@@ -264,8 +272,8 @@ class CorpusFacts:
                 )
             if part.count >= 50 and part.mismatched > 0.2:
                 found.append(
-                    f"{part.mismatched:.0%} of the targets of {part.name!r} seem to belong to "
-                    "other prompts."
+                    f"Up to {part.mismatched:.0%} of the targets of {part.name!r} may belong to "
+                    "other prompts, or are answers that go with many."
                 )
         if self.mismatch is None:
             found.append(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from slap_stream import __version__
 from slap_stream.core.files import file_digest
@@ -12,19 +11,18 @@ from slap_stream.embeddings.corpus_texts import CorpusTexts
 from slap_stream.embeddings.store import EmbeddingStore
 from slap_stream.report.charts import COLOURS, Chart
 from slap_stream.report.corpus_facts import CorpusFacts, Part
-from slap_stream.report.page import Sample, Section, Table, render
+from slap_stream.report.page import Made, Sample, Section, Table, render
 from slap_stream.report.said import number, percent
 from slap_stream.report.texts import SampleTexts
+from slap_stream.report.verdict import LOOKS_RIGHT, corpus_verdict
 from slap_stream.shards.index import INDEX_NAME, corpus_size
 
 STORE_NAME = "embeddings.zarr"
 _MOST_ROWS = 40
 
 
-def corpus_page(
-    corpus: Path, embeddings: str | Path | None, columns: CorpusTexts
-) -> tuple[str, dict[str, Any], list[str]]:
-    """The page as HTML, the numbers on top of it, and its warnings.
+def corpus_page(corpus: Path, embeddings: str | Path | None, columns: CorpusTexts) -> Made:
+    """The page of a corpus.
 
     Raises:
         AlignmentError: If there are no embeddings, or they are of another corpus.
@@ -34,6 +32,7 @@ def corpus_page(
     facts, texts = CorpusFacts(store), SampleTexts([corpus], columns)
     warnings = facts.warnings()
     sections = [
+        corpus_verdict(facts),
         _overview(facts),
         _parts(facts),
         _samples(facts, texts),
@@ -57,12 +56,11 @@ def corpus_page(
         "copy_rate_error": round(facts.copy_error, 4),
         "misplaced_share": facts.misplaced_share,
     }
-    return html, summary, warnings
+    return Made(html=html, summary=summary, todo=sections[0].todo, warnings=warnings)
 
 
 def _overview(facts: CorpusFacts) -> Section:
     total, unit = int(facts.lengths.sum()), facts.length_unit
-    misplaced = facts.misplaced_share
     exact = len(facts.asked) == facts.num_samples
     tiles = [
         (
@@ -78,11 +76,7 @@ def _overview(facts: CorpusFacts) -> Section:
             if exact
             else f"± {facts.copy_error:.1%}; {number(len(facts.asked))} were compared with all",
         ),
-        (
-            "misplaced targets",
-            "\N{EN DASH}" if misplaced is None else percent(misplaced),
-            "seem to belong to other prompts, by their words",
-        ),
+        _misplaced(facts),
     ]
     edges, counts = facts.length_histogram()
     lengths = Chart("lengths", "Lengths", x=unit, y="samples")
@@ -99,6 +93,16 @@ def _overview(facts: CorpusFacts) -> Section:
         )
     )
     return Section(id="overview", title="Overview", tiles=tiles, charts=charts)
+
+
+def _misplaced(facts: CorpusFacts) -> tuple[str, str, str]:
+    name, share = "targets of other prompts", facts.misplaced_share
+    if share is None:
+        return name, "\N{EN DASH}", "could not be found out"
+    marked = f"{percent(facts.marked_share)} are marked"
+    if share <= LOOKS_RIGHT:
+        return name, "no sign", f"{marked}, as where nothing is wrong"
+    return name, f"up to {percent(share)}", f"{marked}, some of which are right"
 
 
 def _parts(facts: CorpusFacts) -> Section:
@@ -119,14 +123,14 @@ def _parts(facts: CorpusFacts) -> Section:
 def _table(title: str, what: str, parts: Sequence[Part]) -> Table:
     return Table(
         title=title,
-        names=(what, "samples", "median length", "near-copies", "mismatched"),
+        names=(what, "samples", "median length", "near-copies", "marked as misplaced"),
         rows=[
             (
                 part.name,
                 number(part.count),
                 number(part.median_length),
                 percent(part.copies),
-                percent(part.mismatched),
+                "no sign" if part.mismatched <= LOOKS_RIGHT else percent(part.mismatched),
             )
             for part in parts[:_MOST_ROWS]
         ],
@@ -146,10 +150,9 @@ def _samples(facts: CorpusFacts, texts: SampleTexts) -> Section:
         )
         for pair in facts.pairs
     ]
-    samples += [
-        Sample(sample_id=n, source="", reason="mismatch", said=[f"probability {value:.2f}"])
-        for n, value in facts.suspects
-    ]
+    clean = (facts.misplaced_share or 0.0) <= LOOKS_RIGHT
+    suspect = "fits its prompt least" if clean else "may be misplaced"
+    samples += [Sample(sample_id=n, source="", reason=suspect) for n in facts.suspects]
     samples += [
         Sample(sample_id=n, source="", reason=reason)
         for reason, ids in facts.odd.items()
@@ -165,5 +168,15 @@ def _samples(facts: CorpusFacts, texts: SampleTexts) -> Section:
     for one, name in zip(samples, names, strict=True):
         one.text, one.beside_text = found.get(one.sample_id), found.get(one.beside)
         one.source = name if len(facts.sources) > 1 else ""
-    lines = ["Near-copies beside what they copy, suspects, and examples of each cluster."]
+    lines = ["Near-copies beside what they copy, and examples of each cluster."]
+    if facts.suspects:
+        lines.append(
+            f"'{suspect.capitalize()}': by its words the target would go with another prompt as "
+            "well as with its own. "
+            + (
+                "No more are than where nothing is wrong, so all may be right."
+                if clean
+                else "Some are right: short answers, say, that go with many prompts."
+            )
+        )
     return Section(id="samples", title="Which samples", lines=lines, samples=samples)

@@ -85,6 +85,7 @@ class Section:
         id: Its anchor; the one of `warnings` shows them.
         title: Above it.
         lines: Sentences.
+        todo: What the reader should do, sentence by sentence.
         tiles: Numbers that stand out: name, value, what is said of it.
         charts: Captions and SVG.
         tables: Tables.
@@ -94,6 +95,7 @@ class Section:
     id: str
     title: str
     lines: Sequence[str] = ()
+    todo: Sequence[str] = ()
     tiles: Sequence[tuple[str, str, str]] = ()
     charts: Sequence[tuple[str, str]] = ()
     tables: Sequence[Table] = ()
@@ -110,6 +112,23 @@ class Section:
         return list(dict.fromkeys(sample.reason for sample in self.samples))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """A page, and what of it is told where there is no page.
+
+    Attributes:
+        html: The page.
+        summary: The numbers on top of it, by name.
+        todo: What the reader should do.
+        warnings: What somebody should look into.
+    """
+
+    html: str
+    summary: dict[str, Any]
+    todo: Sequence[str]
+    warnings: list[str]
+
+
 def render(
     *,
     title: str,
@@ -124,7 +143,7 @@ def render(
         title: Of the page.
         subtitle: Below it.
         sections: In their order.
-        warnings: Whole sentences; the first are shown on top, too.
+        warnings: Whole sentences; the first are shown below the first section, too.
         version: Of slap_stream.
     """
     # Not on top: whoever only exports has no use for it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slap_stream.core.files import file_to_write, written_whole
 from slap_stream.errors import ConfigError
 from slap_stream.report.texts import Text
+from slap_stream.selection.departures import DRAWN_OUT, LEARNT, WITHDRAWN
 
 # Samples shown of each reason; of what was drawn by chance there is little to see.
 SHOWN_OF_REASON, SHOWN_BY_CHANCE = 30, 8
 SHOWN_ORIGINALS = SHOWN_TRAINED = 16
 _STEPS = 255
-_NOT_EVIDENCE = ("drawn out", "learnt")
+_NOT_EVIDENCE = (DRAWN_OUT, LEARNT, WITHDRAWN)
 
 Rows = NDArray[Any]
+Errors = Mapping[tuple[int, int, int], str]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,7 +34,7 @@ class Shown:
         sample_id: Which.
         source: Name of its source.
         cluster: Of its embedding.
-        reason: Why it was pruned; `trained` if it was not.
+        reason: Why it was pruned, or `withdrawn`; `trained` if it was neither.
         evidence: By name, in [0, 1].
         pruned: How often it was pruned.
         trained: How often it was trained on.
@@ -39,6 +42,7 @@ class Shown:
         nearest: The sample that it copies, -1 if none.
         text: Its text.
         nearest_text: That of `nearest`.
+        error: What was raised, of one that was withdrawn.
     """
 
     sample_id: int
@@ -52,6 +56,7 @@ class Shown:
     nearest: int = -1
     text: Text | None = None
     nearest_text: Text | None = None
+    error: str = ""
 
 
 class Picker:
@@ -62,23 +67,30 @@ class Picker:
         outcomes: Names of outcomes by number.
         sources: (n,) names of the rows' sources.
         num_clusters: Clusters of the embeddings.
+        errors: What was raised, by epoch, step and sample id of what was withdrawn.
     """
 
     def __init__(
-        self, rows: Rows, outcomes: Sequence[str], sources: NDArray[Any], num_clusters: int
+        self,
+        rows: Rows,
+        outcomes: Sequence[str],
+        sources: NDArray[Any],
+        num_clusters: int,
+        errors: Errors,
     ) -> None:
         self._rows, self._outcomes, self._sources = rows, list(outcomes), sources
-        self._num_clusters = num_clusters
+        self._num_clusters, self._errors = num_clusters, errors
         self._evidence = [name for name in rows.dtype.names or () if name in self._outcomes]
         self._ids, inverse = np.unique(rows["sample_id"], return_inverse=True)
         was_trained = rows["outcome"] == 0
+        was_pruned = ~was_trained & (rows["outcome"] != self._outcomes.index(WITHDRAWN))
         self._inverse = inverse.reshape(-1)
         size = len(self._ids)
         self._times_trained = np.bincount(self._inverse[was_trained], minlength=size)
-        self._times_pruned = np.bincount(self._inverse[~was_trained], minlength=size)
+        self._times_pruned = np.bincount(self._inverse[was_pruned], minlength=size)
 
     def pruned(self) -> list[Shown]:
-        """The samples most surely pruned, reason by reason, each once."""
+        """The samples most surely pruned or withdrawn, reason by reason, each once."""
         result: list[Shown] = []
         taken: set[int] = set()
         numbers = range(1, len(self._outcomes))
@@ -90,7 +102,7 @@ class Picker:
             sign, column = (1, name) if name in self._evidence else (-1, "rank")
             strength = sign * self._rows[column][at].astype(int)
             times = self._times_pruned[self._inverse[at]]
-            most = SHOWN_BY_CHANCE if name == "drawn out" else SHOWN_OF_REASON
+            most = SHOWN_BY_CHANCE if name == DRAWN_OUT else SHOWN_OF_REASON
             mixed = self._rows["sample_id"][at].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
             for place in at[np.lexsort((mixed, -times, -strength))]:
                 sample_id = int(self._rows["sample_id"][place])
@@ -150,23 +162,31 @@ class Picker:
             pruned=int(self._times_pruned[at]),
             trained=int(self._times_trained[at]),
             nearest=int(row["nearest"]),
+            error=self._errors.get(_key(row), ""),
         )
 
 
-def export(path: Path, rows: Rows, outcomes: Sequence[str], sources: NDArray[Any]) -> int:
-    """Write the list of what was pruned, with reasons, as CSV or Parquet.
+def _key(row: Any) -> tuple[int, int, int]:
+    return int(row["epoch"]), int(row["step"]), int(row["sample_id"])
+
+
+def export(
+    path: Path, rows: Rows, outcomes: Sequence[str], sources: NDArray[Any], errors: Errors
+) -> int:
+    """Write the list of what was pruned or withdrawn, with reasons, as CSV or Parquet.
 
     Args:
         path: Ends in .csv or .parquet.
         rows: (n,) rows of the log.
         outcomes: Names of outcomes by number.
         sources: (n,) names of the rows' sources.
+        errors: What was raised, by epoch, step and sample id of what was withdrawn.
 
     Returns:
         Lines written.
 
     Raises:
-        ConfigError: If the path ends in something else.
+        ConfigError: If the path ends in something else, or cannot be written to.
     """
     check_export(path)
     pruned = np.flatnonzero(rows["outcome"] != 0)
@@ -180,27 +200,30 @@ def export(path: Path, rows: Rows, outcomes: Sequence[str], sources: NDArray[Any
         "epoch": rows["epoch"][pruned],
         "step": rows["step"][pruned],
         **{name: np.round(rows[name][pruned] / _STEPS, 3) for name in evidence},
+        "error": np.array([errors.get(_key(row), "") for row in rows[pruned]], object),
     }
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
+    with written_whole(path) as unfinished:
+        if path.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
 
-        pyarrow.parquet.write_table(
-            pyarrow.table({name: pyarrow.array(column) for name, column in table.items()}), path
-        )
-    else:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(table)
-            writer.writerows(zip(*(column.tolist() for column in table.values()), strict=True))
+            columns = {name: pyarrow.array(column) for name, column in table.items()}
+            pyarrow.parquet.write_table(pyarrow.table(columns), unfinished)
+        else:
+            with unfinished.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(table)
+                writer.writerows(zip(*(column.tolist() for column in table.values()), strict=True))
     return len(pruned)
 
 
-def check_export(path: Path) -> None:
-    """Refuse a path of which it is not known what to write there.
+def check_export(path: str | Path) -> Path:
+    """Refuse a path of which it is not known what to write there, or where nothing can be.
 
     Raises:
-        ConfigError: If it ends in neither .csv nor .parquet.
+        ConfigError: If it ends in neither .csv nor .parquet, or cannot be written to.
     """
-    if path.suffix not in (".csv", ".parquet"):
+    local = file_to_write("export", path)
+    if local.suffix not in (".csv", ".parquet"):
         raise ConfigError(f"export must end in .csv or .parquet, got {str(path)!r}.")
+    return local

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slap_stream.core.files import write_text
+from slap_stream.core.files import file_to_write, local_path, write_text
 from slap_stream.embeddings.corpus_texts import CorpusTexts
 from slap_stream.errors import ConfigError
 from slap_stream.loader.run_files import find_log
@@ -29,6 +29,7 @@ class Report:
         page: The page.
         exported: Lines of the exported list; None if none was asked for.
         summary: The numbers on top of the page, by name.
+        todo: What the page says is to be done.
         warnings: What somebody should look into.
         seconds: Wall-clock time.
     """
@@ -37,6 +38,7 @@ class Report:
     page: str
     exported: int | None
     summary: dict[str, Any]
+    todo: list[str]
     warnings: list[str]
     seconds: float
 
@@ -59,7 +61,8 @@ def report(
         path: The directory of a run (a loader's `run_dir`, a Trainer's `output_dir`), or of a
             corpus with its embeddings.
         out: Where the page goes; None means `_slap_report.html` in the directory.
-        export_to: Where the list of what was pruned goes, with reasons: .csv or .parquet.
+        export_to: Where the list of what was pruned or withdrawn goes, with reasons: .csv or
+            .parquet.
         corpus: Where a run's shards lie now, stream by stream; None means where they lay.
         embeddings: Where a corpus's embeddings lie; None means in the corpus.
         tokenizer: Path or name of the tokenizer that decodes `input_ids`; None means the one that
@@ -70,12 +73,13 @@ def report(
         completion_column: Column with the target.
 
     Raises:
-        ConfigError: If the path is neither, or an argument does not fit it.
+        ConfigError: If the path is neither, an argument does not fit it, or page or list cannot be
+            written where they should go.
         RunLogError: If the log was written by another version.
         CorpusError: If the columns contradict each other.
         AlignmentError: If a corpus has no embeddings.
     """
-    began, path = time.perf_counter(), Path(path)
+    began, path = time.perf_counter(), local_path("path", path)
     columns = CorpusTexts(
         corpus_dir=path,
         tokenizer=tokenizer,
@@ -83,7 +87,6 @@ def report(
         prompt_column=prompt_column,
         completion_column=completion_column,
     )
-    page_path = path / PAGE_NAME if out is None else Path(out)
     is_run = find_log(path) is not None
     if not is_run and not (path / INDEX_NAME).is_file():
         raise ConfigError(
@@ -96,22 +99,24 @@ def report(
             f"export and corpus must be left out for a corpus, got them with {str(path)!r}; only a "
             "run has pruned anything."
         )
+    page_path = file_to_write("out", path / PAGE_NAME if out is None else out)
     exported: int | None = None
     if is_run:
-        if export_to is not None:
-            check_export(Path(export_to))
+        list_path = None if export_to is None else check_export(export_to)
         run = Run(path, None if corpus is None else [Path(one) for one in corpus], columns)
-        if export_to is not None:
-            exported = export(Path(export_to), run.events.rows, run.outcomes, run.sources)
-        html, summary, warnings = run_page(run)
+        if list_path is not None:
+            events = run.events
+            exported = export(list_path, events.rows, run.outcomes, run.sources, events.errors)
+        made = run_page(run)
     else:
-        html, summary, warnings = corpus_page(path, embeddings, columns)
-    write_text(page_path, html)
+        made = corpus_page(path, embeddings, columns)
+    write_text(page_path, made.html)
     return Report(
         kind="run" if is_run else "corpus",
         page=str(page_path),
         exported=exported,
-        summary=summary,
-        warnings=warnings,
+        summary=made.summary,
+        todo=list(made.todo),
+        warnings=made.warnings,
         seconds=round(time.perf_counter() - began, 3),
     )

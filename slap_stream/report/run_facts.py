@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from slap_stream.loader.run_files import RunEvents
-from slap_stream.selection.departures import OUTCOMES, TRAINED
+from slap_stream.loader.run_files import Place, RunEvents, delivered_of
+from slap_stream.report.texts import shown
+from slap_stream.selection.departures import OUTCOMES, TRAINED, WITHDRAWN
 
 # Points of a series.
 _POINTS = 80
@@ -19,6 +19,8 @@ _POINTS = 80
 _PREDICTS_NOTHING = 0.1
 _ENOUGH_LOSSES = 1000
 _ENOUGH_CANDIDATES = 50
+# Characters of an error in a warning.
+_ERROR_SHOWN = 160
 # What is said of each reason, for people.
 REASONS = {
     "drawn out": "nothing speaks against it; by chance, so that the rest fits",
@@ -27,6 +29,7 @@ REASONS = {
     "mismatch": "its target seems to belong to another prompt",
     "outlier": "its loss stands out among its like, as only noise does",
     "unrelated": "it is not of the kind that the target set shows",
+    WITHDRAWN: "it could not be read or collated; this was no choice",
 }
 
 
@@ -49,8 +52,8 @@ class Group:
 
     @property
     def pruned_share(self) -> float:
-        """Part that was not trained on."""
-        return 1.0 - self.counts[TRAINED] / max(1, self.candidates)
+        """Part that was pruned."""
+        return _pruned(self.counts) / max(1, self.candidates)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,8 +61,8 @@ class Point:
     """Some spans in a row.
 
     Attributes:
-        trained: Samples trained on up to its end.
-        candidates: Candidates trained on or pruned up to its end.
+        trained: Samples delivered up to its end.
+        candidates: Candidates that have left with them.
         counts: Candidates of these spans by outcome.
         loss: Mean training loss; NaN if none was fed back.
         gauges: Metrics at its end.
@@ -120,6 +123,9 @@ class RunFacts:
         )
         self.probed = int(sums["probed"].total())
         self.sources, self.clusters = _groups(sources), _groups(clusters)
+        rows = events.rows
+        self._place = rows["epoch"].astype(np.int64) << 32 | rows["step"]
+        self._trained = np.concatenate([[0], np.cumsum(rows["outcome"] == 0)])
         self.points = list(self._points())
         self.noted = self._noted()
         self.gauges: Mapping[str, float] = self.points[-1].gauges if self.points else {}
@@ -141,14 +147,24 @@ class RunFacts:
         return self.counts.total()
 
     @property
+    def pruned(self) -> int:
+        """Candidates pruned."""
+        return _pruned(self.counts)
+
+    @property
+    def withdrawn(self) -> int:
+        """Candidates that could not be read or collated."""
+        return self.counts[WITHDRAWN]
+
+    @property
     def pruned_share(self) -> float:
         """Part of the candidates that was pruned."""
-        return 1.0 - self.trained / max(1, self.candidates)
+        return self.pruned / max(1, self.candidates)
 
     @property
     def pruned_token_share(self) -> float:
         """Part of the candidates' tokens that was pruned."""
-        return 1.0 - self.tokens[TRAINED] / max(1, self.tokens.total())
+        return _pruned(self.tokens) / max(1, self.tokens.total())
 
     @property
     def spends(self) -> bool:
@@ -158,13 +174,22 @@ class RunFacts:
     @property
     def seconds_saved(self) -> float:
         """What the pruned would have taken at the pace of the others, by their tokens."""
-        return self.seconds * self.pruned_token_share / max(1e-9, 1.0 - self.pruned_token_share)
+        return self.seconds * _pruned(self.tokens) / max(1, self.tokens[TRAINED])
+
+    def before(self, place: Place) -> tuple[int, int]:
+        """Samples trained on, and candidates that have left with them, up to a place in the run."""
+        epoch, step = place
+        at = int(np.searchsorted(self._place, (epoch << 32) + step))
+        scale: int = 2**self._events.level
+        return (
+            min(self.trained, scale * int(self._trained[at])),
+            min(self.candidates, scale * at),
+        )
 
     def _points(self) -> Iterator[Point]:
         total = max(1, self.candidates)
-        seen: Counter[str] = Counter()
         part: Counter[str] = Counter()
-        losses, count = 0.0, 0
+        losses, count, end = 0.0, 0, (0, 0)
         gauges: Mapping[str, float] = {}
         for place, span in enumerate(self._events.spans):
             for outcome, by_stratum in span["counts"].items():
@@ -172,12 +197,14 @@ class RunFacts:
             losses, count = losses + span["losses"][0], count + span["losses"][1]
             gauges = span["gauges"] if span["rank"] == 0 or not gauges else gauges
             last = place == len(self._events.spans) - 1
+            # Losses are of what was delivered; ranks tell of it one after the other.
+            end = max(end, delivered_of(span))
             if part.total() < total / _POINTS and not last:
                 continue
-            seen.update(part)
+            trained, candidates = self.before(end)
             yield Point(
-                trained=seen[TRAINED],
-                candidates=seen.total(),
+                trained=trained,
+                candidates=candidates,
                 counts=part,
                 loss=losses / count if count else float("nan"),
                 gauges=gauges,
@@ -185,14 +212,10 @@ class RunFacts:
             part, losses, count = Counter(), 0.0, 0
 
     def _noted(self) -> dict[str, tuple[list[int], list[float]]]:
-        ends = [(tuple(span["at"]), span) for span in self._events.spans]
-        places = [place for place, _ in ends]
-        trained = np.cumsum([sum(s["counts"].get(TRAINED, {}).values()) for _, s in ends])
         noted: dict[str, tuple[list[int], list[float]]] = {}
         for event in self._events.values:
-            before = bisect_right(places, tuple(event["at"]))
             x, y = noted.setdefault(str(event["name"]), ([], []))
-            x.append(int(trained[before - 1]) if before else 0)
+            x.append(self.before(delivered_of(event))[0])
             y.append(float(event["value"]))
         return noted
 
@@ -218,6 +241,12 @@ class RunFacts:
                 "The embeddings have no column mismatch, so targets of other prompts are not "
                 "found. slap-embed makes it."
             )
+        if self.withdrawn:
+            first = next(iter(self._events.errors.values()), "")
+            found.append(
+                f"{self.withdrawn:,} samples could not be read or collated and were withdrawn; "
+                f"--export lists them. The first: {shown(first, _ERROR_SHOWN)}"
+            )
         for name, said in _TROUBLES.items():
             if gauges.get(name):
                 found.append(said.format(gauges[name]))
@@ -238,9 +267,6 @@ class RunFacts:
 
 _TROUBLES = {
     "shards_withdrawn": "{:.0f} damaged shards were withdrawn, with all of their candidates.",
-    "samples_withdrawn": "{:.0f} samples of the last epoch could not be read or collated and were "
-    "withdrawn. Those found out only in a batch are counted here as trained on, though they were "
-    "not.",
     "nonfinite_rows": "{:.0f} rows of the embeddings hold numbers that are not finite.",
     "nonfinite": "{:.0f} losses were not finite.",
     "epochs_cut_short": "{:.0f} epochs ended early, because candidates were withdrawn.",
@@ -249,6 +275,10 @@ _TROUBLES = {
     "probe_moment_fallback": "The probe could not read the optimizer's second moment of the head, "
     "and used an estimate of its own.",
 }
+
+
+def _pruned(counts: Counter[str]) -> int:
+    return counts.total() - counts[TRAINED] - counts[WITHDRAWN]
 
 
 def _groups(found: Mapping[str, Counter[str]]) -> list[Group]:

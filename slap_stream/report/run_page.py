@@ -18,16 +18,19 @@ from slap_stream.embeddings.store import open_embeddings
 from slap_stream.errors import SlapStreamError
 from slap_stream.loader.run_files import read_log
 from slap_stream.report.charts import COLOURS, Chart
-from slap_stream.report.page import Sample, Section, Table, render
+from slap_stream.report.page import Made, Sample, Section, Table, render
 from slap_stream.report.picked import Picker, Shown
 from slap_stream.report.run_facts import REASONS, Group, RunFacts
 from slap_stream.report.said import duration, number, percent
+from slap_stream.report.standing import standing
 from slap_stream.report.texts import SampleTexts
-from slap_stream.selection.departures import OUTCOMES, TRAINED
+from slap_stream.report.verdict import run_verdict
+from slap_stream.selection.departures import OUTCOMES, TRAINED, WITHDRAWN
 
-# A run whose log is this old has ended, or stands still.
-_STILL_SECONDS = 120.0
 _MOST_ROWS = 40
+# Evidence, in [0, 1], is called so from here on.
+_FAIR, _STRONG = 0.5, 0.95
+_SIGNS = {"copy": "a copy", "mismatch": "a mismatch", "outlier": "noise"}
 
 
 class Run:
@@ -78,8 +81,8 @@ class Run:
             return np.full(len(rows), "")
 
 
-def run_page(run: Run) -> tuple[str, dict[str, Any], list[str]]:
-    """The page as HTML, the numbers on top of it, and its warnings."""
+def run_page(run: Run) -> Made:
+    """The page of a run."""
     facts, events = run.facts, run.events
     warnings = facts.warnings()
     if run.source_problem:
@@ -88,6 +91,7 @@ def run_page(run: Run) -> tuple[str, dict[str, Any], list[str]]:
     every = dict.fromkeys((*OUTCOMES, *facts.outcomes))
     colours = dict(zip(every, cycle(COLOURS), strict=False))
     sections = [
+        run_verdict(facts),
         _cost(facts),
         _losses(facts),
         _pruned(facts, colours),
@@ -96,30 +100,35 @@ def run_page(run: Run) -> tuple[str, dict[str, Any], list[str]]:
         Section(id="warnings", title="Warnings"),
     ]
     warnings += run.texts.warnings(" --corpus names where the shards lie now.")
-    last = max((span["time"] for span in events.spans), default=events.about["time"])
-    going_on = time.time() - last < _STILL_SECONDS
-    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(last))
-    begun = len(events.begins)
+    stands = standing(events)
+    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(events.last))
+    begun, epochs = len(events.begins), facts.gauges.get("epoch", 0.0)
     html = render(
         title="What slap did in this run",
         subtitle=f"Policy {facts.config['policy']}, keep {facts.config['keep']}, seed "
-        f"{facts.config['seed']}; as of {at}{', going on' if going_on else ''}"
+        f"{facts.config['seed']}; epochs done {epochs:.3g}, as of {at}: {stands.said}"
         + (f"; begun {begun} times" if begun > 1 else ""),
         sections=sections,
         warnings=warnings,
         version=__version__,
     )
     summary = {
+        "state": stands.state,
         "candidates": facts.candidates,
         "trained": facts.trained,
-        "pruned": {name: facts.counts[name] for name in facts.outcomes if name != TRAINED},
+        "pruned": {name: facts.counts[name] for name in _reasons(facts)},
+        "withdrawn": facts.withdrawn,
         "pruned_share": round(facts.pruned_share, 4),
         "pruned_token_share": round(facts.pruned_token_share, 4),
         "seconds": round(facts.seconds, 1),
         "probe_seconds": round(facts.probe_seconds, 1),
         "compose_seconds": round(facts.compose_seconds, 1),
     }
-    return html, summary, warnings
+    return Made(html=html, summary=summary, todo=sections[0].todo, warnings=warnings)
+
+
+def _reasons(facts: RunFacts) -> list[str]:
+    return [name for name in facts.outcomes if name not in (TRAINED, WITHDRAWN)]
 
 
 def _cost(facts: RunFacts) -> Section:
@@ -193,17 +202,16 @@ def _losses(facts: RunFacts) -> Section:
 
 def _pruned(facts: RunFacts, colours: dict[str, str]) -> Section:
     reasons = [name for name in facts.outcomes if name != TRAINED]
-    pruned = max(1, facts.candidates - facts.trained)
+    left_out = max(1, facts.pruned + facts.withdrawn)
     tables = [
         Table(
             title="Why",
-            names=("reason", "candidates", "of the pruned", "what it means"),
+            names=("reason", "candidates", "of those left out"),
             rows=[
                 (
-                    name,
+                    f"{name}: {REASONS[name]}" if name in REASONS else name,
                     number(facts.counts[name]),
-                    percent(facts.counts[name] / pruned),
-                    REASONS.get(name, ""),
+                    percent(facts.counts[name] / left_out),
                 )
                 for name in reasons
             ],
@@ -253,7 +261,8 @@ def _group_table(title: str, what: str, groups: Sequence[Group], reasons: Sequen
 
 def _samples(run: Run) -> Section:
     facts = run.facts
-    picker = Picker(run.events.rows, run.outcomes, run.sources, facts.num_clusters)
+    events = run.events
+    picker = Picker(events.rows, run.outcomes, run.sources, facts.num_clusters, events.errors)
     pruned, originals, trained = picker.pruned(), picker.originals(), picker.trained()
     for shown in originals:
         shown.reason = "copied most"
@@ -264,6 +273,8 @@ def _samples(run: Run) -> Section:
     lines = [
         "Of each reason those that it is surest of, beside the sample that they copy; the samples "
         "that the most others copy, beside one of these; and the samples trained on most often.",
+        "Fair and strong say how much evidence of a kind weighed. They are no chances of being "
+        "right: of clean data, too, some samples look misplaced or noisy. Read them.",
         "The list of all that was pruned: slap-report RUN_DIR --export pruned.csv (or .parquet).",
     ]
     samples = []
@@ -287,14 +298,19 @@ def _samples(run: Run) -> Section:
 
 
 def _said(shown: Shown) -> list[str]:
-    said = [f"cluster {shown.cluster}"]
+    said = [shown.error] if shown.error else []
+    said.append(f"cluster {shown.cluster}")
     if shown.copies:
         said.append(f"{number(shown.copies)} pruned as copies of it")
     if shown.pruned:
         said.append(f"pruned {shown.pruned} times" if shown.pruned > 1 else "pruned once")
     if shown.trained:
         said.append(f"trained on {shown.trained} times" if shown.trained > 1 else "trained on once")
-    said += [f"{name} {value:.2f}" for name, value in shown.evidence.items()]
+    for name, value in shown.evidence.items():
+        if name == "rank":
+            said.append(f"loss above {value:.0%} of its like")
+        elif value >= _FAIR:
+            said.append(f"{'strong' if value >= _STRONG else 'fair'} evidence of {_SIGNS[name]}")
     return said
 
 

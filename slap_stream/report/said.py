@@ -10,6 +10,13 @@ def number(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def tokens(count: float, unit: str) -> str:
+    """A length, in a store's unit."""
+    if unit == "tokens":
+        return f"{number(count)} tokens"
+    return f"about {number(count)} tokens ({unit})"
+
+
 def percent(value: float) -> str:
     """A share; a dash where it is not known."""
     if math.isnan(value):

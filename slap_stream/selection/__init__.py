@@ -34,7 +34,7 @@ from __future__ import annotations
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
     "policies.registry": ("make_policy",),
-    "departures": ("OUTCOMES", "ROW", "TRAINED"),
+    "departures": ("DRAWN_OUT", "LEARNT", "OUTCOMES", "ROW", "TRAINED", "WITHDRAWN"),
     "scoring": ("copy_likelihood", "neighbour_distance"),
     "sampler": ("SlapSampler",),
     "schedule": ("check_lanes", "check_plan"),

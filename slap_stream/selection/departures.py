@@ -1,8 +1,7 @@
-"""What leaves the lanes' pools, trained on or pruned, and why: for whoever keeps a log of it."""
+"""What leaves the lanes' pools, composed or pruned, and why: for whoever keeps a log of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +14,11 @@ from slap_stream.selection.pool import Pool
 from slap_stream.selection.scoring import EVIDENCE, Scorer, either
 from slap_stream.types import FloatArray, IntArray
 
-TRAINED, DRAWN_OUT, LEARNT = "trained", "drawn out", "learnt"
-# Outcomes of a candidate, by number; what comes after `trained` is why it was pruned.
-OUTCOMES = (TRAINED, DRAWN_OUT, LEARNT, *EVIDENCE)
+TRAINED, DRAWN_OUT, LEARNT, WITHDRAWN = "trained", "drawn out", "learnt", "withdrawn"
+# Why a candidate may have been pruned.
+_REASONS = (DRAWN_OUT, LEARNT, *EVIDENCE)
+# Outcomes of a candidate, by number. `withdrawn` is what could not be read or collated.
+OUTCOMES = (TRAINED, *_REASONS, WITHDRAWN)
 # Evidence that says of a target, in one way or another, that it is noise.
 _NOISE = ("mismatch", "outlier")
 # Evidence below this is none that a person would call so.
@@ -28,12 +29,13 @@ _STEPS = 255
 _MEAN_NOISE = 0.5772
 
 # One that has left. `step`: batches composed in the epoch before. `nearest`: the sample that it was
-# compared with, -1 if none was near.
+# compared with, -1 if none was near. `length`: in the store's unit.
 ROW = np.dtype(
     [
         ("sample_id", "<i8"),
         ("nearest", "<i8"),
         ("step", "<u4"),
+        ("length", "<u4"),
         ("epoch", "<u2"),
         ("stratum", "<u2"),
     ]
@@ -41,20 +43,9 @@ ROW = np.dtype(
     + [(name, "u1") for name in EVIDENCE]
 )
 Rows = NDArray[Any]
+# Stands for all reasons, where a candidate leaves.
+PRUNED = "pruned"
 _KEPT, _KEPT_OF_PRUNED = ("sample_id", "nearest", "stratum", "rank"), ("loss", "gumbel")
-
-
-@dataclass(kw_only=True, slots=True)
-class Departed:
-    """What has left the pools since this was last asked.
-
-    Attributes:
-        rows: (n,) of `ROW`; `session` is zero.
-        tokens: (n,) their lengths, in the store's unit.
-    """
-
-    rows: Rows
-    tokens: FloatArray
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,48 +63,58 @@ class Departures:
     pool: Pool
     scorer: Scorer
     policy: Policy
-    _parts: list[tuple[bool, int, int, dict[str, NDArray[Any]]]] = field(default_factory=list)
+    _parts: list[tuple[str, int, int, dict[str, NDArray[Any]]]] = field(default_factory=list)
 
-    def note(self, slots: IntArray, *, trained: bool, epoch: int, step: int) -> None:
-        """Candidates in (n,) slots are about to leave."""
+    def note(self, slots: IntArray, outcome: str, *, epoch: int, step: int) -> None:
+        """Candidates in (n,) slots are about to leave.
+
+        Args:
+            slots: Their places in the pool.
+            outcome: `TRAINED`, `WITHDRAWN`, or `PRUNED`, of which is asked why.
+            epoch: Of the batch that they leave with.
+            step: Batches of the epoch before it.
+        """
         if not len(slots):
             return
         columns = self.pool.columns
         kept: dict[str, NDArray[Any]] = self.scorer.evidence(slots)
-        for name in _KEPT if trained else _KEPT + _KEPT_OF_PRUNED:
+        for name in _KEPT + _KEPT_OF_PRUNED if outcome == PRUNED else _KEPT:
             kept[name] = getattr(columns, name).take(slots)
         kept["log_length"] = self.pool.x[slots, LOG_LENGTH]
-        self._parts.append((trained, epoch, step, kept))
+        self._parts.append((outcome, epoch, step, kept))
 
-    def take(self) -> Departed:
-        """What was noted since the last call, in that order, but first what was trained on."""
+    def take(self) -> Rows:
+        """(n,) of `ROW`, with session zero: what was noted since the last call, in that order, but
+        the pruned last."""
         parts, self._parts = self._parts, []
         if not parts:
-            return Departed(rows=np.zeros(0, ROW), tokens=np.zeros(0))
-        # The pruned ones last, of which alone it is asked why.
-        parts.sort(key=lambda part: not part[0])
+            return np.zeros(0, ROW)
+        parts.sort(key=lambda part: part[0] == PRUNED)
         names = {name for *_, part in parts for name in part} - {*_KEPT_OF_PRUNED}
         told = {name: np.concatenate([part[name] for *_, part in parts]) for name in names}
         sizes = [len(part["sample_id"]) for *_, part in parts]
         rows = np.zeros(sum(sizes), ROW)
         for name in ("sample_id", "stratum"):
             rows[name] = told[name]
-        trained, rows["epoch"], rows["step"] = (
-            np.repeat([part[place] for part in parts], sizes) for place in range(3)
+        rows["epoch"], rows["step"] = (
+            np.repeat([part[place] for part in parts], sizes) for place in (1, 2)
         )
+        known = [OUTCOMES.index(part[0]) for part in parts if part[0] != PRUNED]
+        whole = sum(sizes[: len(known)])
+        rows["outcome"][:whole] = np.repeat(known, sizes[: len(known)])
         evidence = {name: told.get(name, np.zeros(len(rows))) for name in EVIDENCE}
         for name, values in (*evidence.items(), ("rank", told["rank"])):
             rows[name] = np.round(np.clip(values, 0.0, 1.0) * _STEPS)
         # What is no copy is near to nothing.
         rows["nearest"] = np.where(evidence["copy"] > 0.0, told["nearest"], -1)
-        pruned = [part for was_trained, *_, part in parts if not was_trained]
+        pruned = [part for *_, part in parts[len(known) :]]
         if pruned:
-            whole = np.count_nonzero(trained)
             loss, noise = (np.concatenate([p[n] for p in pruned]) for n in _KEPT_OF_PRUNED)
             shown = {name: values[whole:] for name, values in evidence.items()}
             rows["outcome"][whole:] = reasons(self.policy, told["rank"][whole:], loss, noise, shown)
         # Design rows hold log(1 + length).
-        return Departed(rows=rows, tokens=np.expm1(told["log_length"].astype(np.float64)))
+        rows["length"] = np.round(np.expm1(told["log_length"].astype(np.float64)))
+        return rows
 
 
 def reasons(
@@ -137,7 +138,7 @@ def reasons(
         evidence: By name of `EVIDENCE`, (n,) probabilities.
 
     Returns:
-        (n,) numbers in `OUTCOMES`, none of them that of `trained`.
+        (n,) numbers in `OUTCOMES`, of those that are reasons.
     """
 
     # Taken from the utility by the scorer, if the policy weighs evidence.
@@ -159,6 +160,5 @@ def reasons(
         charge = worth(rank, evidence | dict.fromkeys(kind, none)) - whole
         strongest_kind = np.all([values >= evidence[other] for other in kind], axis=0)
         charges[name] = np.where((values >= LEAST_SHOWN) & strongest_kind, charge, 0.0)
-    order: Sequence[str] = OUTCOMES[1:]
-    strongest: IntArray = np.argmax(np.stack([charges[name] for name in order]), axis=0)
+    strongest: IntArray = np.argmax(np.stack([charges[name] for name in _REASONS]), axis=0)
     return strongest + 1

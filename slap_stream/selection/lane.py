@@ -15,7 +15,7 @@ from slap_stream.core.rng import gumbels
 from slap_stream.core.saved import Saved
 from slap_stream.errors import ShardError
 from slap_stream.selection.composer import Composer
-from slap_stream.selection.departures import Departures
+from slap_stream.selection.departures import PRUNED, TRAINED, Departures
 from slap_stream.selection.feedback import LaneFeedback
 from slap_stream.selection.intake import Intake
 from slap_stream.selection.loss_model import NUM_OWN_COLUMNS
@@ -165,6 +165,11 @@ class Lane:
         return self.intake.order.num_candidates
 
     @property
+    def batches_of_earlier_epochs(self) -> int:
+        """Batches composed in the run before this epoch."""
+        return self._composed - self.progress.step
+
+    @property
     def counters(self) -> Counter[str]:
         """Losses that came back, candidates withdrawn for theirs, samples repeated in a batch."""
         return self.feedback.counters
@@ -290,19 +295,19 @@ class Lane:
             self._recent.add(ids, stratum, x, self.pool.z[slots])
         self._chosen.add(self.pool.sketch[slots])
         self.progress.trained += self.progress.by_stratum(stratum)
-        self._leave(slots, trained=True)
+        self._leave(slots, TRAINED)
         self._scorer.bring_near(ids, stratum, x)
 
     def _drop(self, slots: IntArray) -> None:
         stratum = self.pool.columns.stratum[slots]
         self.progress.pruned += self.progress.by_stratum(stratum)
-        self._leave(slots, trained=False)
+        self._leave(slots, PRUNED)
 
-    def _leave(self, slots: IntArray, *, trained: bool) -> None:
+    def _leave(self, slots: IntArray, outcome: str) -> None:
         """Free slots of candidates that were trained on or pruned, and book their worth."""
         if self.departures is not None:
             now = self.progress.epoch, self.progress.step
-            self.departures.note(slots, trained=trained, epoch=now[0], step=now[1])
+            self.departures.note(slots, outcome, epoch=now[0], step=now[1])
         weight = self.pool.columns.worth[slots]
         self.progress.worth += np.bincount(
             self.pool.columns.stratum[slots], weights=weight, minlength=self.progress.num_strata

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from slap_stream.selection.awaiting import Match
+from slap_stream.selection.departures import WITHDRAWN
 from slap_stream.selection.lane import Lane
 from slap_stream.types import IntArray
 
@@ -35,7 +36,9 @@ def composed_around(lane: Lane, ids: IntArray) -> list[IntArray]:
     return [each for each in others if len(each)]
 
 
-def withdraw_composed(lane: Lane, ids: IntArray, again: IntArray | None = None) -> None:
+def withdraw_composed(
+    lane: Lane, ids: IntArray, again: IntArray | None = None
+) -> list[tuple[int, int, int]]:
     """Samples of a composed batch cannot be used: their losses are not awaited any more.
 
     What was withdrawn already stays so, and is not counted again: an interrupt may have come after.
@@ -44,17 +47,26 @@ def withdraw_composed(lane: Lane, ids: IntArray, again: IntArray | None = None) 
         lane: The lane that composed them.
         ids: (n,) its samples in one batch.
         again: (m,) samples that are trained on once more in their place.
+
+    Returns:
+        Of each that was withdrawn now: sample id, epoch, and batches of the epoch composed before
+        it was.
     """
+    epoch, before = lane.progress.epoch, lane.batches_of_earlier_epochs
+    found = []
     for asked in lane.feedback.awaiting_trained.still_open():
         at = np.flatnonzero(asked.open & np.isin(asked.sample_id, ids))
         if len(at):
             Match(0, asked, at, at).close()
             lane.progress.unusable_trained += len(at)
+            gone = asked.sample_id[at].tolist()
+            found += [(sample_id, epoch, asked.step - before) for sample_id in gone]
             # A later batch may hold another occurrence.
             ids = np.setdiff1d(ids, asked.sample_id[at])
             if again is not None:
                 _ask_again(lane, again, asked.step)
                 again = None
+    return found
 
 
 def _ask_again(lane: Lane, ids: IntArray, step: int) -> None:
@@ -79,14 +91,22 @@ def lane_probing(lanes: Sequence[Lane], ids: IntArray) -> int:
     return 0
 
 
-def withdraw_pooled(lane: Lane, ids: IntArray) -> None:
+def withdraw_pooled(lane: Lane, ids: IntArray) -> list[tuple[int, int, int]]:
     """Candidates that wait in the pool cannot be used: they leave it.
 
     Args:
         lane: The lane whose pool it is.
         ids: (n,) sample ids; those of other lanes do not matter.
+
+    Returns:
+        As `withdraw_composed`.
     """
     slots = lane.pool.slots()
     gone = slots[np.isin(lane.pool.columns.sample_id[slots], ids)]
+    epoch, step = lane.progress.epoch, lane.progress.step
+    if lane.departures is not None:
+        lane.departures.note(gone, WITHDRAWN, epoch=epoch, step=step)
+    left = lane.pool.columns.sample_id[gone].tolist()
     lane.pool.remove(gone)
     lane.progress.unusable_pooled += len(gone)
+    return [(sample_id, epoch, step) for sample_id in left]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from slap_stream import __version__
 from slap_stream.cli.command_line import ended, in_own_process
 from slap_stream.errors import CorpusError
 
@@ -129,6 +130,49 @@ def test_the_tools_of_the_package_are_used_alike(
         assert said.out == ""
         assert said.err.splitlines()[-1].startswith(f"slap-{tool}: ")
         assert ("Traceback" in said.err) == bool(debug)
+
+
+def test_the_tools_of_the_package_tell_people_and_programs_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"text": f"A text of its own, number {number}."} for number in range(8)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    corpus = str(tmp_path / "corpus")
+    for tool, arguments, again in (
+        ("convert", [str(tmp_path / "in.jsonl"), corpus, "--num-workers", "0"], []),
+        ("embed", [corpus, "--num-workers", "0"], ["--overwrite"]),
+        ("report", [corpus], []),
+    ):
+        main = import_module(f"slap_stream.cli.{tool}").main
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(["--version"])
+        assert capsys.readouterr().out == f"slap-{tool} {__version__}\n"
+        assert main(arguments) == 0
+        said = capsys.readouterr()
+        *table, last = said.out.splitlines()
+        assert "8" in " ".join(table)
+        told = json.loads(last)
+        assert "\033" not in said.out + said.err
+        assert main([*arguments, *again, "--json"]) == 0
+        said = capsys.readouterr()
+        [line] = said.out.splitlines()
+        assert json.loads(line).keys() == told.keys()
+        assert said.err == ""
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in `slap-report trained | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        assert ended("tool", lambda: print("a" * 100_000) or 0) == 1
+        # Nor is there one when the interpreter ends, and writes out what is left.
+        pipe.flush()
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
 
 
 def test_what_a_process_found_or_why_it_failed_is_handed_on(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,16 @@ def test_forked_workers_read_a_dataset_that_was_iterated(
     assert len(list(dataset)) == NUM_SAMPLES
     loader = make(corpus, dataset=dataset, num_workers=1, multiprocessing_context="fork")
     assert run(loader, 6) == unbroken[:6]
+
+
+def test_metrics_are_named_as_trackers_want_them_and_grouped_by_a_prefix(corpus: Path) -> None:
+    loader = make(corpus)
+    run(loader, 6)
+    metrics = loader.metrics()
+    # W&B takes other names, but cannot plot by them.
+    assert all(re.fullmatch(r"[a-z][a-z0-9_]*", name) for name in metrics)
+    assert all(type(value) is float for value in metrics.values())
+    assert loader.metrics(prefix="slap/") == {f"slap/{name}": metrics[name] for name in metrics}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

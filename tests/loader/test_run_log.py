@@ -31,9 +31,11 @@ from slap_stream.loader.run_files import (
     surviving,
     thinned,
 )
-from slap_stream.selection.departures import ROW
+from slap_stream.report.run_facts import RunFacts
+from slap_stream.selection.departures import OUTCOMES, ROW
 from tests.laws import config_of
-from tests.loader.test_loader import NUM_SAMPLES, make, run
+from tests.loader.test_bad_samples import loader_of
+from tests.loader.test_loader import BATCH, NUM_SAMPLES, make, run
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +105,78 @@ def test_after_a_kill_and_a_resume_the_log_is_that_of_the_unbroken_run(
     assert sums(ours) == sums(theirs)
     assert ours.straddling == 0
     assert len(ours.begins) == 2
+
+
+@pytest.mark.parametrize(("handed", "more"), [(1, 3), (7, 6), (14, 11), (17, 4)])
+def test_the_log_calls_trained_what_the_loop_was_handed_and_nothing_that_is_ahead(
+    corpus: Path, tmp_path: Path, handed: int, more: int
+) -> None:
+    """Also after a kill and a resume, with samples that turn out to be of no use."""
+    failing = frozenset(range(3, NUM_SAMPLES, 11))
+
+    def new() -> Any:
+        return loader_of(corpus, failing, run_dir=tmp_path, config={"keep": 0.7})
+
+    def check(batches: list[list[int]]) -> None:
+        events = read_log(tmp_path)
+        rows, facts = events.rows, RunFacts(events)
+        trained = [sample_id for batch in batches for sample_id in batch]
+        assert sorted(rows["sample_id"][rows["outcome"] == 0]) == sorted(trained)
+        assert facts.trained == len(trained)
+        withdrawn = rows[rows["outcome"] == OUTCOMES.index("withdrawn")]
+        assert set(withdrawn["sample_id"]) <= failing
+        assert facts.withdrawn == len(withdrawn) == len(batches) * BATCH - len(trained)
+        for row in withdrawn:
+            key = int(row["epoch"]), int(row["step"]), int(row["sample_id"])
+            assert events.errors[key] == f"ValueError: no {row['sample_id']}"
+        # What spans count is what rows hold.
+        by_row: Counter[str] = Counter()
+        for row in rows:
+            by_row[f"{OUTCOMES[row['outcome']]} {row['stratum']}"] += 1
+        assert +sums(events) == by_row
+        assert facts.tokens.total() == rows["length"].sum()
+        # A number that is noted stands where the run is, not where it has composed up to.
+        assert facts.noted["here"][0][-1] == len(trained)
+
+    loader = new()
+    batches = run(loader, handed)
+    loader.note(here=1.0)
+    check(batches)
+    state = loader.state_dict()
+    run(loader, 5)  # and is killed
+    again = new()
+    again.load_state_dict(state)
+    batches += run(again, more)
+    again.note(here=2.0)
+    check(batches)
+
+
+def test_the_last_batches_of_an_epoch_are_told_of_without_feedback(
+    corpus: Path, tmp_path: Path
+) -> None:
+    loader = logged(corpus, tmp_path)
+    ids = [sample_id for batch in loader for sample_id in batch["sample_id"].tolist()]
+    events = read_log(tmp_path)
+    assert sorted(events.rows["sample_id"][events.rows["outcome"] == 0]) == sorted(ids)
+    assert not events.ended
+    loader.close()
+    assert read_log(tmp_path).ended
+
+
+def test_losses_of_batches_that_are_trained_on_again_are_counted_once(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """After an epoch's last batch is composed nothing tells later losses apart by what is."""
+    loader = logged(corpus, tmp_path)
+    run(loader, len(loader) - 2)
+    state = loader.state_dict()
+    run(loader, 2)
+    again = logged(corpus, tmp_path)
+    again.load_state_dict(state)
+    run(again, 2)
+    events = read_log(tmp_path)
+    assert sum(span["losses"][1] for span in events.spans) == len(loader) * BATCH
+    assert events.straddling == 0
 
 
 def test_a_clock_that_is_behind_takes_nothing_from_the_log(
@@ -188,15 +262,17 @@ def test_what_did_not_happen_is_left_out_whichever_rank_wrote_it(data: st.DataOb
         end = start + data.draw(st.integers(0, 6))
         happened = {key: who for key, who in happened.items() if key[1] <= start}
         for rank in range(data.draw(st.integers(1, 3))):
-            began = {"kind": "begin", "at": (0, start), "session": (float(session), 0)}
+            # Three more are composed than delivered, until an epoch of twelve ends.
+            began = {"kind": "begin", **place_at(start), "session": (float(session), 0)}
             files[rank].append(began)
             for step in range(start, end):
-                span = {"kind": "span", "from": (0, step), "at": (0, step + 1), "by": session}
+                span = {"kind": "span", "from": place_at(step)["at"], **place_at(step + 1)}
+                span["by"] = session
                 files[rank].append(span)
                 happened[rank, step + 1] = session
     begins = [event for events in files.values() for event in events if event["kind"] == "begin"]
     found = {
-        (rank, event["at"][1]): event["by"]
+        (rank, event["delivered"][1]): event["by"]
         for rank, events in files.items()
         for event in surviving(events, begins)[0]
         if event["kind"] == "span"
@@ -204,9 +280,14 @@ def test_what_did_not_happen_is_left_out_whichever_rank_wrote_it(data: st.DataOb
     assert found == happened
 
 
+def place_at(delivered: int) -> dict[str, tuple[int, int]]:
+    return {"at": (0, min(12, delivered + 3)), "delivered": (0, delivered)}
+
+
 def span(step: int, *, saved: bool = False) -> Event:
     numbers = dict.fromkeys(("seconds", "compose_seconds", "probe_seconds", "probed"), 1.0)
     place = {"from": (0, step), "at": (0, step + 1), "batches": 1, "saved": saved, **numbers}
+    place["delivered"] = (0, max(0, step - 3))
     counts = {"counts": {"trained": {"0": 2, str(step % 3): 1}}, "tokens": {"copy": {"1": 5}}}
     return {"kind": "span", "losses": [float(step), 1], **place, **counts}
 
@@ -333,7 +414,7 @@ def test_a_log_that_cannot_be_read_is_moved_aside_and_the_run_goes_on(
     text = path.read_text()
     faulty = {
         "a span of nothing": text + '{"kind": "span"}\n',
-        "another version": text.replace('"version": 1', '"version": 99', 1),
+        "another version": text.replace('"version": 2', '"version": 99', 1),
         "no JSON": "nonsense\n" + text,
     }[fault]
     path.write_text(faulty)
@@ -365,7 +446,7 @@ def test_what_cannot_be_a_log_is_refused(corpus: Path, tmp_path: Path) -> None:
     path.write_text("nonsense\n" + path.read_text())
     assert read_log(tmp_path / "run").unreadable == 1
     path.write_text(json.dumps({"kind": "begin", "version": 99}) + "\n")
-    with pytest.raises(RunLogError, match="must be a log of version 1, got 99"):
+    with pytest.raises(RunLogError, match="must be a log of version 2, got 99"):
         read_log(tmp_path / "run")
 
 

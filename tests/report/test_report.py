@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,12 +20,11 @@ from streaming import StreamingDataset
 from slap_stream import SlapDataLoader, embed
 from slap_stream.cli.report import main
 from slap_stream.errors import AlignmentError, ConfigError
-from slap_stream.loader.run_files import LOG_DIR, read_log
+from slap_stream.loader.run_files import LOG_DIR, event_file, read_log
 from slap_stream.report import page
 from slap_stream.report.corpus_facts import CorpusFacts
 from slap_stream.report.picked import SHOWN_OF_REASON, Picker, export
 from slap_stream.report.report import PAGE_NAME, Report, report
-from slap_stream.report.run_facts import RunFacts
 from slap_stream.report.texts import SHOWN, shown
 from slap_stream.selection.departures import OUTCOMES, ROW
 from slap_stream.shards.writer import open_writer
@@ -116,7 +116,7 @@ def test_a_run_is_summed_up_as_its_log_has_it(run_dir: Path, made: Report, run_p
         assert said in run_page
     # Each part of the page, in the order of the questions.
     ids = re.findall(r'<section id="(\w+)"', run_page)
-    assert ids == ["cost", "loss", "pruned", "samples", "auto", "warnings"]
+    assert ids == ["verdict", "cost", "loss", "pruned", "samples", "auto", "warnings"]
 
 
 def test_copies_stand_beside_what_they_copy(run_page: str) -> None:
@@ -136,7 +136,8 @@ def test_what_was_pruned_is_exported_with_reasons(
     pruned = rows[rows["outcome"] != 0]
     assert made.exported == len(pruned)
     as_parquet = tmp_path / "pruned.parquet"
-    export(as_parquet, rows, OUTCOMES, np.array(SOURCES)[rows["sample_id"] % (300 - COPIES) % 3])
+    sources = np.array(SOURCES)[rows["sample_id"] % (300 - COPIES) % 3]
+    export(as_parquet, rows, OUTCOMES, sources, {})
     with (run_dir / "pruned.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     table = pyarrow.parquet.read_table(as_parquet).to_pylist()
@@ -156,7 +157,8 @@ def test_a_corpus_is_described_before_any_training(corpus_made: Report) -> None:
     # Every copy has its original before it.
     assert made.summary["copy_rate"] * 300 == pytest.approx(COPIES, abs=2)
     text = Path(made.page).read_text("utf-8")
-    assert re.findall(r'<section id="(\w+)"', text) == ["overview", "parts", "samples", "warnings"]
+    ids = re.findall(r'<section id="(\w+)"', text)
+    assert ids == ["verdict", "overview", "parts", "samples", "warnings"]
     assert "all were compared with all" in text
 
 
@@ -246,7 +248,7 @@ def test_of_a_million_rows_few_samples_are_shown() -> None:
     for name in ("copy", "mismatch", "rank"):
         rows[name] = rng.integers(0, 256, len(rows))
     rows["outcome"] = rng.integers(0, len(OUTCOMES), len(rows))
-    picker = Picker(rows, OUTCOMES, np.full(len(rows), "all"), 16)
+    picker = Picker(rows, OUTCOMES, np.full(len(rows), "all"), 16, {})
     pruned = picker.pruned()
     assert len(pruned) <= SHOWN_OF_REASON * len(OUTCOMES)
     assert len({one.sample_id for one in pruned}) == len(pruned)
@@ -298,11 +300,96 @@ def test_shards_that_are_gone_leave_a_page_without_texts(run_dir: Path, tmp_path
     assert "The text cannot be read." in Path(made.page).read_text("utf-8")
 
 
-def test_withdrawn_samples_are_warned_of(run_dir: Path) -> None:
-    events = read_log(run_dir)
-    assert not any("withdrawn" in warning for warning in RunFacts(events).warnings())
-    events.spans[-1]["gauges"]["samples_withdrawn"] = 3.0
-    assert any(w.startswith("3 samples of the last") for w in RunFacts(events).warnings())
+def test_withdrawn_samples_are_shown_and_listed_with_what_was_raised(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    log = shutil.copytree(run_dir / LOG_DIR, tmp_path / "run" / LOG_DIR)
+    rows = read_log(run_dir).rows
+    bad = rows[rows["outcome"] == 0][:3]
+    samples = [
+        (int(row["sample_id"]), int(row["epoch"]), int(row["step"]), f"ValueError: <b>{place}")
+        for place, row in enumerate(bad)
+    ]
+    # As the loader writes it.
+    line = {"kind": "withdrawn", "at": (0, 1), "delivered": (0, 0), "time": 0.0, "samples": samples}
+    path = event_file(log, 0)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], json.dumps(line) + "\n", *lines[1:]]))
+    made = report(log.parent, export_to=tmp_path / "list.csv")
+    assert made.summary["withdrawn"] == 3
+    assert made.summary["trained"] == 2 * 11 * 16 - 3
+    assert sum(made.summary["pruned"].values()) == 600 - 2 * 11 * 16
+    assert any(w.startswith("3 samples could not be read") for w in made.warnings)
+    with (tmp_path / "list.csv").open(newline="", encoding="utf-8") as file:
+        listed = [line for line in csv.DictReader(file) if line["reason"] == "withdrawn"]
+    assert {(int(one["sample_id"]), one["error"]) for one in listed} == {
+        (sample_id, error) for sample_id, *_, error in samples
+    }
+    cards = re.findall(r"<article.*?</article>", Path(made.page).read_text("utf-8"), re.DOTALL)
+    shown_ones = [card for card in cards if ">withdrawn</span>" in card]
+    assert len(shown_ones) == 3
+    assert all("ValueError: &lt;b&gt;" in card for card in shown_ones)
+
+
+def test_the_first_words_say_what_was_pruned_and_what_to_do(made: Report, run_page: str) -> None:
+    counts = made.summary["pruned"]
+    first = re.search(r'<section id="verdict">.*?</section>', run_page, re.DOTALL)
+    assert first is not None
+    assert "It trained on 352 of 600 candidates and pruned 248 (41.3%)" in first[0]
+    assert f"{counts['copy']} as near-copies of a sample" in first[0]
+    assert "remove them from the data" in first[0]
+    # Held-out losses were noted.
+    assert "Note a held-out loss" not in first[0]
+
+
+def test_nothing_is_called_sure_that_a_clean_corpus_shows_too(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    column = np.where(np.arange(300) % 100 == 0, 1.0, 0.0)
+
+    def page_of(share: float | None) -> str:
+        monkeypatch.setattr(CorpusFacts, "misplaced_share", share)
+        made = report(corpus, out=tmp_path / "page.html")
+        return Path(made.page).read_text("utf-8")
+
+    suspects = CorpusFacts._suspects
+    monkeypatch.setattr(
+        CorpusFacts,
+        "_suspects",
+        lambda self: setattr(self, "mismatch", column) or suspects(self),  # type: ignore[func-returns-value]
+    )
+    clean = page_of(0.03)
+    assert ">no sign</b>" in clean
+    assert "may be misplaced</span>" not in clean
+    assert clean.count(">fits its prompt least</span>") == 3
+    assert "so all may be right" in clean
+    dirty = page_of(0.2)
+    assert ">up to 20.0%</b>" in dirty
+    assert dirty.count(">may be misplaced</span>") == 3
+    assert "probability" not in clean + dirty
+    assert "could not be found out" in page_of(None)
+
+
+@pytest.mark.parametrize("name", ["out", "export_to"])
+def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(
+    run_dir: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, end = tmp_path / "file", "list.csv"
+    file.touch()
+    (tmp_path / "folder.csv").mkdir()
+    called = "out" if name == "out" else "export"
+    for place, said in {
+        tmp_path / "folder.csv": r"which is a directory; name a file, such as '.*folder\.csv/NAME'",
+        tmp_path / "none" / end: r"where '.*none' is missing; make it first, or name another",
+        file / end: r"where '.*file' is a file; name another",
+        "s3://bucket/list.csv": "a path on a local disk, got 's3://bucket/list.csv'; write",
+    }.items():
+        with pytest.raises(ConfigError, match=rf"^{called} must be .*{said}.*\.$"):
+            report(run_dir, **{"out": tmp_path / "page.html", name: place})
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ConfigError, match="which may not be written to; name another"):
+        report(run_dir, **{"out": tmp_path / "page.html", name: tmp_path / end})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.csv"]
 
 
 def test_a_run_of_as_many_steps_as_full_data_is_not_said_to_save(

@@ -45,7 +45,7 @@ class Run:
         """Keep a run's log from now on, in a folder that nobody looks at."""
         sampler, folder = self.sampler, tempfile.mkdtemp(prefix="slap-bench-")
         atexit.register(shutil.rmtree, folder)
-        log = RunLog(folder, sampler, about=dict, metrics=sampler.metrics)
+        log = RunLog(folder, sampler, about=dict, metrics=sampler.metrics, undelivered=int)
         log.begin()
         compose, observe = sampler.compose, sampler.observe
 
