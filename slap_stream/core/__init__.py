@@ -48,6 +48,7 @@ EXPORTS = {
     "files": (
         "file_digest",
         "local_path",
+        "path_inside",
         "path_to_write",
         "read_json",
         "sync_new",

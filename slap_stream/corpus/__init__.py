@@ -1,12 +1,15 @@
 """Records of any known shape -> one shuffled corpus of MDS shards.
 
-in   JSONL, Parquet, datasets saved to disk or loaded
+in   JSON, tables, datasets saved to disk or loaded
 out  shards, index.json and corpus.json in one directory
 
 convert.py     `convert`: the stages below, in order; goes on where it was cut off
 inputs.py      which files there are, of what kind, and in which pieces they are read
 readers.py     a piece of an input, row by row
+json_rows.py   JSON: a record a line, or in any other layout
+tables.py      Parquet, Arrow, Feather, CSV, TSV
 loaded.py      the rows of a `datasets.Dataset` or `IterableDataset`
+field_map.py   known names for those of the data
 records.py     a row in any known shape to messages, or the reason why it is dropped
 messages.py    one turn, as data sets write it
 tokenising.py  messages to token ids
@@ -19,10 +22,11 @@ from __future__ import annotations
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
     "convert": ("ConvertReport", "convert"),
+    "field_map": ("FieldMap", "parse_map"),
     "inputs": ("find_inputs", "read_records"),
     "loaded": ("check_loaded", "loaded_kind"),
     "messages": ("DropReason", "RecordDropped", "is_given"),
-    "records": ("KNOWN_SHAPES", "normalise"),
+    "records": ("KNOWN_SHAPES", "check_map", "normalise"),
     "tokenising": (
         "find_tokenizer",
         "keep_tokenizer",

@@ -23,11 +23,12 @@ from slap_stream.core.files import path_to_write, write_json
 from slap_stream.core.processes import usable_cores
 from slap_stream.core.room import require_room, told_when_full
 from slap_stream.core.work_dir import claimed, run_missing
+from slap_stream.corpus.field_map import FieldMap
 from slap_stream.corpus.inputs import Input, cut, find_inputs, peek, read_together
 from slap_stream.corpus.loaded import loaded_kind
 from slap_stream.corpus.messages import RecordDropped
 from slap_stream.corpus.readers import Piece
-from slap_stream.corpus.records import normalise
+from slap_stream.corpus.records import check_map, normalise
 from slap_stream.corpus.shuffle import (
     GatherJob,
     ScatterJob,
@@ -65,8 +66,8 @@ class ConvertReport:
         num_samples: In the corpus.
         counts: Samples per source.
         dropped: Records left out, per reason; a reason names the value that is to blame.
-        examples: A few of the places of dropped records per reason: `file:line` (from 1) or, in
-            tables, `file[row]` (from 0).
+        examples: A few of the places of dropped records per reason: `file:line` (from 1; where
+            records are not lines, their number) or, in tables, `file[row]` (from 0).
         truncated: Samples cut to max_length.
         shared: Answers that begin with blanks and share their first token with the header before
             them, which the model never says alone; learnt.
@@ -107,6 +108,7 @@ def convert(
     num_workers: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     source_field: str | None = "source",
+    fields: Mapping[str, str] | None = None,
     progress: bool | None = None,
     command: str | None = None,
 ) -> ConvertReport:
@@ -117,9 +119,10 @@ def convert(
     was cut off, by whatever, goes on when it is made again; one that had ended returns its report.
 
     Args:
-        inputs: JSON lines (plain, gz, zst), Parquet files, Hugging Face datasets saved to disk, or
-            directories of such files, or `datasets.Dataset`s and `IterableDataset`s that are
-            loaded: one or several. `records.KNOWN_SHAPES` is what they may hold.
+        inputs: JSON (a record a line or one array; plain, gz, zst), CSV and TSV likewise, Parquet,
+            Arrow or Feather files, Hugging Face datasets saved to disk, or directories of such
+            files, or `datasets.Dataset`s and `IterableDataset`s that are loaded: one or several.
+            `records.KNOWN_SHAPES` is what they may hold.
         out: Directory of the corpus, new or empty or left by the same call.
         tokenizer: Path or name of a Hugging Face tokenizer; None keeps messages.
         max_length: Tokens kept of a record; None keeps all.
@@ -129,6 +132,8 @@ def convert(
         num_workers: Processes; None means one per core, or none but this for little text.
         shard_bytes: Size above which a new shard is started.
         source_field: Field that names a record's source; None: all of an input is one source.
+        fields: What known names are called in the data, where it has others: `{"instruction":
+            "question", "output": "answers.0"}`; dots lead into what lies inside of a field.
         progress: Whether to show a bar on stderr; None means if that is a terminal.
         command: What to write into corpus.json as the command that made it.
 
@@ -149,11 +154,12 @@ def convert(
     if max_length is not None:
         max_length = require_whole("max_length", max_length, 2)
     check_truncate(truncate, max_length)
+    mapped = check_map(fields)
     out = path_to_write("out", out)
-    found = find_inputs(_several(inputs))
+    found = find_inputs(_several(inputs), mapped)
     pieces_of = [cut(entry) for entry in found]
     name = None if tokenizer is None else find_tokenizer(tokenizer)
-    _try_first_records(found, pieces_of, name, max_length, source_field)
+    _try_first_records(found, pieces_of, name, max_length, source_field, mapped)
 
     text_bytes = sum(entry.text_bytes for entry in found)
     num_parts = _num_parts(text_bytes, shard_bytes)
@@ -168,9 +174,11 @@ def convert(
         "source_field": source_field,
         "num_parts": num_parts,
     }
+    # Left out where they say nothing, so that corpora of before are found again.
     if truncate != "right":
-        # Where it stands corpora of before are found again.
         plan["truncate"] = truncate
+    if mapped is not None:
+        plan["fields"] = mapped.to_dict()
     earlier = _finished(out, plan)
     if earlier is not None:
         return earlier
@@ -209,6 +217,7 @@ def convert(
                 num_parts=num_parts,
                 seed=seed,
                 source_field=source_field,
+                fields=mapped,
                 tokenised=name is not None,
                 work_dir=work_dir,
             )
@@ -318,13 +327,14 @@ def _try_first_records(
     tokenizer: str | None,
     max_length: int | None,
     source_field: str | None,
+    mapped: FieldMap | None,
 ) -> None:
     """Find out on a few records what would fail on all, before any work is done."""
     for entry, pieces in zip(found, pieces_of, strict=True):
         failure: CorpusError | None = None
-        for fields in peek(entry, pieces):
+        for record in peek(entry, pieces, mapped):
             try:
-                messages = normalise(fields, source_field=source_field).messages
+                messages = normalise(record, source_field=source_field, fields=mapped).messages
                 if tokenizer is not None:
                     encode(load_tokenizer(tokenizer), messages, max_length=max_length)
             except RecordDropped:
@@ -408,8 +418,7 @@ def _place_namer(pieces: Sequence[Piece], first_rows: Sequence[int]) -> Callable
     def name(piece: int, row: int) -> str:
         number = first_rows[piece] + row
         path = pieces[piece].path
-        table = pieces[piece].kind in ("parquet", "arrow", "rows", "stream")
-        return f"{path}[{number}]" if table else f"{path}:{number + 1}"
+        return f"{path}:{number + 1}" if pieces[piece].kind == "lines" else f"{path}[{number}]"
 
     return name
 

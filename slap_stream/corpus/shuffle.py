@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from slap_stream.core.files import read_json, write_json
 from slap_stream.core.rng import Purpose, generator
+from slap_stream.corpus.field_map import FieldMap
 from slap_stream.corpus.messages import DropReason, Message, RecordDropped
 from slap_stream.corpus.readers import Piece, other_columns, read
-from slap_stream.corpus.records import COLUMNS, normalise
+from slap_stream.corpus.records import columns_to_read, normalise
 from slap_stream.corpus.tally import Tally
 from slap_stream.corpus.tokenising import tokenise
 from slap_stream.shards.writer import open_writer
@@ -71,6 +72,7 @@ class ScatterJob:
         num_parts: Parts that records are drawn to.
         seed: Of the draw.
         source_field: Field that names a record's source, or None.
+        fields: Names in the data for known ones.
         tokenised: Whether the messages become tokens, and not what shards hold.
         work_dir: Where the results go.
     """
@@ -80,6 +82,7 @@ class ScatterJob:
     num_parts: int
     seed: int
     source_field: str | None
+    fields: FieldMap | None
     tokenised: bool
     work_dir: Path
 
@@ -157,20 +160,20 @@ def _scatter_piece(
     advance: Callable[[int], None],
 ) -> int:
     """Rows of the piece, whose records have been added to the runs."""
-    columns = [*COLUMNS, *([job.source_field] if job.source_field else [])]
+    columns = columns_to_read(job.fields, job.source_field)
     draws = generator(job.seed, Purpose.CORPUS_PARTS, number)
     parts: list[int] = []
     row, kept = -1, tally.counts.total()
-    for row, fields in enumerate(read(piece, columns, advance)):
+    for row, found in enumerate(read(piece, columns, advance)):
         # One draw per row, kept or not: no record's part hangs on what becomes of others.
         if row % _DRAWS_AT_ONCE == 0:
             parts = draws.integers(job.num_parts, size=_DRAWS_AT_ONCE).tolist()
-        if fields is None:
+        if found is None:
             continue
         try:
-            if isinstance(fields, DropReason):
-                raise RecordDropped(fields)
-            record = normalise(fields, source_field=job.source_field)
+            if isinstance(found, DropReason):
+                raise RecordDropped(found)
+            record = normalise(found, source_field=job.source_field, fields=job.fields)
             source = piece.stem if record.source is None else record.source
             packed = _pack(number, row, record.id, source, record.messages, job.tokenised)
         except RecordDropped as dropped:

@@ -16,7 +16,6 @@ from slap_stream.corpus.records import (
     COLUMNS,
     has_known_shape,
     normalise,
-    parse_line,
 )
 
 HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -243,13 +242,6 @@ def test_fields_that_are_not_used_are_named(
     fields: dict[str, Any], unused: tuple[str, ...]
 ) -> None:
     assert normalise(fields).unused == unused
-
-
-@pytest.mark.parametrize("line", [b"{", b"\xff", b'{"text": "a"} x', b"[" * 100_000])
-def test_lines_that_are_not_json_are_dropped(line: bytes) -> None:
-    with pytest.raises(RecordDropped) as dropped:
-        parse_line(line)
-    assert dropped.value.reason is DropReason.UNREADABLE
 
 
 TURN_FIELDS = [
