@@ -47,10 +47,12 @@ EXPORTS = {
     "checks": ("require_whole",),
     "files": (
         "file_digest",
+        "leads_inside",
         "local_path",
         "path_inside",
         "path_to_write",
         "read_json",
+        "require_inside",
         "sync_new",
         "write_json",
         "write_text",

@@ -44,10 +44,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object that `write_json` wrote, or None if it did not get that far."""
+    """A JSON object that `write_json` wrote, or None if it did not get that far.
+
+    Raises:
+        CorpusError: If something else is there.
+    """
     if not path.is_file():
         return None
-    manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise CorpusError(
+            f"{path.name} must be as it was written, an object of JSON, got {str(path)!r}, which "
+            f"is none; delete {str(path.parent)!r} and run the same again."
+        )
     return manifest
 
 

@@ -14,6 +14,7 @@ records.py     a row in any known shape to messages, or the reason why it is dro
 messages.py    one turn, as data sets write it
 tokenising.py  messages to token ids
 shuffle.py     rows scattered over parts on disk, each part then put in its order
+work_files.py  what a conversion leaves in its work folder, read back
 tally.py       what was kept, by source, and what was dropped, by reason
 """
 

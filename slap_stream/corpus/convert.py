@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from slap_stream import __version__
 from slap_stream.core.checks import require_whole
-from slap_stream.core.files import path_to_write, write_json
+from slap_stream.core.files import path_to_write, read_json, write_json
 from slap_stream.core.processes import usable_cores
 from slap_stream.core.room import require_room, told_when_full
 from slap_stream.core.work_dir import claimed, run_missing
@@ -33,13 +33,11 @@ from slap_stream.corpus.shuffle import (
     GatherJob,
     ScatterJob,
     gather,
-    part_manifest,
-    part_name,
-    piece_manifest,
     scatter,
 )
 from slap_stream.corpus.tally import Tally
 from slap_stream.corpus.tokenising import find_tokenizer, load_tokenizer, tokenizer_digest
+from slap_stream.corpus.work_files import part_manifest, part_name, piece_manifest
 from slap_stream.errors import ConfigError, CorpusError
 from slap_stream.shards.index import INDEX_NAME, SHARD_BYTES, merge_indexes
 from slap_stream.text.chat import Truncate, check_truncate, encode
@@ -223,9 +221,7 @@ def convert(
             )
             for first, last in pairwise(read_together(pieces))
         ]
-        resumed = sum(
-            len(job.pieces) for job in scatter_jobs if piece_manifest(work_dir, job.first)
-        )
+        resumed = sum(len(job.pieces) for job in scatter_jobs if _job_manifest(job))
         if not resumed:
             require_room("out", out, needed, exact=False)
         # Of a stream nothing but the rows can be told, and those only of one that is read alone.
@@ -234,7 +230,7 @@ def convert(
             scatter,
             scatter_jobs,
             [job.num_bytes for job in scatter_jobs],
-            lambda job: piece_manifest(work_dir, job.first),
+            _job_manifest,
             num_workers=readers,
             bar_options=_bar_options("read", "B" if sizes_known else " rows", progress),
         )
@@ -300,6 +296,12 @@ def convert(
         merge_indexes(out, parts)
         shutil.rmtree(work_dir)
     return report
+
+
+def _job_manifest(job: ScatterJob) -> dict[str, Any] | None:
+    return piece_manifest(
+        job.work_dir, job.first, num_pieces=len(job.pieces), num_parts=job.num_parts
+    )
 
 
 def _several(inputs: Any) -> list[Any]:
@@ -372,7 +374,7 @@ def _finished(out: Path, plan: Mapping[str, Any]) -> ConvertReport | None:
     described = out / CORPUS_NAME
     if not (out / INDEX_NAME).is_file() or not described.is_file():
         return None
-    saved = json.loads(described.read_text("utf-8"))
+    saved = read_json(described) or {}
     if saved.get("plan_digest") != _digest(plan):
         return None
     shutil.rmtree(out / WORK_NAME, ignore_errors=True)
