@@ -69,7 +69,7 @@ _LOAD = "load it, datasets.load_dataset({}, split='train', streaming=True), and 
 _BY_DATASETS = {
     ".tar": _LOAD.format("'webdataset', data_files=...") + " with fields={'messages': "
     "'json.messages'} or the like",
-    ".lance": _LOAD.format("its folder's path"),
+    ".lance": _LOAD.format("its folder's path") + " (pylance is needed)",
 }
 # What lies in folders of data and says something about it.
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json", INDEX_NAME, "corpus.json")

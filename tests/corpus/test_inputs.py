@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
+import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from slap_stream.corpus.messages import DropReason
 from slap_stream.corpus.readers import Piece, read
 from slap_stream.corpus.records import COLUMNS
 from slap_stream.errors import CorpusError
+from tests.helpers.forked import run_forked
 
 RECORDS = [
     {
@@ -201,6 +205,68 @@ def test_directory_stands_for_its_files(tmp_path: Path) -> None:
     assert [entry.stem for entry in find_inputs([tmp_path])] == ["a", "b"]
 
 
+def test_only_data_files_of_a_directory_are_read_whatever_the_case_of_their_names(
+    tmp_path: Path,
+) -> None:
+    for name in ("A.JSONL", "b.Json.GZ", "C.PARQUET"):
+        (tmp_path / name).write_bytes(b"")
+    # Beside them what macOS, datasets, Spark and we put there.
+    for name in ("._A.JSONL", ".DS_Store", "dataset_infos.json", "_SUCCESS", "index.json"):
+        (tmp_path / name).write_bytes(b"\0")
+    found = find_inputs([tmp_path])
+    assert [(entry.stem, entry.kind, entry.packing) for entry in found] == [
+        ("A", "lines", ""),
+        ("C", "parquet", ""),
+        ("b", "lines", "gz"),
+    ]
+
+
+def test_a_directory_of_nothing_but_sub_folders_names_them(tmp_path: Path) -> None:
+    for name in ("data", "test"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_bytes(b"")
+    with pytest.raises(CorpusError, match=r"name its sub-folders, \['data', 'test'\] \(2 in all\)"):
+        find_inputs([tmp_path])
+
+
+def test_a_file_that_cannot_be_opened_is_an_error() -> None:
+    # Root may read everything, and pytest's own folders are closed to others.
+    folder = Path(tempfile.mkdtemp())
+    try:
+        folder.chmod(0o755)
+        for name in ("a.jsonl", "b.jsonl"):
+            (folder / name).write_bytes(LINES)
+        (folder / "locked").mkdir(mode=0o700)
+        (folder / "b.jsonl").chmod(0)
+        assert run_forked(1, lambda _: _refused_as_a_user(folder)) == 0
+    finally:
+        shutil.rmtree(folder)
+
+
+def _refused_as_a_user(folder: Path) -> None:
+    if os.getuid() == 0:
+        os.setuid(65534)
+    else:
+        (folder / "locked").chmod(0)
+    for path in (folder, folder / "b.jsonl", folder / "locked"):
+        message = r"got '.*(b\.jsonl|locked)', where .* PermissionError.*; allow it to be read"
+        with pytest.raises(CorpusError, match=message):
+            [list(peek(entry, cut(entry))) for entry in find_inputs([path])]
+
+
+@pytest.mark.parametrize("kind", ["array", "CR"])
+def test_what_is_no_lines_is_one_piece_and_read_to_its_end(tmp_path: Path, kind: str) -> None:
+    texts = [json.dumps(record, ensure_ascii=False) for record in RECORDS]
+    path = tmp_path / "a.json"
+    path.write_bytes((f"[{', '.join(texts)}]" if kind == "array" else "\r".join(texts)).encode())
+    (entry,) = find_inputs([path])
+    (piece,) = cut(entry)
+    assert piece.num_bytes > inputs.PIECE_BYTES
+    done: list[int] = []
+    assert list(read(piece, COLUMNS, done.append)) == RECORDS
+    assert 0 < done[-1] <= piece.num_bytes
+
+
 def test_names_that_are_alike_are_told_apart(tmp_path: Path) -> None:
     names = ["x/train.jsonl", "y/train.jsonl.gz", "y/test.jsonl", "z/a.jsonl", "z/a.jsonl.gz"]
     for name in names:
@@ -225,6 +291,12 @@ def test_dataset_of_one_split_is_that_split(tmp_path: Path) -> None:
         ([], "at least one file, got"),
         (["none.jsonl"], "must exist, got '.*none.jsonl'; check the path"),
         (["a.xlsx"], r"end in one of \.arrow, .*got '.*a.xlsx'; write it as JSON lines first"),
+        (
+            ["a.tar"],
+            r"got '.*a.tar'; load it, datasets.load_dataset\('webdataset', .*fields={'mess",
+        ),
+        (["a.lance"], r"got '.*a.lance'; load it, datasets.load_dataset\(its folder's path, .*"),
+        (["pipe.jsonl"], r"or files that end in one of .*got '.*pipe.jsonl'; write it"),
         (["folder"], "got the directory '.*folder', which is no such dataset"),
         (["a.jsonl", "folder/../a.jsonl"], r"different files, got .* more than once"),
     ],
@@ -232,8 +304,10 @@ def test_dataset_of_one_split_is_that_split(tmp_path: Path) -> None:
 def test_inputs_that_cannot_be_used_are_named(
     tmp_path: Path, names: list[str], message: str
 ) -> None:
-    (tmp_path / "folder").mkdir()
-    for name in ("a.xlsx", "a.jsonl"):
+    for name in ("folder", "a.lance"):
+        (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("a.xlsx", "a.jsonl", "a.tar"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(CorpusError, match=message):
         find_inputs([tmp_path / name for name in names])
