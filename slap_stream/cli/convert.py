@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from slap_stream.cli.command_line import CommandLine, add_common, ended, to_write
 from slap_stream.corpus.convert import ConvertReport, convert
+from slap_stream.corpus.field_map import parse_map
 from slap_stream.corpus.records import KNOWN_SHAPES
 from slap_stream.shards.index import SHARD_BYTES
 
@@ -26,14 +27,16 @@ Run the same command again to go on with a conversion that was cut off.
 
 examples:
   slap-convert chats.jsonl.gz more.parquet saved_dataset/ corpus
-  slap-convert chats.jsonl corpus --tokenizer path/to/tokenizer --max-length 2048""",
+  slap-convert chats.jsonl corpus --tokenizer path/to/tokenizer --max-length 2048
+  slap-convert table.csv corpus --map instruction=question,output=answer""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     line.add_argument(
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help=".jsonl (plain, .gz, .zst), .parquet, a dataset saved to disk, a directory of files",
+        help=".jsonl, .json, .csv, .tsv (plain, .gz, .zst), .parquet, .arrow, .feather, a dataset "
+        "saved to disk, a directory of files",
     )
     line.add_argument("out", metavar="OUT", type=to_write, help="directory of the corpus")
     line.add_argument("--tokenizer", help="path or name; writes tokens instead of messages")
@@ -52,6 +55,13 @@ examples:
         type=lambda name: name or None,
         default="source",
         help="field that names a record's source (default source); '': each input is a source",
+    )
+    line.add_argument(
+        "--map",
+        action="append",
+        dest="fields",
+        metavar="NAME=FIELD,...",
+        help="what known names are called in the data; a.b is b inside of a",
     )
     add_common(line, quiet="no progress bar, no table")
     return line
@@ -87,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = vars(arguments).pop("debug")
 
     def run_and_tell() -> int:
+        if arguments.fields is not None:
+            arguments.fields = parse_map(",".join(arguments.fields))
         report = convert(**vars(arguments), command=shlex.join(["slap-convert", *given]))
         if arguments.progress is not False:
             print(describe(report))

@@ -48,9 +48,12 @@ EXPORTS = {
     "files": (
         "file_digest",
         "file_to_write",
+        "leads_inside",
         "local_path",
+        "path_inside",
         "path_to_write",
         "read_json",
+        "require_inside",
         "sync_new",
         "write_json",
         "write_text",

@@ -14,6 +14,7 @@ from typing import Any
 from slap_stream.errors import ConfigError, CorpusError
 
 # A `Path` has made one slash of two. A single letter is a drive.
+_DRIVE = re.compile(r"[A-Za-z]:")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/|$)")
 
 
@@ -56,10 +57,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object that `write_json` wrote, or None if it did not get that far."""
+    """A JSON object that `write_json` wrote, or None if it did not get that far.
+
+    Raises:
+        CorpusError: If something else is there.
+    """
     if not path.is_file():
         return None
-    manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise CorpusError(
+            f"{path.name} must be as it was written, an object of JSON, got {str(path)!r}, which "
+            f"is none; delete {str(path.parent)!r} and run the same again."
+        )
     return manifest
 
 
@@ -129,6 +142,52 @@ def file_to_write(name: str, path: str | os.PathLike[str]) -> Path:
     if wrong:
         raise ConfigError(f"{name} must be a file, new or old, got {str(path)!r}, {wrong}.")
     return local
+
+
+def path_inside(name: str, directory: Path, told: Any) -> Path:
+    """The place of a file that another file names, which lies in that directory or below it.
+
+    Where the directory is part of a hub's cache, whose files are links to its `blobs`, those count.
+
+    Args:
+        name: What the file that names it is called in an error.
+        directory: That it is relative to.
+        told: As it is named there.
+
+    Raises:
+        CorpusError: If it is no relative path, or leads elsewhere, be it by a link.
+    """
+    require_inside(name, told)
+    path = directory / str(told)
+    if not leads_inside(directory, path):
+        raise CorpusError(
+            f"{name} must name files inside of {str(directory)!r}, got {told!r}, a link to "
+            f"{os.path.realpath(path)!r}; copy that file there."
+        )
+    return path
+
+
+def require_inside(name: str, told: Any) -> None:
+    """Refuse what is no relative path without a way up, as far as the name says.
+
+    Raises:
+        CorpusError: If it is none.
+    """
+    parts = told.replace("\\", "/").split("/") if isinstance(told, str) else [""]
+    if not all(parts) or ".." in parts or "\0" in told or _DRIVE.match(told):
+        raise CorpusError(
+            f"{name} must name files by relative paths that stay inside of its directory, got "
+            f"{told!r}; whoever wrote that may be after other files: do not use it."
+        )
+
+
+def leads_inside(directory: Path, path: Path) -> bool:
+    """Whether a path leads into a directory, links followed, or to the blobs of its hub's cache."""
+    real = os.path.realpath(path)
+    root = os.path.realpath(directory)
+    head, snapshots, _ = root.rpartition(f"{os.sep}snapshots{os.sep}")
+    roots = [root, os.path.join(head, "blobs")] if snapshots else [root]
+    return any(os.path.commonpath([real, inside]) == inside for inside in roots)
 
 
 def path_to_write(name: str, path: str | os.PathLike[str]) -> Path:

@@ -6,6 +6,7 @@ Before them stand the length of the skeleton (8 bytes) and a checksum of all els
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from typing import Any
 
@@ -18,6 +19,10 @@ from slap_stream.types import State
 # Stands in the skeleton for an array: number of the array.
 _ARRAY = "__array__"
 _LENGTH, _HEADER = 8, 12
+# Arrays of numbers, truth values and texts; an object would be a place in memory.
+_KINDS = "biufcSU"
+# What comes of bytes that only look like a state.
+_OF_OTHERS = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, AttributeError)
 
 
 def to_bytes(state: State) -> bytes:
@@ -43,11 +48,20 @@ def from_bytes(data: bytes) -> State:
         StateError: If they are not what `to_bytes` has made, or not all of it.
     """
     length, body = data[:_LENGTH], memoryview(data)[_HEADER:]
+    wrong = (
+        f"the bytes of a state must be those that to_bytes made, all of them, got {len(data)} "
+        "that were cut or changed since; take the checkpoint before."
+    )
     if data[_LENGTH:_HEADER] != _checksum(length, body):
-        raise StateError(
-            f"the bytes of a state must be those that to_bytes made, all of them, got {len(data)} "
-            "that were cut or changed since; take the checkpoint before."
-        )
+        raise StateError(wrong)
+    try:
+        return _restored(length, body)
+    except _OF_OTHERS as error:
+        # The sum is right, and anyone can make one.
+        raise StateError(wrong) from error
+
+
+def _restored(length: bytes, body: memoryview) -> State:
     start = int.from_bytes(length, "little")
     at = start
 
@@ -55,14 +69,20 @@ def from_bytes(data: bytes) -> State:
         nonlocal at
         if _ARRAY not in entry:
             return entry
-        dtype, shape = np.dtype(entry[_ARRAY][0]), entry[_ARRAY][1]
-        count = int(np.prod(shape, dtype=np.int64))
-        array = np.frombuffer(body, dtype, count, at).reshape(shape).copy()
-        at += array.nbytes
-        return array
+        told, shape = entry[_ARRAY]
+        dtype, count = np.dtype(told), math.prod(shape)
+        if dtype.kind not in _KINDS or min(shape, default=0) < 0:
+            raise ValueError(f"no array of {told!r} of the shape {shape!r} is made of numbers")
+        # A view of what is there, so that no more is asked for than that.
+        data = body[at : at + count * dtype.itemsize]
+        at += len(data)
+        flat = np.frombuffer(data, dtype, count) if count else np.empty(0, dtype)
+        return flat.reshape(shape).copy()
 
     # Objects are restored in the order in which they end, which is that in which arrays were met.
-    state: State = json.loads(bytes(body[:start]), object_hook=restore)
+    state = json.loads(bytes(body[:start]), object_hook=restore)
+    if not isinstance(state, dict) or at != len(body):
+        raise ValueError("more or less is there than the skeleton says")
     return state
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,16 @@ def claimed(
         CorpusError: If another process holds it, or another plan left it and is not to be
             overwritten.
     """
-    work_dir.mkdir(parents=True, exist_ok=True)
+    if not work_dir.is_symlink():
+        work_dir.mkdir(parents=True, exist_ok=True)
+    # Nothing of ours is a link, and through one we would write elsewhere.
+    below = (Path(top, name) for top, *names in os.walk(work_dir) for name in chain(*names))
+    links = [work_dir] if work_dir.is_symlink() else [path for path in below if path.is_symlink()]
+    if links:
+        raise CorpusError(
+            f"{name} must be new, empty or left by the same call, got {str(result)!r}, where "
+            f"{str(links[0])!r} is a link ({len(links)} in all); delete {str(work_dir)!r}."
+        )
     with (work_dir / LOCK_NAME).open("w") as lock:
         try:
             # Let go by the system when this process ends, however it does.

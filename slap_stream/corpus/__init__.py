@@ -1,17 +1,21 @@
 """Records of any known shape -> one shuffled corpus of MDS shards.
 
-in   JSONL, Parquet, datasets saved to disk or loaded
+in   JSON, tables, datasets saved to disk or loaded
 out  shards, index.json and corpus.json in one directory
 
 convert.py     `convert`: the stages below, in order; goes on where it was cut off
 inputs.py      which files there are, of what kind, and in which pieces they are read
 readers.py     a piece of an input, row by row
+json_rows.py   JSON: a record a line, or in any other layout
+tables.py      Parquet, Arrow, Feather, CSV, TSV
 loaded.py      the rows of a `datasets.Dataset` or `IterableDataset`
+field_map.py   known names for those of the data
 records.py     a row in any known shape to messages, or the reason why it is dropped
 messages.py    one turn, as data sets write it
 token_rows.py  a row that was tokenised before, and what is learnt of it
 tokenising.py  messages to token ids
 shuffle.py     rows scattered over parts on disk, each part then put in its order
+work_files.py  what a conversion leaves in its work folder, read back
 tally.py       what was kept, by source, and what was dropped, by reason
 """
 
@@ -20,10 +24,11 @@ from __future__ import annotations
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
     "convert": ("ConvertReport", "convert"),
+    "field_map": ("FieldMap", "parse_map"),
     "inputs": ("find_inputs", "read_records"),
     "loaded": ("check_loaded", "check_tokenizer", "loaded_kind", "token_columns_of"),
     "messages": ("DropReason", "RecordDropped", "is_given"),
-    "records": ("KNOWN_SHAPES", "normalise"),
+    "records": ("KNOWN_SHAPES", "check_map", "normalise"),
     "token_rows": ("holds_tokens", "read_tokens"),
     "tokenising": (
         "find_tokenizer",

@@ -19,26 +19,25 @@ from typing import Any, Literal
 
 from slap_stream import __version__
 from slap_stream.core.checks import require_whole
-from slap_stream.core.files import path_to_write, write_json
+from slap_stream.core.files import path_to_write, read_json, write_json
 from slap_stream.core.processes import usable_cores
 from slap_stream.core.room import require_room, told_when_full
 from slap_stream.core.work_dir import claimed, run_missing
+from slap_stream.corpus.field_map import FieldMap
 from slap_stream.corpus.inputs import Input, cut, find_inputs, peek, read_together
 from slap_stream.corpus.loaded import check_tokenizer, loaded_kind
 from slap_stream.corpus.messages import RecordDropped
 from slap_stream.corpus.readers import Piece
-from slap_stream.corpus.records import normalise
+from slap_stream.corpus.records import check_map, normalise
 from slap_stream.corpus.shuffle import (
     GatherJob,
     ScatterJob,
     gather,
-    part_manifest,
-    part_name,
-    piece_manifest,
     scatter,
 )
 from slap_stream.corpus.tally import Tally
 from slap_stream.corpus.tokenising import find_tokenizer, load_tokenizer, tokenizer_digest
+from slap_stream.corpus.work_files import part_manifest, part_name, piece_manifest
 from slap_stream.errors import ConfigError, CorpusError
 from slap_stream.shards.index import INDEX_NAME, SHARD_BYTES, merge_indexes
 from slap_stream.text.chat import ATTENTION, Truncate, check_truncate, encode
@@ -65,8 +64,8 @@ class ConvertReport:
         num_samples: In the corpus.
         counts: Samples per source.
         dropped: Records left out, per reason; a reason names the value that is to blame.
-        examples: A few of the places of dropped records per reason: `file:line` (from 1) or, in
-            tables, `file[row]` (from 0).
+        examples: A few of the places of dropped records per reason: `file:line` (from 1; where
+            records are not lines, their number) or, in tables, `file[row]` (from 0).
         truncated: Samples cut to max_length.
         shared: Answers that begin with blanks and share their first token with the header before
             them, which the model never says alone; learnt.
@@ -107,6 +106,7 @@ def convert(
     num_workers: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     source_field: str | None = "source",
+    fields: Mapping[str, str] | None = None,
     progress: bool | None = None,
     command: str | None = None,
 ) -> ConvertReport:
@@ -117,9 +117,10 @@ def convert(
     was cut off, by whatever, goes on when it is made again; one that had ended returns its report.
 
     Args:
-        inputs: JSON lines (plain, gz, zst), Parquet files, Hugging Face datasets saved to disk, or
-            directories of such files, or `datasets.Dataset`s and `IterableDataset`s that are
-            loaded: one or several. `records.KNOWN_SHAPES` is what they may hold.
+        inputs: JSON (a record a line or one array; plain, gz, zst), CSV and TSV likewise, Parquet,
+            Arrow or Feather files, Hugging Face datasets saved to disk, or directories of such
+            files, or `datasets.Dataset`s and `IterableDataset`s that are loaded: one or several.
+            `records.KNOWN_SHAPES` is what they may hold.
         out: Directory of the corpus, new or empty or left by the same call.
         tokenizer: Path or name of a Hugging Face tokenizer; None keeps messages.
         max_length: Tokens kept of a record; None keeps all.
@@ -129,6 +130,8 @@ def convert(
         num_workers: Processes; None means one per core, or none but this for little text.
         shard_bytes: Size above which a new shard is started.
         source_field: Field that names a record's source; None: all of an input is one source.
+        fields: What known names are called in the data, where it has others: `{"instruction":
+            "question", "output": "answers.0"}`; dots lead into what lies inside of a field.
         progress: Whether to show a bar on stderr; None means if that is a terminal.
         command: What to write into corpus.json as the command that made it.
 
@@ -149,13 +152,14 @@ def convert(
     if max_length is not None:
         max_length = require_whole("max_length", max_length, 2)
     check_truncate(truncate, max_length)
+    mapped = check_map(fields)
     out = path_to_write("out", out)
-    found = find_inputs(_several(inputs))
+    found = find_inputs(_several(inputs), mapped)
     for entry in found:
-        check_tokenizer(entry.dataset, tokenizer)
+        check_tokenizer(entry.dataset, tokenizer, mapped)
     pieces_of = [cut(entry) for entry in found]
     name = None if tokenizer is None else find_tokenizer(tokenizer)
-    masked = _try_first_records(found, pieces_of, name, max_length, source_field)
+    masked = _try_first_records(found, pieces_of, name, max_length, source_field, mapped)
 
     text_bytes = sum(entry.text_bytes for entry in found)
     num_parts = _num_parts(text_bytes, shard_bytes)
@@ -170,9 +174,11 @@ def convert(
         "source_field": source_field,
         "num_parts": num_parts,
     }
+    # Left out where they say nothing, so that corpora of before are found again.
     if truncate != "right":
-        # Where it stands corpora of before are found again.
         plan["truncate"] = truncate
+    if mapped is not None:
+        plan["fields"] = mapped.to_dict()
     earlier = _finished(out, plan)
     if earlier is not None:
         return earlier
@@ -211,14 +217,13 @@ def convert(
                 num_parts=num_parts,
                 seed=seed,
                 source_field=source_field,
+                fields=mapped,
                 tokenised=name is not None,
                 work_dir=work_dir,
             )
             for first, last in pairwise(read_together(pieces))
         ]
-        resumed = sum(
-            len(job.pieces) for job in scatter_jobs if piece_manifest(work_dir, job.first)
-        )
+        resumed = sum(len(job.pieces) for job in scatter_jobs if _job_manifest(job))
         if not resumed:
             require_room("out", out, needed, exact=False)
         # Of a stream nothing but the rows can be told, and those only of one that is read alone.
@@ -227,7 +232,7 @@ def convert(
             scatter,
             scatter_jobs,
             [job.num_bytes for job in scatter_jobs],
-            lambda job: piece_manifest(work_dir, job.first),
+            _job_manifest,
             num_workers=readers,
             bar_options=_bar_options("read", "B" if sizes_known else " rows", progress),
         )
@@ -296,6 +301,12 @@ def convert(
     return report
 
 
+def _job_manifest(job: ScatterJob) -> dict[str, Any] | None:
+    return piece_manifest(
+        job.work_dir, job.first, num_pieces=len(job.pieces), num_parts=job.num_parts
+    )
+
+
 def _several(inputs: Any) -> list[Any]:
     one = isinstance(inputs, str | Path) or loaded_kind(inputs) is not None
     return [inputs] if one else list(inputs)
@@ -321,6 +332,7 @@ def _try_first_records(
     tokenizer: str | None,
     max_length: int | None,
     source_field: str | None,
+    mapped: FieldMap | None,
 ) -> bool:
     """Find out on a few records what would fail on all, before any work is done.
 
@@ -330,9 +342,11 @@ def _try_first_records(
     masked, tokenised = False, tokenizer is not None
     for entry, pieces in zip(found, pieces_of, strict=True):
         failure: CorpusError | None = None
-        for fields in peek(entry, pieces, tokenised=tokenised):
+        for row in peek(entry, pieces, mapped, tokenised=tokenised):
             try:
-                record = normalise(fields, source_field=source_field, tokenised=tokenised)
+                record = normalise(
+                    row, source_field=source_field, fields=mapped, tokenised=tokenised
+                )
                 if record.tokens is not None:
                     masked = masked or ATTENTION in record.tokens
                 elif tokenizer is not None:
@@ -373,7 +387,7 @@ def _finished(out: Path, plan: Mapping[str, Any]) -> ConvertReport | None:
     described = out / CORPUS_NAME
     if not (out / INDEX_NAME).is_file() or not described.is_file():
         return None
-    saved = json.loads(described.read_text("utf-8"))
+    saved = read_json(described) or {}
     if saved.get("plan_digest") != _digest(plan):
         return None
     shutil.rmtree(out / WORK_NAME, ignore_errors=True)
@@ -419,8 +433,7 @@ def _place_namer(pieces: Sequence[Piece], first_rows: Sequence[int]) -> Callable
     def name(piece: int, row: int) -> str:
         number = first_rows[piece] + row
         path = pieces[piece].path
-        table = pieces[piece].kind in ("parquet", "arrow", "rows", "stream")
-        return f"{path}[{number}]" if table else f"{path}:{number + 1}"
+        return f"{path}:{number + 1}" if pieces[piece].kind == "lines" else f"{path}[{number}]"
 
     return name
 

@@ -12,7 +12,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from slap_stream.core.files import local_path
+from slap_stream.core.files import local_path, path_inside
+from slap_stream.corpus.field_map import FieldMap, guess
 from slap_stream.corpus.loaded import (
     check_loaded,
     loaded_bounds,
@@ -22,16 +23,18 @@ from slap_stream.corpus.loaded import (
     travels,
 )
 from slap_stream.corpus.messages import DropReason, RecordDropped
-from slap_stream.corpus.readers import Kind, Piece, batch_bytes, explained, read, row_group_bytes
+from slap_stream.corpus.readers import Kind, Packing, Piece, explained, read, records_are_lines
 from slap_stream.corpus.records import (
-    ALL_COLUMNS,
     COLUMNS,
     KNOWN_SHAPES,
+    columns_to_read,
     has_known_shape,
     normalise,
     shape_by_names,
 )
+from slap_stream.corpus.tables import batch_bytes, row_group_bytes
 from slap_stream.errors import CorpusError
+from slap_stream.shards.index import INDEX_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +48,31 @@ _NOT_LOCAL = (
     "(streaming=True keeps none of it on disk)"
 )
 # Text per byte on disk: a guess, which only decides into how many parts a corpus is cut.
-_EXPANSION: dict[Kind, int] = {
-    "lines": 1,
-    "gz": 4,
-    "zst": 5,
-    "parquet": 2,
-    "arrow": 1,
-    "rows": 1,
-    "stream": 1,
+_EXPANSION = {"parquet": 2, "gz": 4, "zst": 5}
+_PACKINGS: dict[str, Packing] = {".gz": "gz", ".zst": "zst"}
+_TEXTS: dict[str, Kind] = {
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".json": "lines",
+    ".csv": "csv",
+    ".tsv": "tsv",
 }
-_COMPRESSIONS: tuple[tuple[str, Kind], ...] = (("", "lines"), (".gz", "gz"), (".zst", "zst"))
 _SUFFIXES: dict[str, Kind] = {
-    f".{name}{end}": kind for end, kind in _COMPRESSIONS for name in ("jsonl", "ndjson", "json")
-} | {".parquet": "parquet"}
+    **_TEXTS,
+    **{suffix + packed: kind for packed in _PACKINGS for suffix, kind in _TEXTS.items()},
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+# What `datasets` reads and we do not.
+_LOAD = "load it, datasets.load_dataset({}, split='train', streaming=True), and hand that over"
+_BY_DATASETS = {
+    ".tar": _LOAD.format("'webdataset', data_files=...") + " with fields={'messages': "
+    "'json.messages'} or the like",
+    ".lance": _LOAD.format("its folder's path") + " (pylance is needed)",
+}
+# What lies in folders of data and says something about it.
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "state.json", INDEX_NAME, "corpus.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +85,7 @@ class Input:
         kind: How its files are read.
         files: In the order of their rows; several only for a saved dataset, none of a loaded one.
         dataset: The `Dataset` or `IterableDataset` itself, if it is loaded already.
+        columns: Fields of a record that are looked at.
     """
 
     path: Path
@@ -77,6 +93,7 @@ class Input:
     kind: Kind
     files: tuple[Path, ...]
     dataset: Any = None
+    columns: tuple[str, ...] = COLUMNS
 
     @property
     def name(self) -> str:
@@ -87,8 +104,15 @@ class Input:
     def text_bytes(self) -> int:
         """Size of what it holds when uncompressed, about."""
         if self.dataset is not None:
-            return loaded_bytes(self.dataset)
-        return sum(file.stat().st_size for file in self.files) * _EXPANSION[self.kind]
+            return loaded_bytes(self.dataset, self.columns)
+        expansion = _EXPANSION.get(self.packing or self.kind, 1)
+        return sum(file.stat().st_size for file in self.files) * expansion
+
+    @property
+    def packing(self) -> Packing:
+        """How its files are compressed."""
+        is_text = self.kind in _TEXTS.values()
+        return _PACKINGS.get(self.path.suffix.lower(), "") if is_text else ""
 
     @property
     def travels(self) -> bool:
@@ -98,16 +122,17 @@ class Input:
     def fingerprint(self) -> list[str | int]:
         """What changes when the input does: its name, the sizes and times of its files."""
         if self.dataset is not None:
-            return [self.stem, *loaded_fingerprint(self.dataset)]
+            return [self.stem, *loaded_fingerprint(self.dataset, self.columns)]
         stats = [file.stat() for file in self.files]
         return [self.stem, *(n for stat in stats for n in (stat.st_size, stat.st_mtime_ns))]
 
 
-def find_inputs(inputs: Sequence[Any]) -> list[Input]:
+def find_inputs(inputs: Sequence[Any], fields: FieldMap | None = None) -> list[Input]:
     """Find out what the inputs are, without opening data files.
 
     Args:
         inputs: Files, datasets saved to disk, directories of files, or datasets that are loaded.
+        fields: Names in the data for known ones.
 
     Raises:
         CorpusError: If one does not exist or is of no known format, or two are the same.
@@ -119,7 +144,7 @@ def find_inputs(inputs: Sequence[Any]) -> list[Input]:
         if kind is None:
             found += _expand(local_path("inputs", entry, _NOT_LOCAL))
             continue
-        check_loaded(entry)
+        check_loaded(entry, fields)
         # As if it were a file, so that it has a name among the others.
         path = _LOADED / (f"dataset-{len(datasets) + 1}" if datasets else "dataset")
         datasets[path] = entry
@@ -135,7 +160,14 @@ def find_inputs(inputs: Sequence[Any]) -> list[Input]:
         )
     stems = _unique_stems([path for path, _, _ in found])
     return [
-        Input(path=path, stem=stem, kind=kind, files=files, dataset=datasets.get(path))
+        Input(
+            path=path,
+            stem=stem,
+            kind=kind,
+            files=files,
+            dataset=datasets.get(path),
+            columns=tuple(columns_to_read(fields, None, tokenised=True)),
+        )
         for stem, (path, kind, files) in zip(stems, found, strict=True)
     ]
 
@@ -148,7 +180,7 @@ def cut(entry: Input) -> list[Piece]:
     """
     pieces: list[Piece] = []
     if entry.dataset is not None:
-        bounds, weights = loaded_bounds(entry.dataset, PIECE_BYTES)
+        bounds, weights = loaded_bounds(entry.dataset, PIECE_BYTES, entry.columns)
         return [
             Piece(
                 path=entry.name,
@@ -164,7 +196,11 @@ def cut(entry: Input) -> list[Piece]:
     for file in entry.files:
         with explained(file):
             size = file.stat().st_size
-            if entry.kind == "lines":
+            if (
+                entry.kind == "lines"
+                and not entry.packing
+                and (size <= PIECE_BYTES or records_are_lines(file))
+            ):
                 bounds = [*range(0, size, PIECE_BYTES), size]
                 weights = [stop - start for start, stop in pairwise(bounds)]
             elif entry.kind == "parquet":
@@ -181,6 +217,8 @@ def cut(entry: Input) -> list[Piece]:
                 start=start,
                 stop=stop,
                 num_bytes=size * weight // max(sum(weights), 1),
+                packing=entry.packing,
+                whole=len(weights) == 1,
             )
             for (start, stop), weight in zip(pairwise(bounds), weights, strict=True)
         ]
@@ -188,12 +226,22 @@ def cut(entry: Input) -> list[Piece]:
 
 
 def peek(
-    entry: Input, pieces: Sequence[Piece], *, tokenised: bool = False
+    entry: Input,
+    pieces: Sequence[Piece],
+    fields: FieldMap | None = None,
+    *,
+    tokenised: bool = False,
 ) -> Iterator[Mapping[str, Any]]:
     """The first records of an input that are of a known shape, also token ids if there is a
     tokenizer; none only if it has no rows.
 
     Read as they are asked for: of thousands of small files, more would be all of them.
+
+    Args:
+        entry: The input.
+        pieces: It as `cut` has cut it.
+        fields: Names in the data for known ones.
+        tokenised: As `normalise` takes it.
 
     Raises:
         CorpusError: If a file cannot be read, or none of the first records is of a known shape, nor
@@ -201,20 +249,19 @@ def peek(
     """
     first, known = None, False
     if pieces:
-        columns = ALL_COLUMNS if tokenised else COLUMNS
-        with closing(read(pieces[0], columns)) as reader:
+        with closing(read(pieces[0], entry.columns)) as reader:
             for row in islice(reader, _PEEKED_ROWS):
                 if row is None:
                     continue
                 first = row if first is None else first
-                fits = has_known_shape(row, tokenised=tokenised)
-                known = known or fits or shape_by_names(row) is not None
+                fits = has_known_shape(row, fields, tokenised=tokenised)
+                known = known or fits or shape_by_names(row, fields) is not None
                 if isinstance(row, Mapping) and fits:
                     yield row
     if first is not None and not known:
         raise CorpusError(
-            f"records must have one of the known shapes, got {_describe(first)} at the start of "
-            f"{entry.name!r}; known shapes are {'; '.join(KNOWN_SHAPES)}."
+            f"records must have one of the known shapes, got {_describe(first, fields)} at the "
+            f"start of {entry.name!r}{_cure(first)}; known shapes are {'; '.join(KNOWN_SHAPES)}."
         )
 
 
@@ -229,58 +276,87 @@ def read_records(path: str | Path) -> Iterator[dict[str, Any] | RecordDropped]:
         for _ in peek(entry, pieces):
             break
         for piece in pieces:
-            for fields in read(piece, COLUMNS):
-                if fields is None:
+            for row in read(piece, COLUMNS):
+                if row is None:
                     continue
                 try:
-                    if isinstance(fields, DropReason):
-                        raise RecordDropped(fields)
-                    yield {"messages": normalise(fields, source_field=None).messages}
+                    if isinstance(row, DropReason):
+                        raise RecordDropped(row)
+                    yield {"messages": normalise(row, source_field=None).messages}
                 except RecordDropped as dropped:
                     yield dropped
 
 
-def _describe(row: Any) -> str:
-    if isinstance(row, Mapping):
-        return f"the fields {sorted(map(str, row))[:20]!r}"
-    # Both reasons that occur here are what a JSON array over the whole file gives.
-    return f"a {row} (one record per line is wanted; jq -c '.[]' unfolds an array)"
+def _describe(row: Any, fields: FieldMap | None) -> str:
+    if not isinstance(row, Mapping):
+        return f"a {row}"
+    mapped = "" if fields is None else f" with the map {fields.to_dict()!r}"
+    return f"the fields {sorted(map(str, row))[:20]!r}{mapped}"
+
+
+def _cure(row: Any) -> str:
+    """A map that might serve, in words; it is a guess, so that it is not taken by itself."""
+    found = guess(row) if isinstance(row, Mapping) else {}
+    if not found:
+        return ""
+    line = ",".join(f"{name}={field}" for name, field in found.items())
+    return f"; if it is what they hold, slap-convert --map {line}, or fields={found!r}"
 
 
 Found = tuple[Path, Kind, tuple[Path, ...]]
 
 
 def _expand(path: Path) -> list[Found]:
+    with explained(path):
+        return _expanded(path)
+
+
+def _expanded(path: Path) -> list[Found]:
     known = ", ".join(sorted(_SUFFIXES))
     if not path.exists():
         raise CorpusError(f"inputs must exist, got {str(path)!r}; check the path.")
-    if path.is_file():
-        kind = _SUFFIXES.get(_suffix(path))
+    if not path.is_dir():
+        kind = _SUFFIXES.get(_suffix(path).lower()) if path.is_file() else None
         if kind is None:
+            cure = _BY_DATASETS.get(path.suffix.lower(), "write it as JSON lines first")
             raise CorpusError(
                 f"inputs must be datasets saved to disk or files that end in one of {known}, "
-                f"got {str(path)!r}; write it as JSON lines first."
+                f"got {str(path)!r}; {cure}."
             )
         return [(path, kind, (path,))]
+    if path.suffix.lower() == ".lance":
+        raise CorpusError(
+            f"inputs must be files or datasets saved to disk, got {str(path)!r}; "
+            f"{_BY_DATASETS['.lance']}."
+        )
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
+        splits = _described(path / "dataset_dict.json", "splits")
         if len(splits) != 1:
             raise CorpusError(
                 f"inputs must be one split of a dataset each, got {str(path)!r} with the splits "
                 f"{splits!r}; name the directory of the split."
             )
-        path = path / splits[0]
+        path = path_inside("dataset_dict.json", path, splits[0])
     if (path / "state.json").is_file():
-        state = json.loads((path / "state.json").read_text("utf-8"))
-        if state.get("_indices_data_files"):
+        if _described(path / "state.json", "_indices_data_files"):
             raise CorpusError(
                 f"inputs must be saved without an index mapping, got {str(path)!r}; load it, call "
                 "flatten_indices() and save it again."
             )
-        return [(path, "arrow", tuple(path / file["filename"] for file in state["_data_files"]))]
+        names = [
+            file.get("filename") if isinstance(file, Mapping) else file
+            for file in _described(path / "state.json", "_data_files")
+        ]
+        return [(path, "arrow", tuple(path_inside("state.json", path, name) for name in names))]
     entries = sorted(path.iterdir())
-    files = [file for file in entries if _suffix(file) in _SUFFIXES]
-    folders = [entry.name for entry in entries if entry.is_dir() and entry.name[0] not in "._"]
+    # With a dot begin files that are not meant to be seen: `._NAME`, which macOS puts beside each.
+    entries = [entry for entry in entries if entry.name[0] != "."]
+    files = [
+        file
+        for file in entries
+        if _suffix(file).lower() in _SUFFIXES and file.name.lower() not in _ABOUT_DATA
+    ]
+    folders = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "_"]
     if folders and files:
         logger.warning(
             "%s: its sub-folders %s are not read (%d in all); name them, too, if they are inputs.",
@@ -289,15 +365,33 @@ def _expand(path: Path) -> list[Found]:
             len(folders),
         )
     if not files:
+        inside = f"; name its sub-folders, {folders[:5]!r} ({len(folders)} in all)"
         raise CorpusError(
             f"inputs must be files or datasets saved to disk, got the directory {str(path)!r}, "
-            f"which is no such dataset and holds no file that ends in one of {known}."
+            f"which is no such dataset and holds no file that ends in one of {known}"
+            f"{inside if folders else ''}."
         )
     return [found for file in files for found in _expand(file)]
 
 
+def _described(file: Path, key: str) -> list[Any]:
+    """A list that a file of `datasets` holds under that name; [] for none."""
+    try:
+        told = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        told = None
+    value = (told.get(key) or []) if isinstance(told, dict) else None
+    if not isinstance(value, list):
+        raise CorpusError(
+            f"{file.name} must be as save_to_disk writes it, with a list {key!r}, got "
+            f"{str(file)!r}, which is not; save the dataset again."
+        )
+    return value
+
+
 def _suffix(path: Path) -> str:
-    return "".join(path.suffixes[-2:]) if path.suffix in (".gz", ".zst") else path.suffix
+    """As it is written: .jsonl, .JSONL.gz."""
+    return "".join(path.suffixes[-2:]) if path.suffix.lower() in _PACKINGS else path.suffix
 
 
 def _unique_stems(paths: Sequence[Path]) -> list[str]:

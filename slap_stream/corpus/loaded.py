@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
-from slap_stream.corpus.records import ALL_COLUMNS, KNOWN_SHAPES, has_known_shape
+from slap_stream.corpus.field_map import FieldMap
+from slap_stream.corpus.records import KNOWN_SHAPES, shape_by_names
 from slap_stream.corpus.token_rows import TOKEN_FIELDS, packed_fields
 from slap_stream.errors import ConfigError, CorpusError
 
@@ -50,8 +51,12 @@ def loaded_kind(value: Any) -> LoadedKind | None:
     return next((_KINDS[name] for name in names if name in _KINDS), None)
 
 
-def check_loaded(dataset: Any) -> None:
+def check_loaded(dataset: Any, fields: FieldMap | None = None) -> None:
     """Refuse, before any row is read, what cannot be read as it is.
+
+    Args:
+        dataset: As it was given.
+        fields: Names in the data for known ones.
 
     Raises:
         CorpusError: If it has no rows, none of the known shapes, or rows that are made on access.
@@ -66,9 +71,9 @@ def check_loaded(dataset: Any) -> None:
         )
     names = dataset.column_names
     # A stream knows its columns only if somebody has said which they are.
-    if names is None or has_known_shape(dict.fromkeys(names, "")):
+    if names is None or shape_by_names(dict.fromkeys(names), fields) is not None:
         return
-    if "input_ids" not in names:
+    if fields is not None or "input_ids" not in names:
         raise CorpusError(
             f"dataset must have the columns of one of the known shapes, got {names[:20]!r}; "
             f"rename_column() or map() to one of: {'; '.join(KNOWN_SHAPES)}."
@@ -82,8 +87,13 @@ def check_loaded(dataset: Any) -> None:
         )
 
 
-def check_tokenizer(dataset: Any, tokenizer: Any) -> None:
+def check_tokenizer(dataset: Any, tokenizer: Any, fields: FieldMap | None = None) -> None:
     """Refuse a dataset of nothing but token ids where there is no tokenizer.
+
+    Args:
+        dataset: As it was given.
+        tokenizer: Likewise.
+        fields: Names in the data for known ones.
 
     Raises:
         ConfigError: If it is one.
@@ -91,7 +101,7 @@ def check_tokenizer(dataset: Any, tokenizer: Any) -> None:
     if tokenizer is not None or not token_columns_of(dataset):
         return
     names = dataset.column_names
-    if names is None or not has_known_shape(dict.fromkeys(names, "")):
+    if names is None or shape_by_names(dict.fromkeys(names), fields) is None:
         raise ConfigError(
             "tokenizer must be the one that made the dataset's input_ids, got None; what is "
             "embedded are the texts that it makes of them."
@@ -112,12 +122,12 @@ def token_columns_of(dataset: Any) -> tuple[str, ...]:
     return tuple(n for n in TOKEN_FIELDS if n in names) if "input_ids" in names else ()
 
 
-def loaded_fingerprint(dataset: Any) -> list[str | int]:
+def loaded_fingerprint(dataset: Any, columns: Sequence[str]) -> list[str | int]:
     """What changes when the dataset does.
 
     The rows of a `Dataset` cannot change: its own fingerprint names them. Of an `IterableDataset`
     only the definition is known (files, functions with their arguments, as for the cache of
-    `datasets`), and its first rows, which are read.
+    `datasets`), and what these columns hold in its first rows, which are read.
 
     Raises:
         CorpusError: If the definition of a stream cannot be told from others.
@@ -135,26 +145,28 @@ def loaded_fingerprint(dataset: Any) -> list[str | int]:
             f"an IterableDataset that has not ({error}); let its function open what it reads."
         ) from error
     first = [row for _, row in zip(range(_TELLING_ROWS), _stream(dataset), strict=False)]
-    return ["stream", definition, Hasher.hash([_known_columns(row) for row in first])]
+    return ["stream", definition, Hasher.hash([_columns_of(row, columns) for row in first])]
 
 
-def loaded_bytes(dataset: Any) -> int:
-    """Size of the texts in a dataset, about."""
+def loaded_bytes(dataset: Any, columns: Sequence[str]) -> int:
+    """Size of these columns of a dataset, about."""
     if loaded_kind(dataset) == "stream":
         return int(dataset.info.dataset_size or _STREAM_BYTES)
-    view = _view(dataset, ALL_COLUMNS)
+    view = _view(dataset, columns)
     # Of the whole table, of which an index may show a part.
     return int(view.data.nbytes * len(view) // max(view.data.num_rows, 1))
 
 
-def loaded_bounds(dataset: Any, piece_bytes: int) -> tuple[list[int], list[int]]:
+def loaded_bounds(
+    dataset: Any, piece_bytes: int, columns: Sequence[str]
+) -> tuple[list[int], list[int]]:
     """Bounds of pieces of about as many bytes, in rows, and the bytes of each.
 
     A stream is one piece, from end to end: its parts are not in general what they would be alone.
     """
     if loaded_kind(dataset) == "stream":
         return [0, 0], [0]
-    size, rows = loaded_bytes(dataset), len(dataset)
+    size, rows = loaded_bytes(dataset, columns), len(dataset)
     count = max(1, min(rows, -(-size // piece_bytes)))
     bounds = [rows * n // count for n in range(count + 1)] if rows else [0]
     return bounds, [size * (b - a) // max(rows, 1) for a, b in pairwise(bounds)]
@@ -202,5 +214,5 @@ def _stream(dataset: Any) -> Iterator[Mapping[str, Any]]:
     yield from copy.deepcopy(dataset).with_format(None)
 
 
-def _known_columns(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ALL_COLUMNS if name in row}
+def _columns_of(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    return {name: row[name] for name in columns if name in row}

@@ -27,12 +27,22 @@ _ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "claude": "assistant",
+    "ai": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
     "model": "assistant",
     "tool": "tool",
+    "ipython": "tool",
     "function": "tool",
-    "function_call": "tool",
     "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+    # What the assistant writes to call one, in a turn of its own: read, and never supervised.
+    "function_call": "tool",
+    "tool_call": "tool",
     "text": "text",
 }
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
@@ -42,6 +52,8 @@ class DropReason(StrEnum):
     """Why a record is left out of the corpus."""
 
     UNREADABLE = "line that is not JSON"
+    NOT_CSV = "row that is not CSV"
+    UNLIKE_HEADER = "row with more or fewer cells than there are columns"
     NOT_AN_OBJECT = "not an object of fields"
     TOO_LARGE = "larger than 64 MiB"
     UNKNOWN_SHAPE = "unknown shape"
@@ -84,9 +96,14 @@ class RecordDropped(Exception):
 
 def is_given(value: Any) -> bool:
     """Whether a field says something: tables fill what a row does not use, with None or NaN."""
-    if isinstance(value, str | list | dict):
+    if isinstance(value, str | list | dict | bytes):
         return bool(value)
-    return value is not None and not (isinstance(value, float) and math.isnan(value))
+    return not is_missing(value)
+
+
+def is_missing(value: Any) -> bool:
+    """Whether there is nothing in a field, not even an empty text."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def read_turns(value: Any) -> list[Mapping[str, Any]]:
@@ -95,7 +112,7 @@ def read_turns(value: Any) -> list[Mapping[str, Any]]:
     Raises:
         RecordDropped: If it is neither.
     """
-    if isinstance(value, str):
+    if isinstance(value, str | bytes):
         value = from_json(value, DropReason.MALFORMED)
     if isinstance(value, Mapping):
         columns = {name: column for name, column in value.items() if column is not None}
@@ -113,7 +130,7 @@ def read_turns(value: Any) -> list[Mapping[str, Any]]:
     return value
 
 
-def from_json(text: str, reason: DropReason) -> Any:
+def from_json(text: str | bytes, reason: DropReason) -> Any:
     """What a text holds that a table keeps as JSON.
 
     Raises:
@@ -148,6 +165,8 @@ def read_message(turn: Mapping[str, Any], unused: set[str]) -> Message:
     if role_field is None:
         raise RecordDropped(DropReason.MALFORMED, "no role")
     given = turn[role_field]
+    if isinstance(given, bytes):
+        given = text_of(given)
     if not isinstance(given, str):
         raise RecordDropped(DropReason.MALFORMED, f"a role that is a {type(given).__name__}")
     role = _ROLES.get(given.strip().lower())
@@ -199,7 +218,7 @@ def read_tools(value: Any) -> list[Any]:
     Raises:
         RecordDropped: If they are something else.
     """
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str | bytes) and value.strip():
         value = from_json(value, DropReason.BAD_TOOLS)
     if not is_given(value):
         return []

@@ -1,36 +1,47 @@
-"""Pieces of inputs, read row by row: lines (plain, gz, zst), Parquet, Arrow, loaded datasets."""
+"""Pieces of inputs, read row by row: JSON, tables, loaded datasets."""
 
 from __future__ import annotations
 
 import gzip
 import io
-import json
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
+from slap_stream.corpus.json_rows import (
+    MAX_RECORD_BYTES,
+    FormatError,
+    Row,
+    one_a_line,
+    require_utf8,
+    rows_of_line,
+    rows_of_values,
+)
 from slap_stream.corpus.loaded import LoadedKind, loaded_rows
-from slap_stream.corpus.messages import DropReason, RecordDropped
-from slap_stream.corpus.records import parse_line
+from slap_stream.corpus.messages import DropReason
+from slap_stream.corpus.tables import (
+    Separated,
+    arrow_names,
+    arrow_rows,
+    parquet_names,
+    parquet_rows,
+    separated_rows,
+)
 from slap_stream.errors import CorpusError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from _typeshed import WriteableBuffer
 
-Kind = Literal["lines", "gz", "zst", "parquet", "arrow"] | LoadedKind
-Row = Mapping[str, Any] | DropReason | None
-"""A record; or why it cannot be read; or None for a blank line, which is counted and no record."""
+    Buffered = io.BufferedReader[Any]
 
-MAX_RECORD_BYTES = 64 << 20
-_REPORT_LINES = 256
-# An extension of Arrow's.
-_JSON = "arrow.json"
-# Tables become Python objects so many rows at a time.
-_SLICE_ROWS = 64
+Kind = Literal["lines", "parquet", "arrow"] | Separated | LoadedKind
+Packing = Literal["", "gz", "zst"]
+
+_REPORT_ROWS = 256
+_BUFFER_BYTES = 1 << 17
 # A chunk this small expands to at most 128 MiB, however well it was compressed.
 _ZSTD_CHUNK_BYTES = 4096
 
@@ -43,9 +54,11 @@ class Piece:
         path: File that it lies in; a name for what lies in none.
         kind: How that file is read.
         stem: Name of the input: source of the records that name none, and start of their ids.
-        start: First byte (lines), row group (Parquet), record batch (Arrow) or row.
+        start: First byte (text), row group (Parquet), record batch (Arrow) or row.
         stop: Half-open end in the same unit; compressed files are read from end to end.
         num_bytes: On disk, about; for the progress bar. 0: not known.
+        packing: How the file is compressed.
+        whole: Whether it is all of its file, so that its records need not be lines.
         dataset: Whose rows are read, if it is loaded already.
     """
 
@@ -55,6 +68,8 @@ class Piece:
     start: int
     stop: int
     num_bytes: int
+    packing: Packing = ""
+    whole: bool = False
     dataset: Any = None
 
 
@@ -77,23 +92,21 @@ def read(
         if advance is not None:
             advance(min(int(done), piece.num_bytes or int(done)))
 
+    def report_share(share: float) -> None:
+        report(piece.num_bytes * share)
+
     with explained(piece.path):
-        if piece.kind == "parquet":
-            yield from _table_rows(_parquet_batches(piece, columns, report))
+        start, stop = piece.start, piece.stop
+        if piece.kind == "lines" or piece.kind == "csv" or piece.kind == "tsv":
+            yield from _rows_of_text(piece, report)
+        elif piece.kind == "parquet":
+            yield from parquet_rows(piece.path, start, stop, columns, report_share)
         elif piece.kind == "arrow":
-            yield from _table_rows(_arrow_batches(piece, columns, report))
+            yield from arrow_rows(piece.path, start, stop, columns, report_share)
         elif piece.kind == "rows":
-            yield from loaded_rows(
-                piece.dataset,
-                piece.start,
-                piece.stop,
-                columns,
-                lambda share: report(piece.num_bytes * share),
-            )
-        elif piece.kind == "stream":
-            yield from loaded_rows(piece.dataset, 0, 0, columns, report)
+            yield from loaded_rows(piece.dataset, start, stop, columns, report_share)
         else:
-            yield from _line_rows(piece, report)
+            yield from loaded_rows(piece.dataset, 0, 0, columns, report)
 
 
 @contextmanager
@@ -108,88 +121,94 @@ def explained(path: str | Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError, ArrowException) as error:
+    except (
+        *(OSError, EOFError, FormatError, zlib.error),
+        *(zstandard.ZstdError, ArrowException),
+    ) as error:
+        kept_out = isinstance(error, PermissionError)
+        cure = "allow it to be read" if kept_out else "fetch or write the file again"
         raise CorpusError(
             f"inputs must be whole and readable, got {str(path)!r}, where reading failed with "
-            f"{type(error).__name__}: {error}; fetch or write the file again."
+            f"{type(error).__name__}: {error}; {cure}."
         ) from error
-
-
-def row_group_bytes(path: Path) -> list[int]:
-    """Bytes of each row group of a Parquet file, uncompressed."""
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as table:
-        groups = table.metadata
-        return [groups.row_group(n).total_byte_size for n in range(groups.num_row_groups)]
 
 
 def other_columns(piece: Piece, columns: Sequence[str]) -> list[str]:
     """Columns of a table or a dataset that are not among these.
 
-    None of lines and of a stream, whose fields are all read.
+    None of what is read with all of its fields.
     """
     names: list[str] = []
-    if piece.kind not in ("parquet", "arrow", "rows"):
-        return names
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     with explained(piece.path):
         if piece.kind == "parquet":
-            names = pq.read_schema(piece.path).names
+            names = parquet_names(piece.path)
         elif piece.kind == "arrow":
-            with pa.memory_map(piece.path) as source, pa.ipc.open_stream(source) as batches:
-                names = batches.schema.names
+            names = arrow_names(piece.path)
         elif piece.kind == "rows":
             names = piece.dataset.column_names
     return sorted(set(names) - set(columns))
 
 
-def batch_bytes(path: Path) -> list[int]:
-    """Bytes of each record batch of an Arrow stream."""
-    import pyarrow as pa
-
-    # Mapped: the batches are found without reading what they hold.
-    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as batches:
-        return [batch.nbytes for batch in batches]
-
-
-def _line_rows(piece: Piece, report: Callable[[float], None]) -> Iterator[Row]:
-    with open(piece.path, "rb") as raw, _decompressed(raw, piece.kind) as stream:
-        # Counted, and not asked for with every line; nothing but plain lines has a stop.
-        at = piece.start
-        if piece.start:
-            # The line that holds the byte before belongs to the piece before.
-            raw.seek(piece.start - 1)
-            at += _skip_line(raw) - 1
-        number = 0
-        while piece.kind != "lines" or at < piece.stop:
-            line = stream.readline(MAX_RECORD_BYTES)
-            if not line:
-                break
-            at += len(line)
-            if number == 0 and piece.start == 0:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
-                at += _skip_line(stream)
-                yield DropReason.TOO_LARGE
-            else:
-                yield _parse(line)
-            number += 1
-            if number % _REPORT_LINES == 0:
+def _rows_of_text(piece: Piece, report: Callable[[float], None]) -> Iterator[Row]:
+    with ExitStack() as stack:
+        raw: Buffered = io.BufferedReader(io.FileIO(piece.path), _BUFFER_BYTES)
+        stack.enter_context(raw)
+        stream = stack.enter_context(_unpacked(raw, piece))
+        for number, row in enumerate(_rows_in(piece, raw, stream), start=1):
+            yield row
+            if number % _REPORT_ROWS == 0:
                 report(raw.tell() - piece.start)
 
 
-def _decompressed(raw: BinaryIO, kind: Kind) -> BinaryIO | gzip.GzipFile | io.BufferedReader:
-    if kind == "gz":
-        return gzip.GzipFile(fileobj=raw)
-    if kind == "zst":
-        return io.BufferedReader(_ZstdStream(raw), buffer_size=1 << 17)
+def _rows_in(piece: Piece, raw: Buffered, stream: Buffered) -> Iterator[Row]:
+    if piece.kind == "csv" or piece.kind == "tsv":
+        require_utf8(stream.peek(2))
+        return separated_rows(stream, piece.kind, piece.path)
+    # Of a part it is known already that its records are lines.
+    if piece.whole and not one_a_line(stream.peek(_BUFFER_BYTES)):
+        return rows_of_values(stream.read)
+    return _rows_of_lines(piece, raw, stream)
+
+
+def _rows_of_lines(piece: Piece, raw: Buffered, stream: Buffered) -> Iterator[Row]:
+    # Counted, and not asked for with every line.
+    at = piece.start
+    if piece.start:
+        # The line that holds the byte before belongs to the piece before.
+        raw.seek(piece.start - 1)
+        at += _skip_line(raw) - 1
+    while piece.packing or at < piece.stop:
+        line = stream.readline(MAX_RECORD_BYTES)
+        if not line:
+            break
+        at += len(line)
+        if len(line) == MAX_RECORD_BYTES and not line.endswith(b"\n"):
+            at += _skip_line(stream)
+            yield DropReason.TOO_LARGE
+        else:
+            yield from rows_of_line(line)
+
+
+def records_are_lines(path: Path) -> bool:
+    """Whether a file of JSON that is not compressed can be read in parts.
+
+    Raises:
+        FormatError: If it is UTF-16.
+    """
+    with open(path, "rb") as file:
+        return one_a_line(file.read(_BUFFER_BYTES))
+
+
+def _unpacked(raw: Buffered, piece: Piece) -> Buffered:
+    """The bytes of a file as they were before it was compressed."""
+    if piece.packing == "gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), buffer_size=_BUFFER_BYTES)
+    if piece.packing == "zst":
+        return io.BufferedReader(_ZstdStream(raw), buffer_size=_BUFFER_BYTES)
     return raw
 
 
-def _skip_line(stream: BinaryIO | gzip.GzipFile | io.BufferedReader) -> int:
+def _skip_line(stream: Buffered) -> int:
     """Bytes that were read to go to the start of the next line."""
     skipped = 0
     while rest := stream.readline(1 << 20):
@@ -197,88 +216,6 @@ def _skip_line(stream: BinaryIO | gzip.GzipFile | io.BufferedReader) -> int:
         if rest.endswith(b"\n"):
             break
     return skipped
-
-
-def _parse(line: bytes) -> Row:
-    if not line.strip():
-        return None
-    try:
-        value = parse_line(line)
-    except RecordDropped as dropped:
-        return dropped.reason
-    return value if isinstance(value, Mapping) else DropReason.NOT_AN_OBJECT
-
-
-def _table_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
-    for batch in batches:
-        found = {field.name: _json_in(field) for field in batch.schema}
-        unfold = {name: function for name, function in found.items() if function is not None}
-        for start in range(0, batch.num_rows, _SLICE_ROWS):
-            rows = batch.slice(start, _SLICE_ROWS).to_pylist()
-            for row in rows:
-                for name, function in unfold.items():
-                    row[name] = function(row[name])
-            yield from rows
-
-
-def _json_in(field: pa.Field) -> Callable[[Any], Any] | None:
-    """What reads the JSON that the values of a column hold as text; None if they hold none.
-
-    `datasets` writes its feature `Json` so, wherever values of one field are of several kinds.
-    """
-    import pyarrow as pa
-
-    kind, metadata = field.type, field.metadata or {}
-    # Where pyarrow does not know the extension, the name alone is left.
-    name = getattr(kind, "extension_name", None) or metadata.get(b"ARROW:extension:name")
-    if name in (_JSON, _JSON.encode()):
-        return lambda value: None if value is None else json.loads(value)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        inner = _json_in(kind.value_field)
-        if inner is None:
-            return None
-        return lambda value: None if value is None else [inner(entry) for entry in value]
-    if pa.types.is_struct(kind):
-        parts = {part.name: found for part in kind if (found := _json_in(part)) is not None}
-        if not parts:
-            return None
-        return lambda value: (
-            None if value is None else value | {name: parts[name](value[name]) for name in parts}
-        )
-    return None
-
-
-def _parquet_batches(
-    piece: Piece, columns: Sequence[str], report: Callable[[float], None]
-) -> Iterator[pa.RecordBatch]:
-    import pyarrow.parquet as pq
-
-    # Buffered and not pre-buffered: pages are read as they are needed, not whole row groups.
-    with pq.ParquetFile(piece.path, pre_buffer=False, buffer_size=1 << 20) as table:
-        groups = range(piece.start, piece.stop)
-        present = [name for name in columns if name in table.schema_arrow.names]
-        total = sum(table.metadata.row_group(group).num_rows for group in groups)
-        done = 0
-        for batch in table.iter_batches(
-            batch_size=4 * _SLICE_ROWS, row_groups=list(groups), columns=present, use_threads=False
-        ):
-            yield batch
-            done += batch.num_rows
-            report(piece.num_bytes * done / total)
-
-
-def _arrow_batches(
-    piece: Piece, columns: Sequence[str], report: Callable[[float], None]
-) -> Iterator[pa.RecordBatch]:
-    import pyarrow as pa
-
-    with pa.memory_map(piece.path) as source, pa.ipc.open_stream(source) as batches:
-        present = [name for name in columns if name in batches.schema.names]
-        for number in range(piece.stop):
-            batch = batches.read_next_batch()
-            if number >= piece.start:
-                yield batch.select(present)
-                report(piece.num_bytes * (number + 1 - piece.start) / (piece.stop - piece.start))
 
 
 class _ZstdStream(io.RawIOBase):

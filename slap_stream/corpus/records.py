@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from slap_stream.corpus.field_map import FieldMap, Groups, check_fields
 from slap_stream.corpus.messages import (
     DropReason,
     Message,
     RecordDropped,
     is_given,
+    is_missing,
     read_message,
     read_tools,
     read_turns,
@@ -36,6 +37,9 @@ _ANSWERS = ("output", "completion", "response", "answer")
 _CONTEXTS = ("input", "context")
 _SYSTEMS = ("system", "system_prompt")
 _BESIDE = (*_SYSTEMS, "history", "tools")
+# Of each of these a record has one; the first that is there counts.
+_GROUPS = (_LISTS, _PROMPTS, _ANSWERS, _CONTEXTS, ("text",))
+_MAPPED = ("id", *(name for group in _GROUPS for name in group), *_BESIDE)
 # Fields of rows that hold one message of a conversation each, as OpenAssistant's do.
 _OF_A_TREE = ("role", "parent_id")
 
@@ -50,9 +54,6 @@ COLUMNS = (
     *_OF_A_TREE,
 )
 """Fields that are looked at, besides the one that names the source."""
-
-ALL_COLUMNS = (*COLUMNS, *TOKEN_FIELDS)
-"""Fields that are looked at where there is a tokenizer, likewise."""
 
 
 class Record(NamedTuple):
@@ -74,112 +75,155 @@ class Record(NamedTuple):
     tokens: Tokens | None = None
 
 
-def parse_line(line: bytes) -> Any:
-    """The JSON value of one line.
+def check_map(fields: Any) -> FieldMap | None:
+    """Names of the data for known ones, as `normalise` takes them; None for none.
 
     Raises:
-        RecordDropped: If the line is not JSON in UTF-8.
+        ConfigError: If they are no map of names, or map what is not known.
     """
-    try:
-        # Of bytes, `json.loads` first finds out their encoding; nearly all lines begin like this.
-        if line.startswith((b'{"', b"{ ")):
-            return json.loads(line.decode("utf-8", "surrogatepass"))
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RecordDropped(DropReason.UNREADABLE) from error
+    return check_fields(fields, _MAPPED, (*_GROUPS, _SYSTEMS), _groups_for)
 
 
-def has_known_shape(fields: Any, *, tokenised: bool = False) -> bool:
+def columns_to_read(
+    fields: FieldMap | None, source_field: str | None, *, tokenised: bool = False
+) -> list[str]:
+    """Fields of a record that are looked at; `tokenised`: as `normalise` takes it."""
+    more = [] if fields is None else sorted(fields.sources.difference(COLUMNS))
+    more += TOKEN_FIELDS if tokenised and fields is None else ()
+    return [*COLUMNS, *more, *([source_field] if source_field else [])]
+
+
+def has_known_shape(
+    record: Any, fields: FieldMap | None = None, *, tokenised: bool = False
+) -> bool:
     """Whether a record is of a known shape, whatever its turns hold; `tokenised`: as `normalise`
     takes it."""
-    if tokenised and holds_tokens(fields):
+    if not isinstance(record, Mapping):
+        return False
+    if tokenised and fields is None and holds_tokens(record):
         return True
-    return isinstance(fields, Mapping) and _shape(fields) is not None
+    return _shape(record if fields is None else fields.apply(record), fields) is not None
 
 
-def shape_by_names(fields: Any) -> tuple[str, ...] | None:
+def shape_by_names(record: Any, fields: FieldMap | None = None) -> tuple[str, ...] | None:
     """The fields of the shape that a record would be of if all of its fields had values."""
-    return _shape(dict.fromkeys(fields, "")) if isinstance(fields, Mapping) else None
+    if not isinstance(record, Mapping):
+        return None
+    given = dict.fromkeys(record, "") if fields is None else fields.apply_to_names(record)
+    return _shape(given, fields)
 
 
 def normalise(
-    fields: Any, *, source_field: str | None = "source", tokenised: bool = False
+    record: Any,
+    *,
+    source_field: str | None = "source",
+    fields: FieldMap | None = None,
+    tokenised: bool = False,
 ) -> Record:
     """Bring a record to messages.
 
     Roles are brought to system, developer, user, assistant and tool; system turns without content
-    are left out. Of the shapes that fit, the first in `KNOWN_SHAPES` counts. `system`, `history`
-    and `tools` of a record become part of its messages; tools, also those of a turn before the
-    first answer, of the first one. Other fields are not used, and named.
+    are left out. Of the shapes that fit, the first in `KNOWN_SHAPES` counts, but those before the
+    others that a map names. `system`, `history` and `tools` of a record become part of its
+    messages; tools, also those of a turn before the first answer, of the first one. Other fields
+    are not used, and named.
 
     Args:
-        fields: A record as it was read.
+        record: As it was read.
         source_field: Field that names the source; None leaves the source to the input.
-        tokenised: Whether records become tokens: where they hold token ids, these count.
+        fields: Names in the data for known ones.
+        tokenised: Whether records become tokens: where they hold token ids, these count, unless a
+            map says what counts.
 
     Raises:
         RecordDropped: If the record cannot be used.
     """
-    if not isinstance(fields, Mapping):
+    if not isinstance(record, Mapping):
         raise RecordDropped(DropReason.NOT_AN_OBJECT)
-    if tokenised and holds_tokens(fields):
-        return _record(fields, source_field, TOKEN_FIELDS, tokens=read_tokens(fields))
-    shape = _shape(fields)
+    if tokenised and fields is None and holds_tokens(record):
+        known = {"id", source_field, *TOKEN_FIELDS}
+        others = {str(n) for n, value in record.items() if n not in known and is_given(value)}
+        return _labelled(record, record, source_field, others, tokens=read_tokens(record))
+    given = record if fields is None else fields.apply(record)
+    shape = _shape(given, fields)
     if shape is None:
-        named = shape_by_names(fields)
+        named = shape_by_names(record, fields)
         if named is None:
-            raise RecordDropped(DropReason.UNKNOWN_SHAPE, _some_names(fields))
-        empty = [name for name in named if fields[name] is None]
-        raise RecordDropped(DropReason.NO_VALUE, " and ".join(empty))
+            raise RecordDropped(DropReason.UNKNOWN_SHAPE, _some_names(record))
+        empty = [name for name in named if is_missing(given[name])]
+        told = empty if fields is None else map(fields.name_of, empty)
+        raise RecordDropped(DropReason.NO_VALUE, " and ".join(told))
     unused: set[str] = set()
-    used = set(shape)
+    used = {"id", source_field, *shape}
     if shape == ("text",):
-        messages = _document(fields)
+        messages = _document(given)
     else:
-        messages = [read_message(turn, unused) for turn in _turns(fields, shape)]
-        tools = _take_tools(fields, messages)
+        turns = _turns(given, shape)
+        if fields is not None and fields.turn:
+            turns = [fields.apply_to_turn(turn) for turn in turns]
+        messages = [read_message(turn, unused) for turn in turns]
+        tools = _take_tools(given, messages)
         messages = [m for m in messages if m["role"] != "system" or m["content"].strip()]
-        used |= _add_to_conversation(fields, shape, messages)
+        used |= _add_to_conversation(given, shape, messages)
         if tools and messages and messages[0]["role"] != "text":
             messages[0]["tools"] = tools
         elif tools:
             unused.add("tools of a document")
     _check_roles(messages)
-    return _record(fields, source_field, used, messages=messages, unused=unused)
+    unused |= {str(name) for name, value in given.items() if name not in used and is_given(value)}
+    if fields is not None:
+        unused = set(map(fields.name_of, unused)) | _displaced(record, fields, source_field)
+    return _labelled(record, given, source_field, unused, messages=messages)
 
 
-def _record(
-    fields: Mapping[str, Any],
+def _labelled(
+    record: Mapping[str, Any],
+    given: Mapping[str, Any],
     source_field: str | None,
-    used: Collection[str],
+    unused: Collection[str],
     *,
     messages: Sequence[Message] = (),
-    unused: Collection[str] = (),
     tokens: Tokens | None = None,
 ) -> Record:
-    known = {"id", source_field, *used}
-    others = {str(n) for n, value in fields.items() if n not in known and is_given(value)}
     return Record(
-        id=_label(fields.get("id")),
-        source=None if source_field is None else _label(fields.get(source_field)),
+        id=_label(given.get("id")),
+        source=None if source_field is None else _label(record.get(source_field)),
         messages=list(messages),
-        unused=tuple(sorted(others.union(unused))),
+        unused=tuple(sorted(unused)) if unused else (),
         tokens=tokens,
     )
 
 
-def _shape(fields: Mapping[str, Any]) -> tuple[str, ...] | None:
+def _displaced(record: Mapping[str, Any], fields: FieldMap, source_field: str | None) -> set[str]:
+    """Fields whose names a map gives to others."""
+    names = fields.record.keys() - fields.sources - {source_field}
+    return {name for name in names if is_given(record.get(name))}
+
+
+def _groups_for(mapped: Collection[str]) -> Groups:
+    """The names to look for where these are mapped: a map says what the record is made of."""
+    groups = [tuple(name for name in group if name in mapped) for group in _GROUPS]
+    lists, prompts, answers, contexts, documents = groups
+    if lists:
+        return lists, (), (), (), ()
+    if prompts or answers or contexts:
+        return (), prompts or _PROMPTS, answers or _ANSWERS, contexts or _CONTEXTS, ()
+    return ((), (), (), (), documents) if documents else _GROUPS
+
+
+def _shape(given: Mapping[str, Any], fields: FieldMap | None) -> tuple[str, ...] | None:
     """The fields that hold the conversation, prompt before answer; None if there are none."""
-    for name in _LISTS:
-        if fields.get(name) is not None:
+    groups = _GROUPS if fields is None else fields.groups
+    lists, prompts, answers, contexts, documents = groups
+    for name in lists:
+        if name in given and not is_missing(given[name]):
             return (name,)
-    given = {name for name in COLUMNS if name in fields and fields[name] is not None}
-    prompt = next((name for name in _PROMPTS if name in given), None)
-    answer = next((name for name in _ANSWERS if name in given), None)
+    prompt = next((name for name in prompts if not is_missing(given.get(name))), None)
+    answer = next((name for name in answers if not is_missing(given.get(name))), None)
     if prompt is not None and answer is not None:
-        context = next((name for name in _CONTEXTS if is_given(fields.get(name))), None)
+        context = next((name for name in contexts if is_given(given.get(name))), None)
         return (prompt, answer) if context is None else (prompt, context, answer)
-    return ("text",) if "text" in given else None
+    return next(((name,) for name in documents if not is_missing(given.get(name))), None)
 
 
 def _document(fields: Mapping[str, Any]) -> list[Message]:
@@ -276,6 +320,8 @@ def _label(value: Any) -> str | None:
         return value or None
     if not is_given(value):
         return None
+    if isinstance(value, bytes):
+        return text_of(value)
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, int) and not isinstance(value, bool):

@@ -21,13 +21,15 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slap_stream.core.files import read_json, write_json
+from slap_stream.core.files import write_json
 from slap_stream.core.rng import Purpose, generator
+from slap_stream.corpus.field_map import FieldMap
 from slap_stream.corpus.messages import DropReason, RecordDropped
 from slap_stream.corpus.readers import Piece, other_columns, read
-from slap_stream.corpus.records import ALL_COLUMNS, COLUMNS, Record, normalise
+from slap_stream.corpus.records import Record, columns_to_read, normalise
 from slap_stream.corpus.tally import Tally
 from slap_stream.corpus.tokenising import take_tokens, tokenise
+from slap_stream.corpus.work_files import part_name, piece_file, records_of_runs, require_ours
 from slap_stream.shards.writer import open_writer
 from slap_stream.text.chat import ATTENTION, Truncate
 from slap_stream.types import IntArray
@@ -71,6 +73,7 @@ class ScatterJob:
         num_parts: Parts that records are drawn to.
         seed: Of the draw.
         source_field: Field that names a record's source, or None.
+        fields: Names in the data for known ones.
         tokenised: Whether the messages become tokens, and not what shards hold.
         work_dir: Where the results go.
     """
@@ -80,6 +83,7 @@ class ScatterJob:
     num_parts: int
     seed: int
     source_field: str | None
+    fields: FieldMap | None
     tokenised: bool
     work_dir: Path
 
@@ -132,7 +136,7 @@ def scatter(job: ScatterJob, advance: Callable[[int], None]) -> None:
     disk one by one than to be read.
     """
     tally, rows, before = Tally(), [], 0
-    name = _piece_file(job.work_dir, job.first, "")
+    name = piece_file(job.work_dir, job.first, "")
     with open(f"{name}.bin", "wb") as data, open(f"{name}.ends", "wb") as ends:
         runs = _Runs(data, ends, job.num_parts)
         for number, piece in enumerate(job.pieces, start=job.first):
@@ -160,21 +164,25 @@ def _scatter_piece(
     advance: Callable[[int], None],
 ) -> int:
     """Rows of the piece, whose records have been added to the runs."""
-    known = ALL_COLUMNS if job.tokenised else COLUMNS
-    columns = [*known, *([job.source_field] if job.source_field else [])]
+    columns = columns_to_read(job.fields, job.source_field, tokenised=job.tokenised)
     draws = generator(job.seed, Purpose.CORPUS_PARTS, number)
     parts: list[int] = []
     row, kept = -1, tally.counts.total()
-    for row, fields in enumerate(read(piece, columns, advance)):
+    for row, found in enumerate(read(piece, columns, advance)):
         # One draw per row, kept or not: no record's part hangs on what becomes of others.
         if row % _DRAWS_AT_ONCE == 0:
             parts = draws.integers(job.num_parts, size=_DRAWS_AT_ONCE).tolist()
-        if fields is None:
+        if found is None:
             continue
         try:
-            if isinstance(fields, DropReason):
-                raise RecordDropped(fields)
-            record = normalise(fields, source_field=job.source_field, tokenised=job.tokenised)
+            if isinstance(found, DropReason):
+                raise RecordDropped(found)
+            record = normalise(
+                found,
+                source_field=job.source_field,
+                fields=job.fields,
+                tokenised=job.tokenised,
+            )
             source = piece.stem if record.source is None else record.source
             packed = _pack(number, row, record, source, job.tokenised)
         except RecordDropped as dropped:
@@ -242,29 +250,6 @@ def gather(job: GatherJob, advance: Callable[[int], None]) -> None:
     write_json(job.work_dir / f"{name}.json", {"files": files, "tally": tally.to_dict()})
 
 
-def part_name(number: int) -> str:
-    """Directory of a part inside the corpus."""
-    return f"part-{number:05d}"
-
-
-def piece_manifest(work_dir: Path, first: int) -> dict[str, Any] | None:
-    """What `scatter` left of the pieces from this one on; None if it has not ended."""
-    return read_json(_piece_file(work_dir, first, ".json"))
-
-
-def part_manifest(work_dir: Path, out: Path, number: int) -> dict[str, Any] | None:
-    """What `gather` left of a part; None if it has not ended, or its files are not as they were."""
-    manifest = read_json(work_dir / f"{part_name(number)}.json")
-    if manifest is None:
-        return None
-    directory = out / part_name(number)
-    for name, size in manifest["files"].items():
-        file = directory / name
-        if not file.is_file() or file.stat().st_size != size:
-            return None
-    return manifest
-
-
 class _Runs:
     """Records that wait for being written, sorted by part.
 
@@ -310,9 +295,9 @@ def _places_of_part(job: GatherJob) -> NDArray[Any]:
     """(records of the part,) where they are, in the order of the pieces."""
     found = [np.zeros(0, dtype=_PLACE)]
     for file in job.scattered:
-        counts = np.load(_piece_file(job.work_dir, file, ".npy"))
+        counts, most = records_of_runs(job.work_dir, file, job.number)
         firsts = np.concatenate([[0], np.cumsum(counts.reshape(-1))])
-        with open(_piece_file(job.work_dir, file, ".ends"), "rb") as ends:
+        with open(piece_file(job.work_dir, file, ".ends"), "rb") as ends:
             for run in range(len(counts)):
                 slot = run * counts.shape[1] + job.number
                 low, high = int(firsts[slot]), int(firsts[slot + 1])
@@ -321,6 +306,8 @@ def _places_of_part(job: GatherJob) -> NDArray[Any]:
                 bounds = np.frombuffer(ends.read(8 * (high - max(low - 1, 0))), dtype=np.int64)
                 if low == 0:
                     bounds = np.concatenate([[0], bounds])
+                ascending = len(bounds) > high - low and bool(np.all(np.diff(bounds) >= 0))
+                require_ours(Path(ends.name), ascending and 0 <= bounds[0] <= bounds[-1] <= most)
                 places = np.zeros(high - low, dtype=_PLACE)
                 places["file"] = file
                 places["offset"] = bounds[: high - low]
@@ -354,7 +341,7 @@ def _window(work_dir: Path, places: NDArray[Any]) -> list[bytes]:
     wanted, begins, ends = order.tolist(), begin.tolist(), end.tolist()
     low = 0
     for first, last in pairwise(files):
-        with open(_piece_file(work_dir, int(file[first]), ".bin"), "rb", buffering=0) as data:
+        with open(piece_file(work_dir, int(file[first]), ".bin"), "rb", buffering=0) as data:
             while low < last:
                 high = spans.pop(0)
                 base = begins[low]
@@ -411,7 +398,3 @@ def _unpack(packed: bytes) -> tuple[int, int, bytes | None, bytes, bytes]:
 
 def _advance_from(advance: Callable[[int], None], before: int, done: int) -> None:
     advance(before + done)
-
-
-def _piece_file(work_dir: Path, number: int, end: str) -> Path:
-    return work_dir / f"piece-{number:05d}{end}"

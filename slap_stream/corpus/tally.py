@@ -123,6 +123,14 @@ class Tally:
         counters = {name: Counter(saved[name]) for name in ("counts", "dropped", "unused")}
         return cls(**{**saved, **counters})
 
+    @classmethod
+    def is_one(cls, saved: Any) -> bool:
+        """Whether something that was saved has the form of what `to_dict` gives."""
+        kinds = {f.name: int if f.type == "int" else dict for f in fields(cls)}
+        return isinstance(saved, dict) and all(
+            isinstance(saved.get(name), kind) for name, kind in kinds.items()
+        )
+
     def name_places(self, name: Callable[[int, int], str]) -> dict[str, list[str]]:
         """The examples, with places put into words by `name(piece, row)`."""
         return {

@@ -11,12 +11,14 @@ Reference: Zarr core specification, version 3: a regular grid of chunks, codec `
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slap_stream.core.files import leads_inside
 from slap_stream.errors import AlignmentError
 
 
@@ -41,6 +43,8 @@ class PlainRows:
         self._directory = directory
         self.shape, self.dtype = shape, dtype
         self._chunk_rows = chunk_rows
+        # Chunks that are known to lie in the store, and not elsewhere by a link.
+        self._inside: set[int] = set()
         self._row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
@@ -64,6 +68,14 @@ class PlainRows:
 
     def _read(self, chunk: int, first: int, out: NDArray[Any]) -> None:
         path = chunk_path(self._directory, chunk, len(self.shape))
+        if chunk not in self._inside:
+            # Once a chunk, since following all parts of a path takes longer than a small read.
+            if not leads_inside(self._directory.parent, path):
+                raise AlignmentError(
+                    f"embeddings must lie in {str(self._directory.parent)!r}, got {str(path)!r}, "
+                    f"a link to {os.path.realpath(path)!r}; copy that file there."
+                )
+            self._inside.add(chunk)
         try:
             with open(path, "rb") as file:
                 file.seek(first * self._row_bytes)

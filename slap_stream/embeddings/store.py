@@ -27,6 +27,15 @@ from slap_stream.types import Rows, RowStore
 _STORE, _MARK = "store", "block"
 
 
+# What Zarr, or the reading of what its metadata says, raises where that says nonsense.
+_OF_ZARR = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError),
+    *(RecursionError, NotImplementedError),
+)
+# Kinds of numbers, and axes, of the arrays that are read.
+_COLUMNS = {"embedding": ("f", 2), "length": ("iu", 1), "feature": ("f", 2), "source": ("iu", 1)}
+
+
 class EmbeddingWriter:
     """Writes a store block by block, in any order, from any number of processes.
 
@@ -257,7 +266,7 @@ class EmbeddingStore(ArrayStore):
             )
         try:
             group = zarr.open_group(self.path, mode="r", zarr_format=3)
-        except (FileNotFoundError, ValueError) as error:
+        except _OF_ZARR as error:
             raise AlignmentError(self._not_a_store(str(error))) from error
         self.attributes: dict[str, Any] = dict(group.attrs)
         found = self.attributes.get("format_version")
@@ -269,7 +278,7 @@ class EmbeddingStore(ArrayStore):
             self._open(dict(group.arrays()))
         except AlignmentError:
             raise
-        except (KeyError, OSError, TypeError, ValueError) as error:
+        except _OF_ZARR as error:
             raise AlignmentError(self._not_a_store(f"{type(error).__name__}: {error}")) from error
 
     def _open(self, arrays: dict[str, Any]) -> None:
@@ -282,7 +291,9 @@ class EmbeddingStore(ArrayStore):
         for name, wanted in needed.items():
             if wanted and name not in arrays:
                 raise AlignmentError(self._not_a_store(f"no array {name}"))
-        columns = {name: self._plain_rows(name, array) for name, array in arrays.items()}
+        columns = {
+            name: self._plain_rows(name, array) for name, array in arrays.items() if name in needed
+        }
         super().__init__(
             columns["embedding"],
             lengths=columns["length"],
@@ -297,7 +308,10 @@ class EmbeddingStore(ArrayStore):
         return tuple(names or ())
 
     def _plain_rows(self, name: str, array: Any) -> PlainRows:
-        whole_rows = array.chunks[1:] == array.shape[1:]
+        kind, num_axes = _COLUMNS.get(name, ("", 0))
+        if array.dtype.kind not in kind or array.ndim != num_axes or array.dtype.itemsize > 8:
+            raise AlignmentError(self._not_a_store(f"{name} of {array.ndim} axes of {array.dtype}"))
+        whole_rows = array.chunks[1:] == array.shape[1:] and array.chunks[0] > 0
         if array.shards or array.compressors or array.filters or not whole_rows:
             raise AlignmentError(self._not_a_store(f"{name} not in files of plain rows"))
         return PlainRows(

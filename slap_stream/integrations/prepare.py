@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,8 +17,10 @@ from filelock import FileLock, Timeout
 from slap_stream.core.checks import require_whole
 from slap_stream.core.files import file_digest
 from slap_stream.corpus.convert import convert
+from slap_stream.corpus.field_map import FieldMap
 from slap_stream.corpus.inputs import find_inputs
 from slap_stream.corpus.loaded import check_loaded, check_tokenizer, loaded_kind, token_columns_of
+from slap_stream.corpus.records import check_map
 from slap_stream.corpus.tokenising import (
     find_tokenizer,
     keep_tokenizer,
@@ -74,6 +76,7 @@ def prepare(
     encoder: str = _HASHING,
     seed: int = 0,
     source_field: str | None = _SOURCE_FIELD,
+    fields: Mapping[str, str] | None = None,
     num_workers: int | None = None,
     progress: bool | None = None,
 ) -> Prepared:
@@ -107,6 +110,7 @@ def prepare(
         seed: Of the shuffle.
         source_field: Field that names a record's source; None: all are one source. Shards have
             theirs already.
+        fields: As for `convert`; None for shards, whose columns `slap-embed` is told.
         num_workers: Processes; None means as many as are useful.
         progress: Whether to show bars on stderr; None means if that is a terminal.
 
@@ -128,6 +132,7 @@ def prepare(
             encoder=encoder,
             seed=seed,
             source_field=source_field,
+            fields=fields,
             num_workers=num_workers,
             progress=progress,
         )
@@ -137,20 +142,23 @@ def prepare(
     return first_rank_first(lambda: work().begin(), lambda begun: work().follow(begun))[1]
 
 
-def check_source(dataset: Any, name: str = "dataset", *, besides: str = "") -> None:
+def check_source(
+    dataset: Any, name: str = "dataset", *, besides: str = "", fields: FieldMap | None = None
+) -> None:
     """Refuse what is no source of a corpus, before anything is read.
 
     Args:
         dataset: What was given.
         name: Of the argument, for the error.
         besides: What else the caller takes, likewise.
+        fields: Names in the data for known ones.
 
     Raises:
         TypeError: If it is neither a dataset nor a path.
         CorpusError: If it is several splits, lies elsewhere, or is not there.
     """
     if loaded_kind(dataset) is not None:
-        check_loaded(dataset)
+        check_loaded(dataset, fields)
         return
     if not isinstance(dataset, str | Path):
         raise TypeError(
@@ -187,12 +195,13 @@ class _Work:
     encoder: str
     seed: int
     source_field: str | None
+    fields: Mapping[str, str] | None
     num_workers: int | None
     progress: bool | None
 
     def checked(self) -> _Work:
         """The same with its tokenizer loaded; wrong arguments are refused before all else."""
-        check_source(self.dataset)
+        check_source(self.dataset, fields=check_map(self.fields))
         if self.out.exists() and not self.out.is_dir():
             raise CorpusError(f"out must be a directory, got the file {str(self.out)!r}.")
         tokenizer, max_length = self.tokenizer, self.max_length
@@ -200,6 +209,7 @@ class _Work:
             for name, value, default in (
                 ("max_length", max_length, None),
                 ("source_field", self.source_field, _SOURCE_FIELD),
+                ("fields", self.fields or None, None),
             ):
                 if value != default:
                     raise ConfigError(
@@ -215,7 +225,7 @@ class _Work:
                     "tokens."
                 )
             max_length = require_whole("max_length", max_length, 2)
-        check_tokenizer(self.dataset, tokenizer)
+        check_tokenizer(self.dataset, tokenizer, check_map(self.fields))
         check_truncate(self.truncate, max_length)
         seed = require_whole("seed", self.seed, 0)
         return replace(self, tokenizer=tokenizer, max_length=max_length, seed=seed)
@@ -254,20 +264,23 @@ class _Work:
                 return name
             # The texts that are embedded are what this one makes of the tokens.
             return f"{name}-{tokenizer_fingerprint(self.tokenizer)[:8]}"
+        mapped = check_map(self.fields)
         told = {
             "version": _VERSION,
-            "dataset": [entry.fingerprint() for entry in find_inputs([self.dataset])],
+            "dataset": [entry.fingerprint() for entry in find_inputs([self.dataset], mapped)],
             "tokenizer": None if self.tokenizer is None else tokenizer_fingerprint(self.tokenizer),
             "max_length": self.max_length,
             "seed": self.seed,
             "source_field": self.source_field,
         }
-        if self.tokenizer is not None and token_columns_of(self.dataset):
+        if mapped is None and self.tokenizer is not None and token_columns_of(self.dataset):
             # Texts beside them were what counted once.
             told["tokens"] = True
+        # Left out where they say nothing, so that corpora of before are found again.
         if self.truncate != "right":
-            # Where it stands corpora of before are found again.
             told["truncate"] = self.truncate
+        if mapped is not None:
+            told["fields"] = mapped.to_dict()
         return f"corpus-{_digest(told)}"
 
     def _make(self, name: str) -> Prepared:
@@ -314,6 +327,7 @@ class _Work:
             seed=self.seed,
             num_workers=self.num_workers,
             source_field=self.source_field,
+            fields=self.fields,
             progress=self.progress,
             command="slap_stream.prepare",
         )

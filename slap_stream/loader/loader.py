@@ -175,9 +175,10 @@ class SlapDataLoader(DataLoader[Any]):
             undelivered=weakly(self._undelivered),
         )
         self._pending = PendingBatches(self._sampler, self._owner, self._log.composed)
-        met = meet_ranks, self._ranks, self._sampler, self._digests, self._log, self.needs_log
+        parties = self._ranks, self._sampler, self._digests, self._log, self.needs_log
         # Of the rank that needs most: then all are refused or none.
-        check_cache_limit(dataset, self._owner.call(partial(*met)), ranks_on_node)
+        needed = self._owner.call(partial(meet_ranks, *parties))
+        check_cache_limit(dataset, needed, ranks_on_node)
         self._probe: LearnabilityProbe | None = None
         self._probe_state: State | None = None
         # Which iterator may go on: none from before a new iteration or a loaded state.

@@ -295,7 +295,8 @@ class ShardCache:
         for path, raw in self._raw_files(shard_id):
             check_size(path, raw.bytes)
             if isinstance(shard, MDSReader):
-                header = np.fromfile(path, np.uint32, shard.samples + 2)
+                # No more than there is: the index may say anything.
+                header = np.fromfile(path, np.uint32, min(shard.samples + 2, raw.bytes // 4))
                 sample_bounds(header, shard.samples, raw.bytes, path.name)
             if raw.hashes:
                 check_hash(path, validate_hash or _cheapest(raw.hashes), raw.hashes)

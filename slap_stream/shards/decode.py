@@ -35,6 +35,8 @@ def sample_bounds(
     bounds = header[1:]
     if len(bounds) != samples + 1 or np.any(bounds[:-1] > bounds[1:]):
         raise DamagedShardError(f"{name} must say where its {samples} samples begin and end")
+    if bounds[0] < 4 * (samples + 2):
+        raise DamagedShardError(f"{name} must begin with where its samples are, not with a sample")
     if bounds[-1] != size:
         raise DamagedShardError(f"{name} should end after {bounds[-1]} bytes, but has {size}")
     return bounds
@@ -71,5 +73,9 @@ class SampleDecoder:
                 end = begin + (size or next(own_sizes))
                 values[name] = decode(data[begin:end])
                 begin = end
+            if begin != len(data):
+                raise DamagedShardError(
+                    f"a sample must be as long as its values say, got {len(data)} bytes for {begin}"
+                )
             decoded.append(values)
         return decoded

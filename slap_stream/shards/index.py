@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from slap_stream.core.files import write_text
+from slap_stream.core.files import path_inside, require_inside, write_text
 from slap_stream.errors import ConfigError, CorpusError
 from slap_stream.types import IntArray
 
@@ -22,6 +22,15 @@ INDEX_VERSION = 2
 # sampler is 8 shards, whose embeddings are in memory and whose shards are at hand together.
 SHARD_BYTES = 16 << 20
 _FILE_KEYS = ("raw_data", "zip_data", "raw_meta", "zip_meta")
+
+# Of streaming: offsets of 32 bits in an MDS file; files of other formats may be larger.
+_MAX_MDS_BYTES = _MAX_SAMPLES = (1 << 32) - 1
+_MAX_FILE_BYTES = (1 << 63) - 1
+_COLUMN_KEYS: dict[str, Callable[[Any], bool]] = {
+    "column_names": lambda name: isinstance(name, str),
+    "column_encodings": lambda name: isinstance(name, str),
+    "column_sizes": lambda size: size is None or _is_whole(size, _MAX_MDS_BYTES),
+}
 
 ShardInfo = dict[str, Any]
 PathLike = str | os.PathLike[str]
@@ -44,7 +53,7 @@ def read_index(corpus_dir: PathLike) -> list[ShardInfo]:
         )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(
             f"{INDEX_NAME} must be JSON, got {str(path)!r}, which is not ({error}); "
             "write the shards again."
@@ -57,13 +66,68 @@ def read_index(corpus_dir: PathLike) -> list[ShardInfo]:
         )
     shards = index.get("shards")
     if not isinstance(shards, list) or not all(
-        isinstance(shard, dict) and isinstance(shard.get("samples"), int) for shard in shards
+        isinstance(shard, dict) and _is_whole(shard.get("samples"), _MAX_SAMPLES)
+        for shard in shards
     ):
         raise CorpusError(
             f"{INDEX_NAME} must list shards with their number of samples, got {str(path)!r}, "
             "which does not; write the shards again."
         )
+    for shard_id, shard in enumerate(shards):
+        _require_sound(shard, f"{INDEX_NAME} of {str(directory)!r}, shard {shard_id},")
     return shards
+
+
+def _require_sound(shard: ShardInfo, name: str) -> None:
+    """Refuse an entry of which something is of a kind or a size that no writer gives it.
+
+    Whoever uses one may then do so: no file is outside of the directory, nothing as large as its
+    file alone could say. What is missing is for its reader to miss.
+    """
+    for key in _FILE_KEYS:
+        file = shard.get(key)
+        if file is None:
+            continue
+        sizes = file.get("bytes", 0) if isinstance(file, dict) else None
+        if not _is_whole(sizes, _MAX_FILE_BYTES):
+            raise CorpusError(
+                f"{name} must say how many bytes its {key} has, got {_short(file)}; write the "
+                "shards again."
+            )
+        if "basename" in file:
+            require_inside(name, file["basename"])
+    raw = shard.get("raw_data")
+    if shard.get("format") == "mds" and raw is not None and "bytes" in raw:
+        # Each sample has at least the place where it begins.
+        num_bytes = raw["bytes"]
+        if 4 * (shard["samples"] + 2) > num_bytes or num_bytes > _MAX_MDS_BYTES:
+            raise CorpusError(
+                f"{name} must have as many samples as its file can hold, got "
+                f"{shard['samples']} in {num_bytes} bytes; write the shards again."
+            )
+    for key, check in _COLUMN_KEYS.items():
+        column = shard.get(key)
+        if column is not None and not (isinstance(column, list) and all(map(check, column))):
+            raise CorpusError(
+                f"{name} must list its {key} as MDSWriter does, got {_short(column)}; write the "
+                "shards again."
+            )
+    if len({len(shard.get(key) or ()) for key in _COLUMN_KEYS}) > 1:
+        raise CorpusError(
+            f"{name} must list as many {', '.join(_COLUMN_KEYS)}, got others; write the shards "
+            "again."
+        )
+    for key in ("format", "compression"):
+        if not isinstance(shard.get(key), str | None):
+            raise CorpusError(f"{name} must name its {key}, got {_short(shard[key])}.")
+
+
+def _is_whole(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _short(value: Any) -> str:
+    return f"{value!r:.80}" if isinstance(value, str | int | float | None) else type(value).__name__
 
 
 def write_index(directory: PathLike, shards: Sequence[ShardInfo]) -> Path:
@@ -135,7 +199,7 @@ def unhashed_contents(corpus_dir: PathLike) -> tuple[str, ...]:
     found = []
     for shard in shards:
         file = shard.get("raw_data") or {}
-        path = Path(corpus_dir, str(file.get("basename")))
+        path = path_inside(INDEX_NAME, Path(corpus_dir), file.get("basename", "none"))
         found.append("" if file.get("hashes") or not path.is_file() else content_hash(path))
     return tuple(found) if any(found) else ()
 
@@ -174,8 +238,8 @@ def columns_of(shards: Sequence[ShardInfo]) -> dict[str, str]:
     for shard_id, shard in enumerate(shards):
         columns = shard.get("columns")
         if not isinstance(columns, dict):
-            names, encodings = shard.get("column_names", []), shard.get("column_encodings", [])
-            columns = dict(zip(names, encodings, strict=True))
+            names, encodings = shard.get("column_names"), shard.get("column_encodings")
+            columns = dict(zip(names or [], encodings or [], strict=True))
         if found is None:
             found = columns
         elif columns != found:

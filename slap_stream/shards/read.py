@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slap_stream.core.files import path_inside
 from slap_stream.errors import DamagedShardError, ShardError
 from slap_stream.shards.cache import ShardCache
 from slap_stream.shards.decode import SampleDecoder, sample_bounds
+from slap_stream.shards.index import INDEX_NAME
 from slap_stream.types import IntArray
 
 # Files kept open in a process.
@@ -100,7 +102,8 @@ class OpenShards:
         """The shard's file, or None if it is missing or not of its full size."""
         info = self._shards[shard_id].raw_data
         try:
-            with open(self._cache.directory(shard_id) / info.basename, "rb", 0) as file:
+            path = path_inside(INDEX_NAME, self._cache.directory(shard_id), info.basename)
+            with open(path, "rb", 0) as file:
                 if os.fstat(file.fileno()).st_size != info.bytes:
                     return None
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,15 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slap_stream.core.files import local_path
+from slap_stream.core.files import local_path, path_inside
 from slap_stream.errors import CorpusError, DamagedShardError
 from slap_stream.shards.decode import SampleDecoder, sample_bounds
 from slap_stream.shards.encodings import UNSAFE_ENCODINGS, codec_of
-from slap_stream.shards.index import PathLike, ShardInfo, read_index
+from slap_stream.shards.index import INDEX_NAME, PathLike, ShardInfo, read_index
 
 if TYPE_CHECKING:
     from slap_stream.shards.library import Reader
 
+# What comes of bytes that are not those of a value.
+_OF_BYTES = (
+    *(ValueError, TypeError, LookupError, OverflowError, RecursionError, EOFError),
+    *(struct.error, DamagedShardError),
+)
 # Samples that are read and decoded together, and their bytes unless a sample is larger.
 _GROUP_SAMPLES = 512
 _GROUP_BYTES = 4 << 20
@@ -73,10 +79,23 @@ def iter_corpus(
                 ) from error
             at = _unpacked(directory, shard, stack)
             if decoder is not None:
-                yield from _samples(at / shard["raw_data"]["basename"], shard, decoder, low, high)
+                path = at / shard["raw_data"]["basename"]
+                yield from _samples(path, shard, decoder, low, high)
             elif foreign is not None:
                 foreign.dirname, foreign.split = str(at), ""
-                yield from map(foreign.__getitem__, range(low, high))
+                for row in range(low, high):
+                    try:
+                        sample = foreign[row]
+                    except _OF_BYTES as error:
+                        raise _damaged(shard["raw_data"]["basename"], error) from error
+                    yield sample
+
+
+def _damaged(name: str, error: Exception) -> DamagedShardError:
+    return DamagedShardError(
+        f"shard {name!r} must hold samples of the columns that index.json names, got one that is "
+        f"not ({type(error).__name__}: {error}); fetch it or write it again."
+    )
 
 
 def _decoder(shard: ShardInfo) -> SampleDecoder | None:
@@ -123,15 +142,20 @@ def _samples(
                     f"shard {name!r} must keep its size while it is read, got it cut short; "
                     "something else wrote to it."
                 )
-            yield from decoder(
-                [data[begin - ends[0] : end - ends[0]] for begin, end in pairwise(ends)]
-            )
+            packed = [data[begin - ends[0] : end - ends[0]] for begin, end in pairwise(ends)]
+            try:
+                decoded = decoder(packed)
+            except _OF_BYTES as error:
+                raise _damaged(name, error) from error
+            yield from decoded
             low = until
 
 
 def _unpacked(directory: Path, shard: ShardInfo, stack: ExitStack) -> Path:
     """Where a shard's raw files are: in their place, or unpacked and there as long as the stack."""
     raw = [shard[key] for key in ("raw_data", "raw_meta") if shard.get(key)]
+    for file in raw:
+        path_inside(INDEX_NAME, directory, file["basename"])
     if all((directory / file["basename"]).is_file() for file in raw):
         for file in raw:
             size = (directory / file["basename"]).stat().st_size
@@ -150,12 +174,21 @@ def _unpacked(directory: Path, shard: ShardInfo, stack: ExitStack) -> Path:
             f"shards of {str(directory)!r} must be on local disk, got no "
             f"{Path(missing['basename']).name!r}; download the corpus first, or write it again."
         )
-    from slap_stream.shards.library import decompress
+    from slap_stream.shards.library import UNPACK_ERRORS, decompress
 
     unpacked = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slap-shard-")))
     for file, zipped in zip(raw, packed, strict=True):
         target = unpacked / file["basename"]
         target.parent.mkdir(parents=True, exist_ok=True)
-        data = (directory / zipped["basename"]).read_bytes()
-        target.write_bytes(decompress(shard["compression"], data))
+        data = path_inside(INDEX_NAME, directory, zipped["basename"]).read_bytes()
+        try:
+            unzipped = decompress(shard["compression"], data)
+        except UNPACK_ERRORS as error:
+            raise DamagedShardError(f"{zipped['basename']} cannot be unpacked: {error}") from error
+        if len(unzipped) != file["bytes"]:
+            raise DamagedShardError(
+                f"{zipped['basename']} must hold the {file['bytes']} bytes that index.json says, "
+                f"got {len(unzipped)}; fetch it or write the corpus again."
+            )
+        target.write_bytes(unzipped)
     return unpacked

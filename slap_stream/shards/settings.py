@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from slap_stream.core.files import file_digest
+from slap_stream.core.files import file_digest, require_inside
 from slap_stream.errors import ConfigError
 from slap_stream.shards.index import INDEX_NAME, apportion_counts
 from slap_stream.shards.library import StreamingDataset, has_stock_state, launched_world
@@ -52,6 +52,7 @@ def dataset_shards(dataset: Any) -> DatasetShards:
     Raises:
         TypeError: If it is no `StreamingDataset`.
         ConfigError: If a setting is refused; the message names it.
+        CorpusError: If an index.json names a file outside of its directory.
     """
     _refuse(dataset)
     sizes = np.asarray(dataset.samples_per_shard, np.int64).copy()
@@ -141,6 +142,9 @@ def _refuse(dataset: Any) -> None:
             "dataset must not have been given a state by load_state_dict, got one that has; "
             "load the loader's own state into the loader."
         )
+    for shard in dataset.shards:
+        for file in (file for pair in shard.file_pairs for file in pair if file):
+            require_inside(INDEX_NAME, file.basename)
     for stream_id, stream in enumerate(dataset.streams):
         local_only = stream.remote in (None, stream.local)
         if dataset.cache_limit and local_only:

@@ -113,6 +113,19 @@ def test_quiet_prints_the_summary_only(tmp_path: Path, capsys: pytest.CaptureFix
     assert json.loads((tmp_path / "out" / "corpus.json").read_text())["counts"] == {"a": 5}
 
 
+def test_fields_of_other_names_are_mapped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.csv").write_text("q;best;id\nhi;yo;7\n")
+    command = [str(tmp_path / "a.csv"), str(tmp_path / "out"), "--quiet"]
+    assert main([*command, "--map", "prompt=q,answer=best", "--map", "id"]) == 1
+    assert capsys.readouterr().err.startswith("slap-convert: --map must be NAME=FIELD, or several")
+    assert main([*command, "--map", "prompt=q", "--map", "answer=best"]) == 0
+    (sample,) = iter_corpus(tmp_path / "out")
+    assert [turn["content"] for turn in sample["messages"]] == ["hi", "yo"]
+    assert sample["id"] == "7"
+
+
 def test_command_that_is_interrupted_says_so_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps(pair(n)) for n in range(20_000)))

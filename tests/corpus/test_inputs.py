@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
+import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,13 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slap_stream.corpus import inputs, readers
+from slap_stream.corpus import inputs, readers, tables
 from slap_stream.corpus.inputs import cut, find_inputs, peek
 from slap_stream.corpus.messages import DropReason
 from slap_stream.corpus.readers import Piece, read
 from slap_stream.corpus.records import COLUMNS
 from slap_stream.errors import CorpusError
+from tests.helpers.forked import run_forked
 
 RECORDS = [
     {
@@ -67,13 +71,11 @@ def test_values_that_datasets_keeps_as_json_arrive_as_they_were(
         mixed.save_to_disk(path)
     if not known:
         # As to a pyarrow that has not the extension: a text, and its name beside it.
-        monkeypatch.setattr(
-            readers, "_table_rows", partial(_without_extensions, readers._table_rows)
-        )
+        monkeypatch.setattr(tables, "_rows", partial(_without_extensions, tables._rows))
     assert rows_of(path) == list(mixed) == records
 
 
-def _without_extensions(read: Any, batches: Any) -> Any:
+def _without_extensions(read: Any, batch: Any) -> Any:
     message = pa.struct(
         [
             pa.field("role", pa.string()),
@@ -81,9 +83,7 @@ def _without_extensions(read: Any, batches: Any) -> Any:
         ]
     )
     schema = pa.schema([pa.field("messages", pa.list_(message))])
-    for batch in batches:
-        texts = batch.to_pylist()
-        yield from read(iter([pa.RecordBatch.from_pylist(texts, schema=schema)]))
+    yield from read(pa.RecordBatch.from_pylist(batch.to_pylist(), schema=schema))
 
 
 def write(path: Path, kind: str) -> Path:
@@ -205,6 +205,68 @@ def test_directory_stands_for_its_files(tmp_path: Path) -> None:
     assert [entry.stem for entry in find_inputs([tmp_path])] == ["a", "b"]
 
 
+def test_only_data_files_of_a_directory_are_read_whatever_the_case_of_their_names(
+    tmp_path: Path,
+) -> None:
+    for name in ("A.JSONL", "b.Json.GZ", "C.PARQUET"):
+        (tmp_path / name).write_bytes(b"")
+    # Beside them what macOS, datasets, Spark and we put there.
+    for name in ("._A.JSONL", ".DS_Store", "dataset_infos.json", "_SUCCESS", "index.json"):
+        (tmp_path / name).write_bytes(b"\0")
+    found = find_inputs([tmp_path])
+    assert [(entry.stem, entry.kind, entry.packing) for entry in found] == [
+        ("A", "lines", ""),
+        ("C", "parquet", ""),
+        ("b", "lines", "gz"),
+    ]
+
+
+def test_a_directory_of_nothing_but_sub_folders_names_them(tmp_path: Path) -> None:
+    for name in ("data", "test"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_bytes(b"")
+    with pytest.raises(CorpusError, match=r"name its sub-folders, \['data', 'test'\] \(2 in all\)"):
+        find_inputs([tmp_path])
+
+
+def test_a_file_that_cannot_be_opened_is_an_error() -> None:
+    # Root may read everything, and pytest's own folders are closed to others.
+    folder = Path(tempfile.mkdtemp())
+    try:
+        folder.chmod(0o755)
+        for name in ("a.jsonl", "b.jsonl"):
+            (folder / name).write_bytes(LINES)
+        (folder / "locked").mkdir(mode=0o700)
+        (folder / "b.jsonl").chmod(0)
+        assert run_forked(1, lambda _: _refused_as_a_user(folder)) == 0
+    finally:
+        shutil.rmtree(folder)
+
+
+def _refused_as_a_user(folder: Path) -> None:
+    if os.getuid() == 0:
+        os.setuid(65534)
+    else:
+        (folder / "locked").chmod(0)
+    for path in (folder, folder / "b.jsonl", folder / "locked"):
+        message = r"got '.*(b\.jsonl|locked)', where .* PermissionError.*; allow it to be read"
+        with pytest.raises(CorpusError, match=message):
+            [list(peek(entry, cut(entry))) for entry in find_inputs([path])]
+
+
+@pytest.mark.parametrize("kind", ["array", "CR"])
+def test_what_is_no_lines_is_one_piece_and_read_to_its_end(tmp_path: Path, kind: str) -> None:
+    texts = [json.dumps(record, ensure_ascii=False) for record in RECORDS]
+    path = tmp_path / "a.json"
+    path.write_bytes((f"[{', '.join(texts)}]" if kind == "array" else "\r".join(texts)).encode())
+    (entry,) = find_inputs([path])
+    (piece,) = cut(entry)
+    assert piece.num_bytes > inputs.PIECE_BYTES
+    done: list[int] = []
+    assert list(read(piece, COLUMNS, done.append)) == RECORDS
+    assert 0 < done[-1] <= piece.num_bytes
+
+
 def test_names_that_are_alike_are_told_apart(tmp_path: Path) -> None:
     names = ["x/train.jsonl", "y/train.jsonl.gz", "y/test.jsonl", "z/a.jsonl", "z/a.jsonl.gz"]
     for name in names:
@@ -228,7 +290,13 @@ def test_dataset_of_one_split_is_that_split(tmp_path: Path) -> None:
     [
         ([], "at least one file, got"),
         (["none.jsonl"], "must exist, got '.*none.jsonl'; check the path"),
-        (["a.csv"], r"end in one of \.json, .*got '.*a.csv'; write it as JSON lines first"),
+        (["a.xlsx"], r"end in one of \.arrow, .*got '.*a.xlsx'; write it as JSON lines first"),
+        (
+            ["a.tar"],
+            r"got '.*a.tar'; load it, datasets.load_dataset\('webdataset', .*fields={'mess",
+        ),
+        (["a.lance"], r"got '.*a.lance'; load it, datasets.load_dataset\(its folder's path, .*"),
+        (["pipe.jsonl"], r"or files that end in one of .*got '.*pipe.jsonl'; write it"),
         (["folder"], "got the directory '.*folder', which is no such dataset"),
         (["a.jsonl", "folder/../a.jsonl"], r"different files, got .* more than once"),
     ],
@@ -236,8 +304,10 @@ def test_dataset_of_one_split_is_that_split(tmp_path: Path) -> None:
 def test_inputs_that_cannot_be_used_are_named(
     tmp_path: Path, names: list[str], message: str
 ) -> None:
-    (tmp_path / "folder").mkdir()
-    for name in ("a.csv", "a.jsonl"):
+    for name in ("folder", "a.lance"):
+        (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("a.xlsx", "a.jsonl", "a.tar"):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(CorpusError, match=message):
         find_inputs([tmp_path / name for name in names])
@@ -249,9 +319,6 @@ def test_unknown_shape_lists_the_known_ones(tmp_path: Path) -> None:
     (entry,) = find_inputs([path])
     expected = r"fields \['question', 'solution'\] at the start of .*a\.jsonl.*ShareGPT.*Alpaca"
     with pytest.raises(CorpusError, match=expected):
-        list(peek(entry, cut(entry)))
-    path.write_text('[{"text": "hi"},\n{"text": "yo"},\n')
-    with pytest.raises(CorpusError, match=r"got a line that is not JSON \(one record per line"):
         list(peek(entry, cut(entry)))
 
 

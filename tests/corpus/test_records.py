@@ -16,7 +16,6 @@ from slap_stream.corpus.records import (
     COLUMNS,
     has_known_shape,
     normalise,
-    parse_line,
 )
 
 HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -27,6 +26,7 @@ IMAGE = {"type": "image", "text": ""}
 TEXT = {"type": "text", "text": "hi"}
 BAD_TOOLS = DropReason.BAD_TOOLS
 TOOLS = [{"a": 1}]
+X = {"role": "tool", "content": "x"}
 WITH_TOOLS = [{**HI[0], "tools": TOOLS}, HI[1]]
 
 
@@ -48,6 +48,18 @@ WITH_TOOLS = [{**HI[0], "tools": TOOLS}, HI[1]]
         ),
         ({"conversations": {"from": ["human", "gpt"], "value": ["hi", "yo"]}}, HI),
         ({"conversations": HI, "system": "be kind"}, [SYSTEM, *HI]),
+        # As tables give what is not there, and what a writer took for bytes.
+        ({"messages": math.nan, "prompt": "hi", "completion": "yo", "system": math.nan}, HI),
+        ({"prompt": b"hi", "completion": b"yo", "context": b""}, HI),
+        ({"messages": json.dumps(HI).encode(), "tools": b"[]"}, HI),
+        *(
+            ({"conversations": [{"role": user, "text": "hi"}, {"from": bot, "content": "yo"}]}, HI)
+            for user, bot in ((" Human ", "GPT"), ("prompter", "Bard"), ("USER", " bing"))
+        ),
+        *(
+            ({"messages": [HI[0], {"role": role, "content": "x"}, HI[1]]}, [HI[0], X, HI[1]])
+            for role in ("tool", "tool_call", "function_call", "observation", "ipython")
+        ),
         ({"conversations": HI, "system": None}, HI),
         ({"instruction": "hi", "output": "yo"}, HI),
         ({"instruction": "hi", "input": "", "output": "yo"}, HI),
@@ -191,6 +203,7 @@ def test_labels_come_from_the_record() -> None:
     assert (record.id, record.source) == (None, "books")
     assert normalise({"messages": HI, "source": "web"}, source_field=None).source is None
     assert normalise({"messages": HI, "id": 7.0}).id == "7"
+    assert normalise({"messages": HI, "id": b"7", "source": math.nan})[:2] == ("7", None)
 
 
 @pytest.mark.parametrize(
@@ -243,13 +256,6 @@ def test_fields_that_are_not_used_are_named(
     fields: dict[str, Any], unused: tuple[str, ...]
 ) -> None:
     assert normalise(fields).unused == unused
-
-
-@pytest.mark.parametrize("line", [b"{", b"\xff", b'{"text": "a"} x', b"[" * 100_000])
-def test_lines_that_are_not_json_are_dropped(line: bytes) -> None:
-    with pytest.raises(RecordDropped) as dropped:
-        parse_line(line)
-    assert dropped.value.reason is DropReason.UNREADABLE
 
 
 TURN_FIELDS = [

@@ -87,6 +87,14 @@ def test_rows_of_every_known_shape_arrive(
     assert store.read(0, 3).length.tolist() == [len(expected.input_ids)] * 3
 
 
+def test_rows_under_other_names_arrive_by_a_map(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"translation": {"en": "a", "de": "b"}}] * 3)
+    fields = {"prompt": "translation.en", "completion": "translation.de"}
+    prepared = prepare(rows, tmp_path, fields=fields)
+    assert next(iter_corpus(prepared.corpus))["messages"] == turns("a", "b")
+    assert prepare(rows, tmp_path, fields=fields).found
+
+
 def test_what_it_returns_is_what_a_loader_takes(tmp_path: Path, chats: Dataset) -> None:
     tokenizer = byte_tokenizer()
     prepared = prepare(chats, tmp_path)
@@ -147,6 +155,7 @@ def test_all_that_decides_what_the_corpus_holds_decides_its_name(
         {"dataset": chats.select(range(39))},
         {"seed": 1},
         {"source_field": None},
+        {"fields": {"id": "number"}},
         {"tokenizer": tokenizer},
         {"tokenizer": tokenizer, "max_length": 60},
     ]
@@ -156,7 +165,7 @@ def test_all_that_decides_what_the_corpus_holds_decides_its_name(
         assert caplog.text.count(f"{tmp_path} holds 1 corpora of other data or settings, and") == 1
     assert caplog.text.count(" corpora of other data") == 1
     assert "3 of 40 samples are cut to max_length=60 tokens" in caplog.text
-    assert len(list(tmp_path.glob("corpus-*/index.json"))) == 6
+    assert len(list(tmp_path.glob("corpus-*/index.json"))) == 7
     # It was used in the meantime, which leaves its settings in it, and comes from elsewhere.
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=2)
     assert prepare(chats, tmp_path, tokenizer=tokenizer).found
@@ -317,6 +326,7 @@ def test_embeddings_of_shards_of_tokens_are_those_of_their_tokenizer(
         ({"max_length": 9}, "max_length must be None for MDS shards, got 9; they are left as"),
         ({"source_field": None}, "source_field must be 'source' for MDS shards, got None; they"),
         ({"source_field": "origin"}, "source_field must be 'source' for MDS shards, got 'origin'"),
+        ({"fields": {"text": "a"}}, "fields must be None for MDS shards, got {'text': 'a'}; they"),
     ],
 )
 def test_what_changes_nothing_about_shards_is_refused(
@@ -350,6 +360,13 @@ def test_shards_of_other_columns_are_refused_with_the_command_that_helps(tmp_pat
             {"out": Path("file")},
             CorpusError,
             "out must be a directory, got the file 'file'",
+        ),
+        ("here", {"fields": {"body": "a"}}, ConfigError, r"map names out of id, .* got \['body'\]"),
+        (
+            Dataset.from_dict({"a": ["b"]}),
+            {"fields": {"text": "c"}},
+            CorpusError,
+            r"columns of one of the known shapes, got \['a'\]",
         ),
         ("here", {"seed": -1}, ConfigError, "seed must be a whole number >= 0, got -1"),
     ],
