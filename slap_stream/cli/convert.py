@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from slap_stream.cli.command_line import CommandLine, add_common, ended, to_write
+from slap_stream.cli.command_line import CommandLine, add_common, ended, output, to_write
 from slap_stream.corpus.convert import ConvertReport, convert
 from slap_stream.corpus.records import KNOWN_SHAPES
 from slap_stream.shards.index import SHARD_BYTES
@@ -26,16 +26,23 @@ Run the same command again to go on with a conversion that was cut off.
 
 examples:
   slap-convert chats.jsonl.gz more.parquet saved_dataset/ corpus
-  slap-convert chats.jsonl corpus --tokenizer path/to/tokenizer --max-length 2048""",
+  slap-convert chats.jsonl corpus --tokenizer path/to/tokenizer --max-length 2048
+  slap-convert 's3://bucket/chats/*.jsonl.zst' s3://bucket/corpus""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     line.add_argument(
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help=".jsonl (plain, .gz, .zst), .parquet, a dataset saved to disk, a directory of files",
+        help=".jsonl (plain, .gz, .zst), .parquet, a dataset saved to disk, a directory of files; "
+        "files of s3://, gs://, az://, https:// and hf://",
     )
-    line.add_argument("out", metavar="OUT", type=to_write, help="directory of the corpus")
+    line.add_argument(
+        "out",
+        metavar="OUT",
+        type=output,
+        help="directory of the corpus, or its URL: s3://, gs://, az://",
+    )
     line.add_argument("--tokenizer", help="path or name; writes tokens instead of messages")
     line.add_argument("--max-length", type=int, help="tokens kept of a record; default: all")
     line.add_argument(
@@ -52,6 +59,11 @@ examples:
         type=lambda name: name or None,
         default="source",
         help="field that names a record's source (default source); '': each input is a source",
+    )
+    line.add_argument(
+        "--scratch-dir",
+        type=to_write,
+        help="where to work for a URL; default: below the folder for temporary files",
     )
     add_common(line, quiet="no progress bar, no table")
     return line

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from slap_stream import __version__
 from slap_stream.core.checks import require_whole
-from slap_stream.core.files import path_to_write, write_json
+from slap_stream.core.files import write_json
 from slap_stream.core.processes import usable_cores
 from slap_stream.core.room import require_room, told_when_full
 from slap_stream.core.work_dir import claimed, run_missing
@@ -40,6 +40,7 @@ from slap_stream.corpus.shuffle import (
 from slap_stream.corpus.tally import Tally
 from slap_stream.corpus.tokenising import find_tokenizer, load_tokenizer, tokenizer_digest
 from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.remote.output import Output, output_to
 from slap_stream.shards.index import INDEX_NAME, SHARD_BYTES, merge_indexes
 from slap_stream.text.chat import Truncate, check_truncate, encode
 
@@ -107,6 +108,7 @@ def convert(
     num_workers: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     source_field: str | None = "source",
+    scratch_dir: str | Path | None = None,
     progress: bool | None = None,
     command: str | None = None,
 ) -> ConvertReport:
@@ -120,7 +122,8 @@ def convert(
         inputs: JSON lines (plain, gz, zst), Parquet files, Hugging Face datasets saved to disk, or
             directories of such files, or `datasets.Dataset`s and `IterableDataset`s that are
             loaded: one or several. `records.KNOWN_SHAPES` is what they may hold.
-        out: Directory of the corpus, new or empty or left by the same call.
+        out: Directory of the corpus, new or empty or left by the same call; or a URL of an object
+            store, where the corpus is put when it is whole here.
         tokenizer: Path or name of a Hugging Face tokenizer; None keeps messages.
         max_length: Tokens kept of a record; None keeps all.
         truncate: What is done with a longer record: "right" keeps its start, "left" its end with
@@ -129,6 +132,8 @@ def convert(
         num_workers: Processes; None means one per core, or none but this for little text.
         shard_bytes: Size above which a new shard is started.
         source_field: Field that names a record's source; None: all of an input is one source.
+        scratch_dir: Where to work for a URL, on a local disk with room for the corpus and a copy of
+            the text; None: a folder of this user's in the one for temporary files.
         progress: Whether to show a bar on stderr; None means if that is a terminal.
         command: What to write into corpus.json as the command that made it.
 
@@ -136,6 +141,7 @@ def convert(
         ConfigError: If an option is out of range.
         CorpusError: If an input cannot be used, nothing is left of the inputs, or `out` holds
             something else.
+        RemoteError: If a file of an object store or of the web cannot be had or written.
     """
     started = time.monotonic()
     seed = require_whole("seed", seed, 0)
@@ -149,7 +155,8 @@ def convert(
     if max_length is not None:
         max_length = require_whole("max_length", max_length, 2)
     check_truncate(truncate, max_length)
-    out = path_to_write("out", out)
+    place = output_to("out", out, scratch_dir, last=INDEX_NAME)
+    out = place.local
     found = find_inputs(_several(inputs))
     pieces_of = [cut(entry) for entry in found]
     name = None if tokenizer is None else find_tokenizer(tokenizer)
@@ -171,9 +178,10 @@ def convert(
     if truncate != "right":
         # Where it stands corpora of before are found again.
         plan["truncate"] = truncate
-    earlier = _finished(out, plan)
+    earlier = _finished(place, plan, progress)
     if earlier is not None:
         return earlier
+    place.claim(plan)
     alone_bytes = _ALONE_BYTES if name is None else _ALONE_BYTES_TOKENISED
     readers = writers = num_workers
     if readers is None:
@@ -272,7 +280,7 @@ def convert(
         _require_samples(tally, name_place, work_dir)
         parts = [out / part_name(n) for n, part in enumerate(written) if part["files"]]
         report = ConvertReport(
-            out=str(out),
+            out=str(place),
             format="messages" if name is None else "tokens",
             num_samples=tally.counts.total(),
             counts=dict(sorted(tally.counts.items())),
@@ -286,10 +294,11 @@ def convert(
             resumed=resumed + resumed_parts,
             seconds=round(time.monotonic() - started, 3),
         )
-        _describe(report, plan, command)
+        _describe(out, report, plan, command)
         # Last: a directory with an index is a whole corpus.
         merge_indexes(out, parts)
         shutil.rmtree(work_dir)
+    place.publish(progress=progress)
     return report
 
 
@@ -341,7 +350,9 @@ def _try_first_records(
                 ) from failure
 
 
-def _describe(report: ConvertReport, plan: Mapping[str, Any], command: str | None) -> None:
+def _describe(
+    out: Path, report: ConvertReport, plan: Mapping[str, Any], command: str | None
+) -> None:
     """Write down beside the shards what they are."""
     described = report.to_dict() | {
         "tokenizer": plan["tokenizer"],
@@ -354,22 +365,32 @@ def _describe(report: ConvertReport, plan: Mapping[str, Any], command: str | Non
     }
     # The corpus may be moved.
     del described["out"]
-    write_json(Path(report.out) / CORPUS_NAME, described)
+    write_json(out / CORPUS_NAME, described)
 
 
-def _finished(out: Path, plan: Mapping[str, Any]) -> ConvertReport | None:
-    """The report of the same call, if it has ended."""
-    described = out / CORPUS_NAME
-    if not (out / INDEX_NAME).is_file() or not described.is_file():
+def _finished(
+    place: Output, plan: Mapping[str, Any], progress: bool | None
+) -> ConvertReport | None:
+    """The report of the same call, if it has ended, here or where its results go."""
+    elsewhere = place.described(CORPUS_NAME)
+    if elsewhere is not None:
+        told = elsewhere.get(CORPUS_NAME, b"{}")
+    elif (place.local / INDEX_NAME).is_file() and (place.local / CORPUS_NAME).is_file():
+        told = (place.local / CORPUS_NAME).read_bytes()
+    else:
         return None
-    saved = json.loads(described.read_text("utf-8"))
+    saved = json.loads(told)
     if saved.get("plan_digest") != _digest(plan):
         return None
-    shutil.rmtree(out / WORK_NAME, ignore_errors=True)
+    shutil.rmtree(place.local / WORK_NAME, ignore_errors=True)
+    if elsewhere is None:
+        place.publish(progress=progress)
+    else:
+        place.close()
     names = [name for name in ConvertReport.__dataclass_fields__ if name != "out"]
     report = {name: saved[name] for name in names}
     report["resumed"] = saved["num_pieces"] + saved["num_parts"]
-    return ConvertReport(out=str(out), **report)
+    return ConvertReport(out=str(place), **report)
 
 
 def _bar_options(stage: str, unit: str, progress: bool | None) -> dict[str, Any]:

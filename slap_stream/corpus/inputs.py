@@ -31,6 +31,8 @@ from slap_stream.corpus.records import (
     shape_by_names,
 )
 from slap_stream.errors import CorpusError
+from slap_stream.remote.listing import RemotePath, listed
+from slap_stream.remote.urls import is_remote, parse_url
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +73,10 @@ class Input:
         dataset: The `Dataset` or `IterableDataset` itself, if it is loaded already.
     """
 
-    path: Path
+    path: Path | RemotePath
     stem: str
     kind: Kind
-    files: tuple[Path, ...]
+    files: tuple[Path | RemotePath, ...]
     dataset: Any = None
 
     @property
@@ -112,9 +114,12 @@ def find_inputs(inputs: Sequence[Any]) -> list[Input]:
         CorpusError: If one does not exist or is of no known format, or two are the same.
     """
     found: list[Found] = []
-    datasets: dict[Path, Any] = {}
+    datasets: dict[Path | RemotePath, Any] = {}
     for entry in inputs:
         kind = loaded_kind(entry)
+        if kind is None and is_remote(entry):
+            found += _expand_remote(entry)
+            continue
         if kind is None:
             found += _expand(local_path("inputs", entry, _NOT_LOCAL))
             continue
@@ -241,7 +246,22 @@ def _describe(row: Any) -> str:
     return f"a {row} (one record per line is wanted; jq -c '.[]' unfolds an array)"
 
 
-Found = tuple[Path, Kind, tuple[Path, ...]]
+Found = tuple[Path | RemotePath, Kind, tuple[Path | RemotePath, ...]]
+
+
+def _expand_remote(entry: str | Path) -> list[Found]:
+    """Files of a URL, as those of a local path; a pattern is a folder of what it fits."""
+    known = ", ".join(sorted(_SUFFIXES))
+    files, named = listed(parse_url("inputs", entry))
+    kinds = [(file, _SUFFIXES.get(_suffix(file))) for file in files]
+    found: list[Found] = [(file, kind, (file,)) for file, kind in kinds if kind is not None]
+    if not found:
+        what = "which is none" if named else f"with {[file.name for file in files[:5]]!r}"
+        raise CorpusError(
+            f"inputs in object stores or on the web must be files that end in one of {known}, or "
+            f"folders or patterns of such, got {str(entry)!r}, {what}."
+        )
+    return found
 
 
 def _expand(path: Path) -> list[Found]:
@@ -290,11 +310,11 @@ def _expand(path: Path) -> list[Found]:
     return [found for file in files for found in _expand(file)]
 
 
-def _suffix(path: Path) -> str:
+def _suffix(path: Path | RemotePath) -> str:
     return "".join(path.suffixes[-2:]) if path.suffix in (".gz", ".zst") else path.suffix
 
 
-def _unique_stems(paths: Sequence[Path]) -> list[str]:
+def _unique_stems(paths: Sequence[Path | RemotePath]) -> list[str]:
     """File names without suffix; where two are alike, with the folders that tell them apart."""
     parts = []
     for path in paths:

@@ -16,6 +16,9 @@ from slap_stream.corpus.loaded import LoadedKind, loaded_rows
 from slap_stream.corpus.messages import DropReason, RecordDropped
 from slap_stream.corpus.records import parse_line
 from slap_stream.errors import CorpusError
+from slap_stream.remote.listing import RemotePath
+from slap_stream.remote.reading import open_remote
+from slap_stream.remote.urls import is_remote
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -97,7 +100,7 @@ def read(
 
 
 @contextmanager
-def explained(path: str | Path) -> Iterator[None]:
+def explained(path: object) -> Iterator[None]:
     """Name the file in the errors that reading it raises.
 
     Raises:
@@ -115,11 +118,21 @@ def explained(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def row_group_bytes(path: Path) -> list[int]:
+def opened(path: str) -> BinaryIO:
+    """A file of an input, wherever it lies, to be read."""
+    return open_remote(path) if is_remote(path) else open(path, "rb")
+
+
+def table_source(path: str) -> str | BinaryIO:
+    """What pyarrow reads a table from: local files it opens itself, which is faster."""
+    return open_remote(path) if is_remote(path) else path
+
+
+def row_group_bytes(path: Path | RemotePath) -> list[int]:
     """Bytes of each row group of a Parquet file, uncompressed."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as table:
+    with pq.ParquetFile(table_source(str(path))) as table:
         groups = table.metadata
         return [groups.row_group(n).total_byte_size for n in range(groups.num_row_groups)]
 
@@ -137,7 +150,7 @@ def other_columns(piece: Piece, columns: Sequence[str]) -> list[str]:
 
     with explained(piece.path):
         if piece.kind == "parquet":
-            names = pq.read_schema(piece.path).names
+            names = pq.read_schema(table_source(piece.path)).names
         elif piece.kind == "arrow":
             with pa.memory_map(piece.path) as source, pa.ipc.open_stream(source) as batches:
                 names = batches.schema.names
@@ -146,7 +159,7 @@ def other_columns(piece: Piece, columns: Sequence[str]) -> list[str]:
     return sorted(set(names) - set(columns))
 
 
-def batch_bytes(path: Path) -> list[int]:
+def batch_bytes(path: Path | RemotePath) -> list[int]:
     """Bytes of each record batch of an Arrow stream."""
     import pyarrow as pa
 
@@ -156,7 +169,7 @@ def batch_bytes(path: Path) -> list[int]:
 
 
 def _line_rows(piece: Piece, report: Callable[[float], None]) -> Iterator[Row]:
-    with open(piece.path, "rb") as raw, _decompressed(raw, piece.kind) as stream:
+    with opened(piece.path) as raw, _decompressed(raw, piece.kind) as stream:
         # Counted, and not asked for with every line; nothing but plain lines has a stop.
         at = piece.start
         if piece.start:
@@ -254,7 +267,8 @@ def _parquet_batches(
     import pyarrow.parquet as pq
 
     # Buffered and not pre-buffered: pages are read as they are needed, not whole row groups.
-    with pq.ParquetFile(piece.path, pre_buffer=False, buffer_size=1 << 20) as table:
+    source = table_source(piece.path)
+    with pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20) as table:
         groups = range(piece.start, piece.stop)
         present = [name for name in columns if name in table.schema_arrow.names]
         total = sum(table.metadata.row_group(group).num_rows for group in groups)
