@@ -27,7 +27,7 @@ def chunk_path(directory: Path, chunk: int, num_axes: int) -> Path:
 
 
 def _on_disk(path: Path) -> BinaryIO:
-    return path.open("rb")
+    return open(path, "rb")
 
 
 class PlainRows:

@@ -70,7 +70,18 @@ class StoreFiles:
             columns: By name.
             hashes: (num_files,) xxh3_64 of each array's files; without them sizes alone are
                 checked.
+
+        Raises:
+            AlignmentError: If they are not hashes of these files.
         """
+        for name, found in hashes.items():
+            rows = columns.get(name)
+            num_files = 0 if rows is None else len(rows.files(0, rows.shape[0]))
+            if len(found) != num_files:
+                raise AlignmentError(
+                    f"embeddings must have a hash for each file, got {len(found)} for {num_files} "
+                    f"files of {name} in {self.url!r}; run slap-embed again."
+                )
         self._columns, self._hashes = columns, hashes
 
     def open(self, path: Path) -> BinaryIO:

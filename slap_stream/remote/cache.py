@@ -10,7 +10,7 @@ import threading
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from time import time
 from typing import BinaryIO
 
@@ -97,9 +97,9 @@ class FileCache:
 
         Raises:
             RemoteError: If it cannot be fetched, or is not what it should be.
-            CorpusError: If there is no room for it on the disk.
+            CorpusError: If there is no room for it on the disk, or the name leads elsewhere.
         """
-        path = self.directory / name
+        path = self._inside(name)
         if name in self._checked:
             found = self._open_whole(path, num_bytes)
             if found is not None:
@@ -163,8 +163,11 @@ class FileCache:
         for _ in side_by_side(lambda one: self.file(*one), missing):
             pass
 
-    def link(self, name: str, num_bytes: int, digest: Digest | None, target: Path) -> None:
-        """Make a file be found under another name, too, on the same disk, until that is removed."""
+    def link(self, name: str, num_bytes: int, digest: Digest | None, folder: Path) -> None:
+        """Make a file be found below another folder, too, on the same disk, until it is removed."""
+        self._inside(name)
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(DAMAGED_ATTEMPTS):
             self.open(name, num_bytes, digest).close()
             # Another process may throw it away in between.
@@ -175,6 +178,16 @@ class FileCache:
             f"files of {str(self.directory)!r} must stay until they are opened, got {name!r} "
             f"thrown away {DAMAGED_ATTEMPTS} times; raise the bound of {self._limit_bytes} bytes."
         )
+
+    def _inside(self, name: str) -> Path:
+        """Where a file is kept. Names are read from files that anybody may have written."""
+        path = PurePosixPath(name)
+        if not path.parts or path.is_absolute() or ".." in path.parts:
+            raise CorpusError(
+                f"files must lie below {str(self._url)!r}, got the name {name!r}; write what names "
+                "it again."
+            )
+        return self.directory / name
 
     def _open_whole(self, path: Path, num_bytes: int) -> BinaryIO | None:
         """The file, noted as used now; None if it is missing or not of its size."""

@@ -143,9 +143,7 @@ def _fetched(remote: FileCache, shard: ShardInfo, stack: ExitStack) -> Path:
     reading = Path(stack.enter_context(folder))
     keys = ("zip_data", "zip_meta") if shard.get("zip_data") else ("raw_data", "raw_meta")
     for file in (shard[key] for key in keys if shard.get(key)):
-        target = reading / file["basename"]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remote.link(file["basename"], file["bytes"], digest_of(file), target)
+        remote.link(file["basename"], file["bytes"], digest_of(file), reading)
     return reading
 
 

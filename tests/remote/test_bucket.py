@@ -41,17 +41,16 @@ def test_what_passes_is_waited_for_and_told(
     assert "s3://bucket/a/file: attempt 2 failed, again in" in caplog.text
 
 
-@pytest.mark.parametrize("fault", ["500", "reset", "expired", "denied"])
 @pytest.mark.parametrize(
-    "ask",
+    ("fault", "ask"),
     [
-        lambda: describe(URL),
-        lambda: list_below(URL),
-        lambda: read_range(URL, 0, 9),
-        lambda: put(b"new", URL),
-        lambda: delete(URL),
+        ("denied", lambda: describe(URL)),
+        ("reset", lambda: list_below(URL)),
+        ("expired", lambda: list_below(URL)),
+        ("500", lambda: read_range(URL, 0, 9)),
+        ("denied", lambda: put(b"new", URL)),
+        ("500", lambda: delete(URL)),
     ],
-    ids=["describe", "list", "read", "put", "delete"],
 )
 def test_what_does_not_pass_is_one_error_that_shows_no_secret(
     fault: Fault, ask: Callable[[], object], store: ObjectStore, caplog: pytest.LogCaptureFixture
@@ -70,7 +69,7 @@ def test_what_does_not_pass_is_one_error_that_shows_no_secret(
         assert "the-key" not in said
         assert "the-secret" not in said
         assert "Signature" not in said
-    if fault == "expired" and store.requests[0][0] != "HEAD":
+    if fault == "expired":
         assert "(ExpiredToken" in str(error.value)
     store.fault = lambda method, path: None
     assert store.get(URL.key) == DATA

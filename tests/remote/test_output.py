@@ -276,8 +276,14 @@ def test_what_is_other_than_it_was_written_is_refused(
     with pytest.raises(RemoteError, match=r"must be as it was written, got .* 3 times; write it"):
         EmbeddingStore(STORE).read(0, 200)
     cache = FileCache(CORPUS, tmp_path / "files")
-    with pytest.raises(RemoteError, match="must be within reach"):
-        cache.open("index.json", 10**6)
+    for name in ("../x", "/x", "a/../../x", ""):
+        with pytest.raises(CorpusError, match="files must lie below 's3://bucket/corpus', got the"):
+            cache.open(name, 1)
+    attributes = json.loads(uploaded.get("corpus/embeddings.zarr/zarr.json"))
+    attributes["attributes"]["file_hashes"]["length"].pop()
+    uploaded.put("corpus/embeddings.zarr/zarr.json", json.dumps(attributes).encode())
+    with pytest.raises(AlignmentError, match="must have a hash for each file, got 3 for 4 files"):
+        EmbeddingStore(STORE)
 
 
 def test_embeddings_elsewhere_pickle(uploaded: ObjectStore, tmp_path: Path) -> None:
