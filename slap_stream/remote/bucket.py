@@ -235,7 +235,7 @@ def _insist(url: Url, work: Callable[[_Client], T], retried: Callable[[], None] 
 def _told(error: Exception) -> str:
     """What an error says, in one line, without what a URL in it may have been signed with."""
     text = str(error)
-    line = (text.splitlines() or [""])[0].partition(": <")[0]
+    line = (text.splitlines() or [""])[0].partition(": <")[0].rstrip(": ")
     # What S3 answers, and what kind of thing went wrong on the way there.
     codes = [code for found in _CODES.finditer(text) for code in found.groups() if code]
     code = f" ({', '.join(dict.fromkeys(codes))})" if codes else ""
