@@ -34,7 +34,16 @@ _CONNECT_SECONDS = 10.0
 # Requests at the same time.
 _THREADS = 8
 
-_BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError, MemoryError)
+# Trying again does not mend a program.
+_BUGS = (
+    TypeError,
+    AttributeError,
+    NameError,
+    LookupError,
+    AssertionError,
+    NotImplementedError,
+    MemoryError,
+)
 _SECRETS = re.compile(r"\?\S+|//[^/\s@]+@")
 
 _CODES = re.compile(r"<Code>(\w+)</Code>|\bkind: ([A-Z]\w+)")

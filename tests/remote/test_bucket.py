@@ -9,7 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any, ClassVar
 
+import fsspec
+import fsspec.implementations.memory
 import pytest
 
 from slap_stream.errors import RemoteError
@@ -152,6 +155,43 @@ def test_a_file_of_the_web_is_read(store: ObjectStore, caplog: pytest.LogCapture
         assert file.read(300) == DATA[100:400]
     with pytest.raises(RemoteError, match="must be named one by one"):
         list_below(url)
+
+
+class Hub(fsspec.implementations.memory.MemoryFileSystem):
+    """Says of its files what the hub's file system says."""
+
+    cachable = False
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        found: dict[str, Any] = super().info(path, **options)
+        return found | {"name": found["name"].lstrip("/"), "blob_id": "b", "lfs": {"sha256": "h"}}
+
+    def find(self, path: str, **options: Any) -> dict[str, Any]:
+        return {name.lstrip("/"): self.info(name) for name in super().find(path)}
+
+
+def test_a_repository_of_the_hub_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(fsspec, "filesystem", lambda protocol: Hub())
+    bucket._clients.clear()
+    Hub().pipe({"/datasets/me/data/a.jsonl": DATA, "/datasets/me/data/more/b.jsonl": b"b"})
+    files, named = listed(parse_url("inputs", "hf://datasets/me/data/**/*.jsonl"))
+    assert [str(file) for file in files] == [
+        "hf://datasets/me/data/a.jsonl",
+        "hf://datasets/me/data/more/b.jsonl",
+    ]
+    assert not named
+    assert files[0].stat() == (len(DATA), "h")
+    with open_remote(str(files[0])) as file:
+        file.seek(7)
+        assert file.read(20) == DATA[7:27]
+    with pytest.raises(RemoteError, match="which is not there"):
+        describe(Url("hf", "datasets", "me/data/none"))
+    with pytest.raises(NotImplementedError):
+        put(b"", Url("hf", "datasets", "me/data/new"))
+    bucket._clients.clear()
 
 
 def test_an_interrupt_ends_the_waiting_for_a_request(store: ObjectStore) -> None:

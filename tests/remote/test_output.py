@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 from streaming import StreamingDataset
 
 from slap_stream import EmbeddingStore, SlapConfig, SlapDataLoader, convert, embed
@@ -17,7 +21,7 @@ from slap_stream.errors import AlignmentError, CorpusError, RemoteError
 from slap_stream.remote import bucket
 from slap_stream.remote.cache import FileCache
 from slap_stream.remote.output import CLAIM_NAME
-from tests.helpers.object_store import BUCKET, ObjectStore
+from tests.helpers.object_store import BUCKET, ObjectStore, fails_first
 
 CORPUS, STORE = f"s3://{BUCKET}/corpus", f"s3://{BUCKET}/corpus/embeddings.zarr"
 SMALL = {"shard_bytes": 1 << 14, "num_workers": 1}
@@ -101,6 +105,30 @@ def test_tools_leave_in_a_store_what_they_leave_here(
     assert convert(inputs, CORPUS, **SMALL).num_samples == 200
     assert embed(CORPUS, **FEW, command="").embedded == 0
     assert not [method for method, _ in store.requests if method in ("PUT", "POST")]
+
+
+def test_inputs_of_every_kind_are_read_from_a_store_as_from_here(
+    store: ObjectStore, lines: Path, tmp_path: Path
+) -> None:
+    data = lines.read_bytes()
+    here = tmp_path / "in"
+    here.mkdir()
+    (here / "a.jsonl.gz").write_bytes(gzip.compress(data[: data.index(b"\n", 20_000) + 1]))
+    (here / "b.jsonl.zst").write_bytes(zstandard.compress(data[data.index(b"\n", 20_000) + 1 :]))
+    records = [json.loads(line) for line in data.splitlines()[:50]]
+    pq.write_table(pa.Table.from_pylist(records), here / "c.parquet", row_group_size=20)
+    for path in here.iterdir():
+        store.put(f"in/{path.name}", path.read_bytes())
+    store.fault = fails_first("short", 3)
+    theirs = convert(f"s3://{BUCKET}/in", tmp_path / "theirs", **SMALL)
+    ours = convert(here, tmp_path / "ours", **SMALL)
+    assert theirs.counts == ours.counts
+    # Names of inputs are ids of records, and so in the shards, too.
+    index = [tmp_path / which / "index.json" for which in ("theirs", "ours")]
+    assert index[0].read_bytes() == index[1].read_bytes()
+    store.put("notes/readme.md", b"x")
+    with pytest.raises(CorpusError, match=r"must be files that end in one of .*'readme.md'"):
+        convert(f"s3://{BUCKET}/notes", tmp_path / "none", **SMALL)
 
 
 def test_an_upload_that_breaks_off_is_no_corpus_and_goes_on(
