@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pytest
 
 BUCKET = "bucket"
-Fault = Literal["500", "reset", "short", "silent", "expired", "denied"]
+Fault = Literal["500", "reset", "short", "silent", "slow", "expired", "denied"]
 _ANSWERS: dict[str, tuple[int, str]] = {
     "500": (503, "SlowDown"),
     "expired": (400, "ExpiredToken"),
@@ -114,10 +114,12 @@ def object_store() -> Iterator[ObjectStore]:
                 reply = connection.getresponse()
                 data = reply.read()
                 connection.close()
-                self.answer(reply.status, dict(reply.headers), data, short=fault == "short")
+                self.answer(reply.status, dict(reply.headers), data, cut=fault in ("short", "slow"))
+                if fault == "slow":
+                    over.wait(2)
 
         def answer(
-            self, status: int, headers: dict[str, str], data: bytes, *, short: bool = False
+            self, status: int, headers: dict[str, str], data: bytes, *, cut: bool = False
         ) -> None:
             self.send_response_only(status)
             for name, value in headers.items():
@@ -127,8 +129,8 @@ def object_store() -> Iterator[ObjectStore]:
             self.send_header("Content-Length", length or "0")
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(data[: len(data) // 2] if short else data)
-            if short:
+                self.wfile.write(data[: len(data) // 2] if cut else data)
+            if cut:
                 self.close_connection = True
 
         do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_any

@@ -27,14 +27,14 @@ URL = Url("s3", BUCKET, "a/file")
 DATA = bytes(range(256)) * 20
 
 
-@pytest.mark.parametrize("fault", ["500", "reset", "short", "silent", "expired", "denied"])
+@pytest.mark.parametrize("fault", ["500", "reset", "short", "silent", "slow", "expired", "denied"])
 def test_what_passes_is_waited_for_and_told(
     fault: Fault,
     store: ObjectStore,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(bucket, "REQUEST_SECONDS", 0.4 if fault == "silent" else 10.0)
+    monkeypatch.setattr(bucket, "REQUEST_SECONDS", 0.5 if fault in ("silent", "slow") else 10.0)
     store.put(URL.key, DATA)
     store.fault = fails_first(fault, 2)
     retries: list[None] = []

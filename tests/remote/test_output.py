@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,16 @@ def test_a_bound_changes_nothing_but_what_is_kept(
     folder = tmp_path / "cache"
     kept = [path for path in folder.rglob("c/**/*") if path.is_file()]
     assert sum(path.stat().st_size for path in kept) <= 1500
+
+
+def test_of_those_that_want_a_file_one_fetches_it(uploaded: ObjectStore, tmp_path: Path) -> None:
+    # Each with a cache of its own, as ranks have.
+    caches = [FileCache(CORPUS, tmp_path / "files") for _ in range(4)]
+    size = len(uploaded.get("corpus/index.json"))
+    with ThreadPoolExecutor(4) as threads:
+        paths = list(threads.map(lambda cache: cache.file("index.json", size), caches))
+    assert len({path.read_bytes() for path in paths}) == 1
+    assert sum(cache.fetched for cache in caches) == 1
 
 
 def test_what_is_other_than_it_was_written_is_refused(
