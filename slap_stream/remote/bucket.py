@@ -209,9 +209,8 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
 def _insist(url: Url, work: Callable[[_Client], T], retried: Callable[[], None] | None = None) -> T:
     deadline, failures = monotonic() + DEADLINE_SECONDS, 0
     while True:
-        client = _client(url)
         try:
-            return _interruptible(lambda client=client: work(client))  # type: ignore[misc]
+            return _interruptible(lambda: work(_client(url)))
         except (FileNotFoundError, Changed) as error:
             missing = isinstance(error, FileNotFoundError)
             what = "which is not there" if missing else "which has changed meanwhile"
@@ -291,6 +290,8 @@ def _client(url: Url) -> _Client:
                 f"{url.scheme}:// must have its client installed, got {error}; "
                 "pip install 'slap-stream[remote]'."
             ) from error
+        except ConnectionError:
+            raise
         except Exception as error:
             # A profile that is not there, a key file that is none: trying again mends neither.
             raise RemoteError(
@@ -434,12 +435,14 @@ def _region_of(session: Any, bucket: str, endpoint: str | None) -> str:
         return "us-east-1"
     from botocore import UNSIGNED
     from botocore.config import Config
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import BotoCoreError, ClientError
 
     client = session.client("s3", config=Config(signature_version=UNSIGNED))
     try:
         answer = client.head_bucket(Bucket=bucket)
     except ClientError as error:
         answer = error.response
+    except BotoCoreError as error:
+        raise ConnectionError(f"the bucket's region is not known: {error}") from error
     headers = answer["ResponseMetadata"]["HTTPHeaders"]
     return str(headers.get("x-amz-bucket-region", "us-east-1"))

@@ -9,11 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import fsspec
 import fsspec.implementations.memory
 import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError
 
 from slap_stream.errors import RemoteError
 from slap_stream.remote import bucket
@@ -201,6 +203,41 @@ def test_an_interrupt_ends_the_waiting_for_a_request(store: ObjectStore) -> None
     with pytest.raises(KeyboardInterrupt):
         describe(URL)
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("status", [200, 301, 403])
+def test_the_region_is_asked_for_where_nobody_has_said_it(status: int) -> None:
+    answer = {
+        "ResponseMetadata": {"HTTPHeaders": {"x-amz-bucket-region": "eu-west-3"}},
+        "Error": {"Code": str(status)},
+    }
+
+    class Client:
+        def head_bucket(self, Bucket: str) -> dict[str, Any]:
+            if status != 200:
+                raise ClientError(answer, "HeadBucket")
+            return answer
+
+    session = SimpleNamespace(client=lambda name, config: Client())
+    assert bucket._region_of(session, BUCKET, None) == "eu-west-3"
+    assert bucket._region_of(session, BUCKET, "http://127.0.0.1") == "us-east-1"
+
+
+def test_a_region_that_nobody_answers_for_is_asked_for_again(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(**options: str) -> None:
+        asked.append(options)
+        raise EndpointConnectionError(endpoint_url="somewhere")
+
+    asked: list[dict[str, str]] = []
+    client = SimpleNamespace(head_bucket=unreachable)
+    monkeypatch.setattr("boto3.session.Session.client", lambda *args, **options: client)
+    for name in ("AWS_DEFAULT_REGION", "S3_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    with pytest.raises(RemoteError, match=r"attempt 6 said: .*region is not known: Could not conn"):
+        describe(URL)
+    assert len(asked) == bucket.ATTEMPTS
 
 
 def test_a_client_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
