@@ -53,3 +53,16 @@ class WorkerError(SlapStreamError, RuntimeError):
 
 class RunLogError(SlapStreamError, ValueError):
     """A run's log cannot be read, or there is none."""
+
+
+class RemoteError(SlapStreamError, RuntimeError):
+    """A file in an object store or on the web cannot be had, which says nothing about what is in
+    it.
+
+    Attributes:
+        missing: Whether the store says that it is not there.
+    """
+
+    def __init__(self, message: str, *, missing: bool = False) -> None:
+        super().__init__(message)
+        self.missing = missing

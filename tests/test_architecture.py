@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "slap_stream"
 TOP = ("config", "errors", "types")
 FOLDERS = (
     "core",
+    "remote",
     "text",
     "shards",
     "corpus",
@@ -32,6 +33,9 @@ ONLY_IMPORTER = {
     "numba": "core/kernels.py",
     "zarr": "embeddings/store.py",
     "streaming": "shards/library.py",
+    "obstore": "remote/bucket.py",
+    "fsspec": "remote/bucket.py",
+    "boto3": "remote/bucket.py",
 }
 MOST_LINES = 450
 # What not everybody installs, and the modules that are for it.
@@ -195,7 +199,7 @@ def test_a_sampler_needs_neither_torch_nor_streaming() -> None:
 
 def test_the_tools_load_nothing_heavy_before_there_is_work() -> None:
     """Nor do processes that only read what is converted: they import the same again."""
-    heavy = ("torch", "streaming", "zarr", "numba", "transformers", "pyarrow", "sklearn")
+    heavy = ("torch", "streaming", "zarr", "numba", "transformers", "pyarrow", "sklearn", "boto3")
     assert loaded("import slap_stream.cli.convert, slap_stream.cli.embed", heavy) == "[]"
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from slap_stream import __version__
 from slap_stream.core.files import local_path, path_to_write
 from slap_stream.errors import ConfigError, CorpusError, SlapStreamError
+from slap_stream.remote.output import check_output
 
 WRONG_ARGUMENT, INTERRUPTED = 2, 130
 # What a process that was interrupted may take to put away what it made.
@@ -93,6 +94,15 @@ def directory(text: str) -> Path:
 def to_write(text: str) -> Path:
     """The type of an argument that names a directory to write to, made when it is needed."""
     return _told(path_to_write, text)
+
+
+def output(text: str) -> str:
+    """The type of an argument that names a directory or a URL to write to."""
+    try:
+        check_output("", text)
+    except CorpusError as error:
+        raise argparse.ArgumentTypeError(str(error).strip()) from error
+    return text
 
 
 def _told(check: Callable[[str, str], Path], text: str) -> Path:

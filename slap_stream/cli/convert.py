@@ -8,10 +8,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from slap_stream.cli.command_line import CommandLine, add_common, ended, to_write
-from slap_stream.corpus.convert import ConvertReport, convert
+from slap_stream.cli.command_line import CommandLine, add_common, ended, output, to_write
+from slap_stream.corpus.convert import convert
 from slap_stream.corpus.field_map import parse_map
 from slap_stream.corpus.records import KNOWN_SHAPES
+from slap_stream.corpus.report import ConvertReport
 from slap_stream.shards.index import SHARD_BYTES
 
 _SHOWN = 10
@@ -28,7 +29,8 @@ Run the same command again to go on with a conversion that was cut off.
 examples:
   slap-convert chats.jsonl.gz more.parquet saved_dataset/ corpus
   slap-convert chats.jsonl corpus --tokenizer path/to/tokenizer --max-length 2048
-  slap-convert table.csv corpus --map instruction=question,output=answer""",
+  slap-convert table.csv corpus --map instruction=question,output=answer
+  slap-convert 's3://bucket/chats/*.jsonl.zst' s3://bucket/corpus""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     line.add_argument(
@@ -36,9 +38,14 @@ examples:
         nargs="+",
         metavar="INPUT",
         help=".jsonl, .json, .csv, .tsv (plain, .gz, .zst), .parquet, .arrow, .feather, a dataset "
-        "saved to disk, a directory of files",
+        "saved to disk, a directory of files; files of s3://, gs://, az://, https:// and hf://",
     )
-    line.add_argument("out", metavar="OUT", type=to_write, help="directory of the corpus")
+    line.add_argument(
+        "out",
+        metavar="OUT",
+        type=output,
+        help="directory of the corpus, or its URL: s3://, gs://, az://",
+    )
     line.add_argument("--tokenizer", help="path or name; writes tokens instead of messages")
     line.add_argument("--max-length", type=int, help="tokens kept of a record; default: all")
     line.add_argument(
@@ -62,6 +69,11 @@ examples:
         dest="fields",
         metavar="NAME=FIELD,...",
         help="what known names are called in the data; a.b is b inside of a",
+    )
+    line.add_argument(
+        "--scratch-dir",
+        type=to_write,
+        help="where to work for a URL; default: below the folder for temporary files",
     )
     add_common(line, quiet="no progress bar, no table")
     return line

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from slap_stream.cli.command_line import CommandLine, add_common, device, ended, to_write
+from slap_stream.cli.command_line import CommandLine, add_common, device, ended, output, to_write
 
 if TYPE_CHECKING:
     from slap_stream.embeddings.embed import EmbedReport
@@ -23,11 +23,14 @@ def parser() -> argparse.ArgumentParser:
         epilog="""examples:
   slap-embed corpus                                         no model, no download
   slap-embed shards --text-column text                      shards of your own
-  slap-embed corpus --encoder hf:path/to/encoder --overwrite""",
+  slap-embed corpus --encoder hf:path/to/encoder --overwrite
+  slap-embed s3://bucket/corpus                             embeddings beside its shards""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    line.add_argument("corpus", help="directory with index.json")
-    line.add_argument("--out", type=to_write, help="default: CORPUS/embeddings.zarr")
+    line.add_argument(
+        "corpus", help="directory with index.json, or its URL: s3://, gs://, az://, hf://"
+    )
+    line.add_argument("--out", type=output, help="default: CORPUS/embeddings.zarr")
     line.add_argument("--encoder", default="hashing", help="hashing (default) or hf:PATH")
     line.add_argument("--dim", type=int, help="length of a hashing vector (default 384)")
     line.add_argument("--reference-model", help="adds the column reference_loss")
@@ -59,6 +62,11 @@ def parser() -> argparse.ArgumentParser:
         help="rows of one file of the store; default 16384, a quarter of that for models",
     )
     line.add_argument("--overwrite", action="store_true", help="replace embeddings that are there")
+    line.add_argument(
+        "--scratch-dir",
+        type=to_write,
+        help="where to work for a URL; default: below the folder for temporary files",
+    )
     add_common(line, quiet="no progress bar, no table")
     return line
 

@@ -4,7 +4,10 @@ in   JSON, tables, datasets saved to disk or loaded
 out  shards, index.json and corpus.json in one directory
 
 convert.py     `convert`: the stages below, in order; goes on where it was cut off
+report.py      what it did, also as corpus.json keeps it
 inputs.py      which files there are, of what kind, and in which pieces they are read
+peeking.py     their first records, before all work
+opening.py     a file of them, opened wherever it lies
 readers.py     a piece of an input, row by row
 json_rows.py   JSON: a record a line, or in any other layout
 tables.py      Parquet, Arrow, Feather, CSV, TSV
@@ -23,12 +26,14 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
-    "convert": ("ConvertReport", "convert"),
+    "convert": ("convert",),
     "field_map": ("FieldMap", "parse_map"),
-    "inputs": ("find_inputs", "read_records"),
+    "inputs": ("find_inputs",),
     "loaded": ("check_loaded", "check_tokenizer", "loaded_kind", "token_columns_of"),
     "messages": ("DropReason", "RecordDropped", "is_given"),
+    "peeking": ("read_records",),
     "records": ("KNOWN_SHAPES", "check_map", "normalise"),
+    "report": ("ConvertReport",),
     "token_rows": ("holds_tokens", "read_tokens"),
     "tokenising": (
         "find_tokenizer",

@@ -7,28 +7,25 @@ never done again.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from slap_stream import __version__
 from slap_stream.core.checks import require_whole
-from slap_stream.core.files import path_to_write, read_json, write_json
 from slap_stream.core.processes import usable_cores
 from slap_stream.core.room import require_room, told_when_full
 from slap_stream.core.work_dir import claimed, run_missing
 from slap_stream.corpus.field_map import FieldMap
-from slap_stream.corpus.inputs import Input, cut, find_inputs, peek, read_together
+from slap_stream.corpus.inputs import Input, cut, find_inputs, read_together
 from slap_stream.corpus.loaded import check_tokenizer, loaded_kind
 from slap_stream.corpus.messages import RecordDropped
+from slap_stream.corpus.peeking import peek
 from slap_stream.corpus.readers import Piece
 from slap_stream.corpus.records import check_map, normalise
+from slap_stream.corpus.report import ConvertReport, describe, finished
 from slap_stream.corpus.shuffle import (
     GatherJob,
     ScatterJob,
@@ -39,10 +36,11 @@ from slap_stream.corpus.tally import Tally
 from slap_stream.corpus.tokenising import find_tokenizer, load_tokenizer, tokenizer_digest
 from slap_stream.corpus.work_files import part_manifest, part_name, piece_manifest
 from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.remote.output import output_to
 from slap_stream.shards.index import INDEX_NAME, SHARD_BYTES, merge_indexes
 from slap_stream.text.chat import ATTENTION, Truncate, check_truncate, encode
 
-CORPUS_NAME, WORK_NAME = "corpus.json", ".convert"
+WORK_NAME = ".convert"
 
 _PLAN_VERSION, _WORK_VERSION = 2, 2
 _SHARDS_PER_PART = 4
@@ -52,47 +50,6 @@ _SMALL_PARTS, _SMALL_PART_BYTES = 8, 1 << 20
 # Below this much text, starting processes takes longer than the work.
 _ALONE_BYTES = 128 << 20
 _ALONE_BYTES_TOKENISED = 16 << 20
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ConvertReport:
-    """What `convert` made, and what it left out.
-
-    Attributes:
-        out: Directory of the corpus.
-        format: Whether samples hold messages or tokens.
-        num_samples: In the corpus.
-        counts: Samples per source.
-        dropped: Records left out, per reason; a reason names the value that is to blame.
-        examples: A few of the places of dropped records per reason: `file:line` (from 1; where
-            records are not lines, their number) or, in tables, `file[row]` (from 0).
-        truncated: Samples cut to max_length.
-        shared: Answers that begin with blanks and share their first token with the header before
-            them, which the model never says alone; learnt.
-        unused: Records in which a field says something and was not used, per field.
-        num_pieces: Pieces that the inputs were read in.
-        num_parts: Parts that the corpus was written in.
-        resumed: Pieces and parts that an earlier run had done.
-        seconds: Taken by this run.
-    """
-
-    out: str
-    format: Literal["messages", "tokens"]
-    num_samples: int
-    counts: dict[str, int]
-    dropped: dict[str, int]
-    examples: dict[str, list[str]]
-    truncated: int
-    shared: int
-    unused: dict[str, int]
-    num_pieces: int
-    num_parts: int
-    resumed: int = 0
-    seconds: float = field(default=0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dict, ready for JSON."""
-        return asdict(self)
 
 
 def convert(
@@ -107,6 +64,7 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     source_field: str | None = "source",
     fields: Mapping[str, str] | None = None,
+    scratch_dir: str | Path | None = None,
     progress: bool | None = None,
     command: str | None = None,
 ) -> ConvertReport:
@@ -121,7 +79,8 @@ def convert(
             Arrow or Feather files, Hugging Face datasets saved to disk, or directories of such
             files, or `datasets.Dataset`s and `IterableDataset`s that are loaded: one or several.
             `records.KNOWN_SHAPES` is what they may hold.
-        out: Directory of the corpus, new or empty or left by the same call.
+        out: Directory of the corpus, new or empty or left by the same call; or a URL of an object
+            store, where the corpus is put when it is whole here.
         tokenizer: Path or name of a Hugging Face tokenizer; None keeps messages.
         max_length: Tokens kept of a record; None keeps all.
         truncate: What is done with a longer record: "right" keeps its start, "left" its end with
@@ -132,6 +91,8 @@ def convert(
         source_field: Field that names a record's source; None: all of an input is one source.
         fields: What known names are called in the data, where it has others: `{"instruction":
             "question", "output": "answers.0"}`; dots lead into what lies inside of a field.
+        scratch_dir: Where to work for a URL, on a local disk with room for the corpus and a copy of
+            the text; None: a folder of this user's in the one for temporary files.
         progress: Whether to show a bar on stderr; None means if that is a terminal.
         command: What to write into corpus.json as the command that made it.
 
@@ -139,6 +100,7 @@ def convert(
         ConfigError: If an option is out of range.
         CorpusError: If an input cannot be used, nothing is left of the inputs, or `out` holds
             something else.
+        RemoteError: If a file of an object store or of the web cannot be had or written.
     """
     started = time.monotonic()
     seed = require_whole("seed", seed, 0)
@@ -153,7 +115,8 @@ def convert(
         max_length = require_whole("max_length", max_length, 2)
     check_truncate(truncate, max_length)
     mapped = check_map(fields)
-    out = path_to_write("out", out)
+    place = output_to("out", out, scratch_dir, last=INDEX_NAME)
+    out = place.local
     found = find_inputs(_several(inputs), mapped)
     for entry in found:
         check_tokenizer(entry.dataset, tokenizer, mapped)
@@ -179,9 +142,10 @@ def convert(
         plan["truncate"] = truncate
     if mapped is not None:
         plan["fields"] = mapped.to_dict()
-    earlier = _finished(out, plan)
+    earlier = finished(place, WORK_NAME, plan, progress)
     if earlier is not None:
         return earlier
+    place.claim(plan)
     alone_bytes = _ALONE_BYTES if name is None else _ALONE_BYTES_TOKENISED
     readers = writers = num_workers
     if readers is None:
@@ -280,7 +244,7 @@ def convert(
         _require_samples(tally, name_place, work_dir)
         parts = [out / part_name(n) for n, part in enumerate(written) if part["files"]]
         report = ConvertReport(
-            out=str(out),
+            out=str(place),
             format="messages" if name is None else "tokens",
             num_samples=tally.counts.total(),
             counts=dict(sorted(tally.counts.items())),
@@ -294,10 +258,11 @@ def convert(
             resumed=resumed + resumed_parts,
             seconds=round(time.monotonic() - started, 3),
         )
-        _describe(report, plan, command)
+        describe(out, report, plan, command)
         # Last: a directory with an index is a whole corpus.
         merge_indexes(out, parts)
         shutil.rmtree(work_dir)
+    place.publish(progress=progress)
     return report
 
 
@@ -366,37 +331,6 @@ def _try_first_records(
     return masked
 
 
-def _describe(report: ConvertReport, plan: Mapping[str, Any], command: str | None) -> None:
-    """Write down beside the shards what they are."""
-    described = report.to_dict() | {
-        "tokenizer": plan["tokenizer"],
-        "max_length": plan["max_length"],
-        "truncate": plan.get("truncate", "right"),
-        "seed": plan["seed"],
-        "version": __version__,
-        "command": command,
-        "plan_digest": _digest(plan),
-    }
-    # The corpus may be moved.
-    del described["out"]
-    write_json(Path(report.out) / CORPUS_NAME, described)
-
-
-def _finished(out: Path, plan: Mapping[str, Any]) -> ConvertReport | None:
-    """The report of the same call, if it has ended."""
-    described = out / CORPUS_NAME
-    if not (out / INDEX_NAME).is_file() or not described.is_file():
-        return None
-    saved = read_json(described) or {}
-    if saved.get("plan_digest") != _digest(plan):
-        return None
-    shutil.rmtree(out / WORK_NAME, ignore_errors=True)
-    names = [name for name in ConvertReport.__dataclass_fields__ if name != "out"]
-    report = {name: saved[name] for name in names}
-    report["resumed"] = saved["num_pieces"] + saved["num_parts"]
-    return ConvertReport(out=str(out), **report)
-
-
 def _bar_options(stage: str, unit: str, progress: bool | None) -> dict[str, Any]:
     hidden = None if progress is None else not progress
     return {"desc": stage, "unit": unit, "unit_scale": True, "disable": hidden}
@@ -436,7 +370,3 @@ def _place_namer(pieces: Sequence[Piece], first_rows: Sequence[int]) -> Callable
         return f"{path}:{number + 1}" if pieces[piece].kind == "lines" else f"{path}[{number}]"
 
     return name
-
-
-def _digest(plan: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()

@@ -1,19 +1,18 @@
-"""Inputs of a corpus: found, cut into pieces, looked into before all work."""
+"""Inputs of a corpus: found, and cut into pieces."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from slap_stream.core.files import local_path, path_inside
-from slap_stream.corpus.field_map import FieldMap, guess
+from slap_stream.corpus.field_map import FieldMap
 from slap_stream.corpus.loaded import (
     check_loaded,
     loaded_bounds,
@@ -22,18 +21,15 @@ from slap_stream.corpus.loaded import (
     loaded_kind,
     travels,
 )
-from slap_stream.corpus.messages import DropReason, RecordDropped
-from slap_stream.corpus.readers import Kind, Packing, Piece, explained, read, records_are_lines
+from slap_stream.corpus.readers import Kind, Packing, Piece, explained, records_are_lines
 from slap_stream.corpus.records import (
     COLUMNS,
-    KNOWN_SHAPES,
     columns_to_read,
-    has_known_shape,
-    normalise,
-    shape_by_names,
 )
 from slap_stream.corpus.tables import batch_bytes, row_group_bytes
 from slap_stream.errors import CorpusError
+from slap_stream.remote.listing import RemotePath, listed
+from slap_stream.remote.urls import is_remote, parse_url
 from slap_stream.shards.index import INDEX_NAME
 
 logger = logging.getLogger(__name__)
@@ -41,7 +37,6 @@ logger = logging.getLogger(__name__)
 PIECE_BYTES = 64 << 20
 # Parts of a piece: pieces that are smaller are read by one job.
 _SMALLEST = 16
-_PEEKED_ROWS = 16
 _LOADED = Path("<loaded>")
 _NOT_LOCAL = (
     "download it first, or load it with datasets.load_dataset and hand over the dataset "
@@ -88,10 +83,10 @@ class Input:
         columns: Fields of a record that are looked at.
     """
 
-    path: Path
+    path: Path | RemotePath
     stem: str
     kind: Kind
-    files: tuple[Path, ...]
+    files: tuple[Path | RemotePath, ...]
     dataset: Any = None
     columns: tuple[str, ...] = COLUMNS
 
@@ -138,9 +133,12 @@ def find_inputs(inputs: Sequence[Any], fields: FieldMap | None = None) -> list[I
         CorpusError: If one does not exist or is of no known format, or two are the same.
     """
     found: list[Found] = []
-    datasets: dict[Path, Any] = {}
+    datasets: dict[Path | RemotePath, Any] = {}
     for entry in inputs:
         kind = loaded_kind(entry)
+        if kind is None and is_remote(entry):
+            found += _expand_remote(entry)
+            continue
         if kind is None:
             found += _expand(local_path("inputs", entry, _NOT_LOCAL))
             continue
@@ -225,85 +223,22 @@ def cut(entry: Input) -> list[Piece]:
     return pieces
 
 
-def peek(
-    entry: Input,
-    pieces: Sequence[Piece],
-    fields: FieldMap | None = None,
-    *,
-    tokenised: bool = False,
-) -> Iterator[Mapping[str, Any]]:
-    """The first records of an input that are of a known shape, also token ids if there is a
-    tokenizer; none only if it has no rows.
-
-    Read as they are asked for: of thousands of small files, more would be all of them.
-
-    Args:
-        entry: The input.
-        pieces: It as `cut` has cut it.
-        fields: Names in the data for known ones.
-        tokenised: As `normalise` takes it.
-
-    Raises:
-        CorpusError: If a file cannot be read, or none of the first records is of a known shape, nor
-            would be if its fields had values.
-    """
-    first, known = None, False
-    if pieces:
-        with closing(read(pieces[0], entry.columns)) as reader:
-            for row in islice(reader, _PEEKED_ROWS):
-                if row is None:
-                    continue
-                first = row if first is None else first
-                fits = has_known_shape(row, fields, tokenised=tokenised)
-                known = known or fits or shape_by_names(row, fields) is not None
-                if isinstance(row, Mapping) and fits:
-                    yield row
-    if first is not None and not known:
-        raise CorpusError(
-            f"records must have one of the known shapes, got {_describe(first, fields)} at the "
-            f"start of {entry.name!r}{_cure(first)}; known shapes are {'; '.join(KNOWN_SHAPES)}."
-        )
+Found = tuple[Path | RemotePath, Kind, tuple[Path | RemotePath, ...]]
 
 
-def read_records(path: str | Path) -> Iterator[dict[str, Any] | RecordDropped]:
-    """The records of files in their order, as messages; of one that cannot be used, why.
-
-    Raises:
-        CorpusError: If a file cannot be read, or is of no known format or shape.
-    """
-    for entry in find_inputs([path]):
-        pieces = cut(entry)
-        for _ in peek(entry, pieces):
-            break
-        for piece in pieces:
-            for row in read(piece, COLUMNS):
-                if row is None:
-                    continue
-                try:
-                    if isinstance(row, DropReason):
-                        raise RecordDropped(row)
-                    yield {"messages": normalise(row, source_field=None).messages}
-                except RecordDropped as dropped:
-                    yield dropped
-
-
-def _describe(row: Any, fields: FieldMap | None) -> str:
-    if not isinstance(row, Mapping):
-        return f"a {row}"
-    mapped = "" if fields is None else f" with the map {fields.to_dict()!r}"
-    return f"the fields {sorted(map(str, row))[:20]!r}{mapped}"
-
-
-def _cure(row: Any) -> str:
-    """A map that might serve, in words; it is a guess, so that it is not taken by itself."""
-    found = guess(row) if isinstance(row, Mapping) else {}
+def _expand_remote(entry: str | Path) -> list[Found]:
+    """Files of a URL, as those of a local path; a pattern is a folder of what it fits."""
+    known = ", ".join(sorted(_SUFFIXES))
+    files, named = listed(parse_url("inputs", entry))
+    kinds = [(file, _SUFFIXES.get(_suffix(file).lower())) for file in files]
+    found: list[Found] = [(file, kind, (file,)) for file, kind in kinds if kind is not None]
     if not found:
-        return ""
-    line = ",".join(f"{name}={field}" for name, field in found.items())
-    return f"; if it is what they hold, slap-convert --map {line}, or fields={found!r}"
-
-
-Found = tuple[Path, Kind, tuple[Path, ...]]
+        what = "which is none" if named else f"with {[file.name for file in files[:5]]!r}"
+        raise CorpusError(
+            f"inputs in object stores or on the web must be files that end in one of {known}, or "
+            f"folders or patterns of such, got {str(entry)!r}, {what}."
+        )
+    return found
 
 
 def _expand(path: Path) -> list[Found]:
@@ -389,12 +324,12 @@ def _described(file: Path, key: str) -> list[Any]:
     return value
 
 
-def _suffix(path: Path) -> str:
+def _suffix(path: Path | RemotePath) -> str:
     """As it is written: .jsonl, .JSONL.gz."""
     return "".join(path.suffixes[-2:]) if path.suffix.lower() in _PACKINGS else path.suffix
 
 
-def _unique_stems(paths: Sequence[Path]) -> list[str]:
+def _unique_stems(paths: Sequence[Path | RemotePath]) -> list[str]:
     """File names without suffix; where two are alike, with the folders that tell them apart."""
     parts = []
     for path in paths:

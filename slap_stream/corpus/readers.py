@@ -22,6 +22,7 @@ from slap_stream.corpus.json_rows import (
 )
 from slap_stream.corpus.loaded import LoadedKind, loaded_rows
 from slap_stream.corpus.messages import DropReason
+from slap_stream.corpus.opening import BUFFER_BYTES, opened
 from slap_stream.corpus.tables import (
     Separated,
     arrow_names,
@@ -31,6 +32,7 @@ from slap_stream.corpus.tables import (
     separated_rows,
 )
 from slap_stream.errors import CorpusError
+from slap_stream.remote.listing import RemotePath
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -41,7 +43,6 @@ Kind = Literal["lines", "parquet", "arrow"] | Separated | LoadedKind
 Packing = Literal["", "gz", "zst"]
 
 _REPORT_ROWS = 256
-_BUFFER_BYTES = 1 << 17
 # A chunk this small expands to at most 128 MiB, however well it was compressed.
 _ZSTD_CHUNK_BYTES = 4096
 
@@ -110,7 +111,7 @@ def read(
 
 
 @contextmanager
-def explained(path: str | Path) -> Iterator[None]:
+def explained(path: object) -> Iterator[None]:
     """Name the file in the errors that reading it raises.
 
     Raises:
@@ -151,8 +152,7 @@ def other_columns(piece: Piece, columns: Sequence[str]) -> list[str]:
 
 def _rows_of_text(piece: Piece, report: Callable[[float], None]) -> Iterator[Row]:
     with ExitStack() as stack:
-        raw: Buffered = io.BufferedReader(io.FileIO(piece.path), _BUFFER_BYTES)
-        stack.enter_context(raw)
+        raw = stack.enter_context(opened(piece.path))
         stream = stack.enter_context(_unpacked(raw, piece))
         for number, row in enumerate(_rows_in(piece, raw, stream), start=1):
             yield row
@@ -165,7 +165,7 @@ def _rows_in(piece: Piece, raw: Buffered, stream: Buffered) -> Iterator[Row]:
         require_utf8(stream.peek(2))
         return separated_rows(stream, piece.kind, piece.path)
     # Of a part it is known already that its records are lines.
-    if piece.whole and not one_a_line(stream.peek(_BUFFER_BYTES)):
+    if piece.whole and not one_a_line(stream.peek(BUFFER_BYTES)):
         return rows_of_values(stream.read)
     return _rows_of_lines(piece, raw, stream)
 
@@ -189,22 +189,22 @@ def _rows_of_lines(piece: Piece, raw: Buffered, stream: Buffered) -> Iterator[Ro
             yield from rows_of_line(line)
 
 
-def records_are_lines(path: Path) -> bool:
+def records_are_lines(path: Path | RemotePath) -> bool:
     """Whether a file of JSON that is not compressed can be read in parts.
 
     Raises:
         FormatError: If it is UTF-16.
     """
-    with open(path, "rb") as file:
-        return one_a_line(file.read(_BUFFER_BYTES))
+    with opened(path) as file:
+        return one_a_line(file.read(BUFFER_BYTES))
 
 
 def _unpacked(raw: Buffered, piece: Piece) -> Buffered:
     """The bytes of a file as they were before it was compressed."""
     if piece.packing == "gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw), buffer_size=_BUFFER_BYTES)
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw), buffer_size=BUFFER_BYTES)
     if piece.packing == "zst":
-        return io.BufferedReader(_ZstdStream(raw), buffer_size=_BUFFER_BYTES)
+        return io.BufferedReader(_ZstdStream(raw), buffer_size=BUFFER_BYTES)
     return raw
 
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from slap_stream.corpus.json_rows import MAX_RECORD_BYTES, Row
 from slap_stream.corpus.messages import DropReason
+from slap_stream.corpus.opening import arrow_source, table_source
 from slap_stream.errors import CorpusError
+from slap_stream.remote.listing import RemotePath
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,16 +29,16 @@ _SLICE_ROWS = 64
 _FILE_MAGIC, _FEATHER_1_MAGIC = b"ARROW1", b"FEA1"
 
 
-def row_group_bytes(path: Path) -> list[int]:
+def row_group_bytes(path: Path | RemotePath) -> list[int]:
     """Bytes of each row group of a Parquet file, uncompressed."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as table:
+    with pq.ParquetFile(table_source(path)) as table:
         groups = table.metadata
         return [groups.row_group(n).total_byte_size for n in range(groups.num_row_groups)]
 
 
-def batch_bytes(path: Path) -> list[int]:
+def batch_bytes(path: Path | RemotePath) -> list[int]:
     """Bytes of each record batch of an Arrow stream or file."""
     with _arrow(str(path)) as source:
         return [batch.nbytes for batch in _batches(source, 0, None)]
@@ -46,7 +48,7 @@ def parquet_names(path: str) -> list[str]:
     """Columns of a Parquet file."""
     import pyarrow.parquet as pq
 
-    names: list[str] = pq.read_schema(path).names
+    names: list[str] = pq.read_schema(table_source(path)).names
     return names
 
 
@@ -64,7 +66,8 @@ def parquet_rows(
     import pyarrow.parquet as pq
 
     # Buffered and not pre-buffered: pages are read as they are needed, not whole row groups.
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
+    source = table_source(path)
+    with pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20) as table:
         groups = range(start, stop)
         present = _present(columns, table.schema_arrow.names, path)
         total = sum(table.metadata.row_group(group).num_rows for group in groups)
@@ -93,8 +96,7 @@ def _arrow(path: str) -> Iterator[Any]:
     """`datasets` saves streams; what else ends in .arrow, and Feather, are files with a footer."""
     import pyarrow as pa
 
-    # Mapped: the batches are found without reading what they hold.
-    with pa.memory_map(path) as source:
+    with arrow_source(path) as source:
         magic = source.read(len(_FILE_MAGIC))
         source.seek(0)
         if magic.startswith(_FEATHER_1_MAGIC):

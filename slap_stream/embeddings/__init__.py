@@ -13,6 +13,7 @@ judge.py         the column `judge_loss`: what stands out to a model that reads 
 target_set.py    the column `relevance`: is a sample of a target set's kind?
 layout.py        shape, columns and origin of a store
 store.py         `EmbeddingStore`: the store itself; the only importer of zarr
+remote_store.py  the files of a store that lies elsewhere, as their rows are asked for
 plain_rows.py    rows of an array without Zarr, for speed
 rows.py          arrays in memory and several stores as one row store
 """
@@ -22,7 +23,8 @@ from __future__ import annotations
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
     "corpus_texts": ("CorpusTexts",),
-    "store": ("EmbeddingStore", "open_embeddings"),
+    "store": ("EmbeddingStore", "open_embeddings", "store_metrics"),
+    "layout": ("STORE_NAME",),
     "rows": ("StackedStore", "as_row_store", "take"),
     "embed": ("EmbedReport", "embed"),
     "pretrained": ("torch_device",),

@@ -10,10 +10,13 @@ from typing import Any
 
 from slap_stream.corpus.tokenising import find_tokenizer, load_tokenizer
 from slap_stream.errors import CorpusError
+from slap_stream.remote.cache import FileCache
 from slap_stream.shards.index import corpus_columns
 from slap_stream.shards.reader import iter_corpus
 from slap_stream.text.sample import TextSample, from_messages, from_text, from_tokens
 from slap_stream.types import MAX_SOURCES
+
+CORPUS_NAME = "corpus.json"
 
 Sample = Mapping[str, Any]
 
@@ -31,6 +34,7 @@ class CorpusTexts:
             `source`; None: the sources are not told apart.
         tokenizer: Directory or name of the tokenizer that decodes `input_ids`; None until `found`
             means the one that corpus.json names.
+        remote: Fetches the shards of a corpus that lies elsewhere.
     """
 
     corpus_dir: Path
@@ -39,6 +43,7 @@ class CorpusTexts:
     completion_column: str | None = None
     source_column: str | None = "source"
     tokenizer: str | Path | None = None
+    remote: FileCache | None = None
 
     def __post_init__(self) -> None:
         if (self.prompt_column is None) != (self.completion_column is None):
@@ -89,7 +94,8 @@ class CorpusTexts:
             CorpusError: If a sample has none of the columns that text can be made of.
         """
         decode = self._decoder()
-        for offset, sample in enumerate(iter_corpus(self.corpus_dir, start, stop)):
+        samples = iter_corpus(self.corpus_dir, start, stop, remote=self.remote)
+        for offset, sample in enumerate(samples):
             yield self._text(start + offset, sample, decode)
 
     def _decoder(self) -> Callable[[Any], str] | None:
@@ -157,7 +163,7 @@ def source_names(texts: CorpusTexts, num_samples: int) -> tuple[str, ...]:
     if texts.source_column == "source" and isinstance(counts, Mapping):
         names.update(counts)
     else:
-        for sample in iter_corpus(texts.corpus_dir, 0, num_samples):
+        for sample in iter_corpus(texts.corpus_dir, 0, num_samples, remote=texts.remote):
             names.add(str(sample[texts.source_column]))
             if len(names) > MAX_SOURCES:
                 break
@@ -175,7 +181,7 @@ def describe_corpus(corpus_dir: Path) -> dict[str, Any]:
     Raises:
         CorpusError: If corpus.json is there but is not a JSON object.
     """
-    path = corpus_dir / "corpus.json"
+    path = corpus_dir / CORPUS_NAME
     if not path.is_file():
         return {}
     try:

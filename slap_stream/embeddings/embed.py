@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,22 +17,31 @@ from tqdm import tqdm
 from slap_stream.core.checks import require_whole
 from slap_stream.core.files import file_digest, local_path, path_to_write
 from slap_stream.core.processes import run_jobs, usable_cores
-from slap_stream.embeddings.corpus_texts import CorpusTexts, source_names
+from slap_stream.embeddings.corpus_texts import CORPUS_NAME, CorpusTexts, source_names
 from slap_stream.embeddings.encoders import Encoder, open_encoder
 from slap_stream.embeddings.features import FEATURE_NAMES, FIT_SAMPLES, HashedTfidf, feature_columns
 from slap_stream.embeddings.judge import FIT_SAMPLES as SOME_SAMPLES
 from slap_stream.embeddings.judge import Judge
-from slap_stream.embeddings.layout import ROWS_PER_CHUNK, StoreLayout
+from slap_stream.embeddings.layout import (
+    METADATA_NAME,
+    ROWS_PER_CHUNK,
+    STORE_NAME,
+    StoreLayout,
+    require_embeddings,
+)
 from slap_stream.embeddings.pairing import PairModel, cut_sides
 from slap_stream.embeddings.reference import ReferenceLoss
 from slap_stream.embeddings.store import EmbeddingStore, EmbeddingWriter
 from slap_stream.embeddings.target_set import COLUMNS, Relevance, read_examples
 from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.remote.bucket import download
+from slap_stream.remote.cache import FileCache, scratch
+from slap_stream.remote.output import Output, output_to
+from slap_stream.remote.urls import is_remote, parse_url
 from slap_stream.shards.index import INDEX_NAME, corpus_size, unhashed_contents
 from slap_stream.text.sample import TextSample
 from slap_stream.types import MISMATCH_COLUMN, RELEVANCE_COLUMN, Float32Array, Rows
 
-STORE_NAME = "embeddings.zarr"
 # Samples held as text at once, per process.
 _BATCH = 512
 SAMPLES_PER_WORKER = 65_536
@@ -96,6 +107,7 @@ def embed(
     num_workers: int | None = None,
     rows_per_chunk: int | None = None,
     overwrite: bool = False,
+    scratch_dir: str | Path | None = None,
     progress: bool | None = None,
     command: str | None = None,
 ) -> EmbedReport:
@@ -105,8 +117,10 @@ def embed(
     finished, with the same settings, it does nothing. Memory does not grow with the corpus.
 
     Args:
-        corpus: Directory with an index.json and all shards; `convert` need not have made it.
-        out: Where the finished store will be; None means `embeddings.zarr` in the corpus.
+        corpus: Directory with an index.json and all shards, or its URL; `convert` need not have
+            made it.
+        out: Where the finished store will be, a directory or a URL; None means `embeddings.zarr` in
+            the corpus.
         encoder: `hashing`, which needs no download, or `hf:PATH` of a Hugging Face encoder.
         dim: Length of a hashing vector; None means 384.
         reference_model: Path or name of a causal language model, which adds the column
@@ -130,16 +144,19 @@ def embed(
             models, which use all cores.
         rows_per_chunk: Rows of one file; None means 16,384, a quarter of that for models.
         overwrite: Replace the embeddings that are there.
+        scratch_dir: Where to work for a URL, on a local disk with room for the embeddings; None: a
+            folder of this user's in the one for temporary files.
         progress: Whether to show a bar on stderr; None means if that is a terminal.
         command: What to write into the store as the command that made it.
 
     Raises:
         ConfigError: If an option is out of range, or a model or tokenizer cannot be loaded.
         CorpusError: If the corpus cannot be read as text, or something else is in the way.
+        RemoteError: If a file of an object store cannot be had or written.
     """
     began = time.perf_counter()
-    corpus = local_path("corpus", corpus)
-    path = corpus / STORE_NAME if out is None else path_to_write("out", out)
+    place, shards = _places(corpus, out, scratch_dir)
+    corpus = local_path("corpus", corpus) if shards is None else shards.directory
     num_samples = corpus_size(corpus)
     if num_samples < 1:
         raise CorpusError("the corpus must have at least one sample, got 0; nothing to embed.")
@@ -150,6 +167,7 @@ def embed(
         prompt_column=prompt_column,
         completion_column=completion_column,
         source_column=source_column,
+        remote=shards,
     ).found()
     examples = None if target is None else read_examples(target, texts)
     names = source_names(texts, num_samples)
@@ -193,12 +211,13 @@ def embed(
         feature_names=feature_names,
         source_names=names,
         command=command or "",
-        shard_hashes=unhashed_contents(corpus),
+        shard_hashes=unhashed_contents(corpus, shards),
         rows_per_chunk=rows_per_chunk,
     )
-    writer = EmbeddingWriter(path, layout)
+    writer = EmbeddingWriter(place.local, layout)
+    found = _whole(place, layout, overwrite)
     embedded = 0
-    if overwrite or not writer.is_finished():
+    if found is None and (overwrite or not writer.is_finished()):
         with writer.open(overwrite=overwrite) as blocks:
             sizes = [stop - start for start, stop in map(layout.block, blocks)]
             embedded = sum(sizes)
@@ -235,20 +254,69 @@ def embed(
                 disable=None if progress is None else not progress,
             ) as bar:
                 run_jobs(_write_block, jobs, sizes, num_workers=num_workers, bar=bar)
-    noted = EmbeddingStore(path).attributes
+    if found is None:
+        found = EmbeddingStore(place.local).attributes
+        place.publish(progress=progress)
+    else:
+        place.close()
+    if shards is not None:
+        shards.remove()
     return EmbedReport(
-        path=str(path),
+        path=str(place),
         num_samples=num_samples,
         embedded=embedded,
         dim=layout.dim,
         feature_names=feature_names,
         num_sources=len(names),
         length_unit=layout.length_unit,
-        misplaced_share=noted.get("misplaced_share"),
+        misplaced_share=found.get("misplaced_share"),
         judge_tokens=0 if judge is None else judge.tokens,
-        relevant_share=noted.get("relevant_share"),
+        relevant_share=found.get("relevant_share"),
         seconds=round(time.perf_counter() - began, 3),
     )
+
+
+def _places(
+    corpus: str | Path, out: str | Path | None, scratch_dir: str | Path | None
+) -> tuple[Output, FileCache | None]:
+    """Where the store goes; and, of a corpus elsewhere, what fetches its shards."""
+    if not is_remote(corpus):
+        local = local_path("corpus", corpus)
+        if out is None:
+            # Whether that is a directory is asked when it is read.
+            return Output(local / STORE_NAME, None, METADATA_NAME), None
+        return output_to("out", out, scratch_dir, last=METADATA_NAME), None
+    url = parse_url("corpus", corpus)
+    out = str(url.below(STORE_NAME)) if out is None else out
+    place = output_to("out", out, scratch_dir if is_remote(out) else None, last=METADATA_NAME)
+    root = None if scratch_dir is None else path_to_write("scratch_dir", scratch_dir)
+    index = download(url.below(INDEX_NAME))
+    if index is None:
+        raise CorpusError(
+            f"corpus must be a folder with an {INDEX_NAME}, got {str(url)!r}, which has none; "
+            "check the address, or wait until all is uploaded."
+        )
+    # A corpus that is written anew is another one.
+    known = scratch("corpus", f"{url} {hashlib.sha256(index).hexdigest()}", root)
+    shards = FileCache(str(url), known)
+    shards.note(INDEX_NAME)
+    shards.note(CORPUS_NAME)
+    return place, shards
+
+
+def _whole(place: Output, layout: StoreLayout, overwrite: bool) -> dict[str, Any] | None:
+    """What the same store says of itself that is whole elsewhere; None if there is work to do."""
+    told = place.described(METADATA_NAME)
+    if told is None:
+        place.claim(layout.plan(), overwrite=overwrite)
+        return None
+    attributes: dict[str, Any] = json.loads(told[METADATA_NAME]).get("attributes", {})
+    if overwrite:
+        require_embeddings(attributes, str(place))
+        place.claim(layout.plan(), overwrite=True)
+        return None
+    layout.require_same(attributes, str(place))
+    return attributes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,9 @@ import numpy as np
 from slap_stream.errors import CorpusError
 from slap_stream.types import MAX_SOURCES
 
+STORE_NAME = "embeddings.zarr"
+# What a Zarr group says of itself, and what makes one that is uploaded whole.
+METADATA_NAME = "zarr.json"
 FORMAT = "slap_stream.embeddings.store"
 FORMAT_VERSION = 2
 # Rows of one file: what is written, and after a kill written again, at once.
@@ -98,6 +102,25 @@ class StoreLayout:
         """What stores have in common that may stand for each other: all but the command."""
         return {key: value for key, value in self.attributes().items() if key != "command"}
 
+    def require_same(self, attributes: Mapping[str, Any], where: str) -> None:
+        """Refuse a store that is there and is none of this layout.
+
+        Args:
+            attributes: Of that store.
+            where: Its place, for the error.
+
+        Raises:
+            CorpusError: If it is another one.
+        """
+        require_embeddings(attributes, where)
+        plan = self.plan()
+        different = [key for key, value in plan.items() if attributes.get(key) != value]
+        if different:
+            raise CorpusError(
+                f"embeddings must not exist yet or have the same settings, got {where!r} with "
+                f"another {', '.join(different)}; pass overwrite to replace them."
+            )
+
     @property
     def num_blocks(self) -> int:
         """Files per array."""
@@ -107,3 +130,20 @@ class StoreLayout:
         """Half-open range of rows of one block."""
         start = index * self.rows_per_chunk
         return start, min(start + self.rows_per_chunk, self.num_samples)
+
+
+def require_embeddings(attributes: Mapping[str, Any], where: str) -> None:
+    """Refuse to replace what is no embeddings.
+
+    Args:
+        attributes: Of what is there.
+        where: Its place, for the error.
+
+    Raises:
+        CorpusError: If slap-embed has not made it.
+    """
+    if attributes.get("format") != FORMAT:
+        raise CorpusError(
+            f"embeddings must not replace anything but embeddings, got {where!r}, which slap-embed "
+            "did not make; choose another place."
+        )

@@ -12,8 +12,9 @@ Reference: Zarr core specification, version 3: a regular grid of chunks, codec `
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,10 @@ def chunk_path(directory: Path, chunk: int, num_axes: int) -> Path:
     return directory.joinpath("c", str(chunk), *["0"] * (num_axes - 1))
 
 
+def _on_disk(path: Path) -> BinaryIO:
+    return open(path, "rb")
+
+
 class PlainRows:
     """An array of fixed-size rows, read by contiguous range; survives a fork, and any thread may.
 
@@ -35,17 +40,36 @@ class PlainRows:
         shape: (rows, ...) of the array.
         dtype: Of its numbers.
         chunk_rows: Rows in each chunk, which is a file.
+        opened: Opens a file of the array, given its path; None: as one on disk.
+
+    Attributes:
+        shape: The same.
+        dtype: The same.
+        chunk_bytes: Size of each file.
     """
 
     def __init__(
-        self, directory: Path, *, shape: tuple[int, ...], dtype: np.dtype[Any], chunk_rows: int
+        self,
+        directory: Path,
+        *,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        chunk_rows: int,
+        opened: Callable[[Path], BinaryIO] | None = None,
     ) -> None:
         self._directory = directory
+        self._opened = opened or _on_disk
         self.shape, self.dtype = shape, dtype
         self._chunk_rows = chunk_rows
         # Chunks that are known to lie in the store, and not elsewhere by a link.
         self._inside: set[int] = set()
         self._row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+        self.chunk_bytes = chunk_rows * self._row_bytes
+
+    def files(self, start: int, stop: int) -> list[Path]:
+        """Files that rows `start` to `stop` are in."""
+        chunks = range(start // self._chunk_rows, -(-stop // self._chunk_rows))
+        return [chunk_path(self._directory, chunk, len(self.shape)) for chunk in chunks]
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
         """A copy of a contiguous range of rows.
@@ -77,9 +101,9 @@ class PlainRows:
                 )
             self._inside.add(chunk)
         try:
-            with open(path, "rb") as file:
+            with self._opened(path) as file:
                 file.seek(first * self._row_bytes)
-                num_bytes = file.readinto(out.data.cast("B"))
+                num_bytes = file.readinto(out.data.cast("B"))  # type: ignore[attr-defined]
             found = f"{num_bytes} of {out.nbytes} bytes"
         except (FileNotFoundError, IsADirectoryError) as error:
             found, num_bytes = str(error.strerror), 0

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from slap_stream.core.files import sync_new, write_json
+from slap_stream.core.checks import require_whole
+from slap_stream.core.files import read_json, sync_new, write_json
 from slap_stream.core.room import require_room, told_when_full
 from slap_stream.core.work_dir import LOCK_NAME, PLAN_NAME, claimed, remove
-from slap_stream.embeddings.layout import FORMAT, FORMAT_VERSION, StoreLayout
+from slap_stream.embeddings.layout import FORMAT_VERSION, StoreLayout, require_embeddings
 from slap_stream.embeddings.plain_rows import PlainRows, chunk_path
-from slap_stream.embeddings.rows import ArrayStore, StackedStore
+from slap_stream.embeddings.remote_store import StoreFiles
+from slap_stream.embeddings.rows import ArrayStore, StackedStore, check_range
 from slap_stream.errors import AlignmentError, CorpusError
+from slap_stream.remote.cache import CACHE_BYTES
+from slap_stream.remote.urls import is_remote
+from slap_stream.shards.index import content_hash
 from slap_stream.types import Rows, RowStore
 
 # In the folder of a half-written store: the store itself, and a mark for each block that is done.
@@ -69,13 +75,7 @@ class EmbeddingWriter:
         if not self._path.exists():
             return False
         self._refuse_what_is_not_ours()
-        found = _attributes_at(self._path)
-        different = [key for key, value in self.layout.plan().items() if found.get(key) != value]
-        if different:
-            raise CorpusError(
-                f"embeddings must not exist yet or have the same settings, got {str(self._path)!r} "
-                f"with another {', '.join(different)}; pass overwrite to replace them."
-            )
+        self.layout.require_same(_attributes_at(self._path), str(self._path))
         return True
 
     @contextmanager
@@ -119,6 +119,7 @@ class EmbeddingWriter:
                     f"all {self.layout.num_blocks} blocks must be written, got {len(missing)} "
                     "missing; run again to go on."
                 )
+            self._note_hashes()
             if self._path.exists():
                 shutil.rmtree(self._path)
             self._growing.rename(self._path)
@@ -134,6 +135,14 @@ class EmbeddingWriter:
         """Put down further attributes, of kinds that JSON has, of the store being written."""
         zarr.open_group(self._growing, mode="r+", zarr_format=3).attrs.update(attributes)
 
+    def _note_hashes(self) -> None:
+        """Put down what is in the files, for those who fetch them; as the marks have it."""
+        marks = [read_json(self._mark(block)) or {} for block in range(self.layout.num_blocks)]
+        found: list[dict[str, str]] = [mark.get("hashes", {}) for mark in marks]
+        # Marks of an earlier version have none.
+        if all(found):
+            self.note(file_hashes={name: [one[name] for one in found] for name in found[0]})
+
     def _refuse_what_is_not_ours(self) -> None:
         """Only what a writer of this class made is ever deleted.
 
@@ -141,11 +150,8 @@ class EmbeddingWriter:
             CorpusError: If the store's place, or that of the half-written one, holds something
                 else.
         """
-        if self._path.exists() and _attributes_at(self._path).get("format") != FORMAT:
-            raise CorpusError(
-                f"embeddings must not replace anything but embeddings, got {str(self._path)!r}, "
-                "which slap-embed did not make; choose another place."
-            )
+        if self._path.exists():
+            require_embeddings(_attributes_at(self._path), str(self._path))
         inside = {path.name for path in self._partial.glob("*")}
         ours = (LOCK_NAME, PLAN_NAME, _STORE, _MARK)
         if any(not name.startswith(ours) for name in inside) or (
@@ -193,6 +199,7 @@ class EmbeddingWriter:
         with zarr.config.set({"array.write_empty_chunks": True}):
             group = zarr.open_group(self._growing, mode="r+", zarr_format=3)
             arrays = {name: array for name, array in group.arrays() if name in columns}
+        hashes = {}
         for name, (_, tail) in columns.items():
             values, shape = np.asarray(getattr(rows, name)), (stop - start, *tail)
             if values.shape != shape:
@@ -206,8 +213,10 @@ class EmbeddingWriter:
                 )
                 # Before the mark, which would outlive them when the power fails.
                 directory = self._growing / name
-                sync_new(chunk_path(directory, block, values.ndim), directory)
-        write_json(self._mark(block), {"rows": [start, stop]})
+                file = chunk_path(directory, block, values.ndim)
+                sync_new(file, directory)
+                hashes[name] = content_hash(file)
+        write_json(self._mark(block), {"rows": [start, stop], "hashes": hashes})
 
 
 def _half(name: str, values: NDArray[Any], start: int) -> NDArray[np.float16]:
@@ -236,11 +245,17 @@ def _attributes_at(path: Path) -> dict[str, Any]:
 class EmbeddingStore(ArrayStore):
     """A finished `embeddings.zarr`, read by contiguous ranges; pickles as its path.
 
+    Of one elsewhere the files that hold the rows asked for are fetched whole, checked, and kept as
+    far as `cache_bytes` allows; they are then read as local ones are.
+
     Args:
-        path: Directory of the Zarr group.
+        path: Directory of the Zarr group, or its URL.
+        cache_dir: Folder for the files of a URL, on a local disk; None: one of this user's in the
+            one for temporary files. Processes of a machine share it.
+        cache_bytes: What they may take.
 
     Attributes:
-        path: The same.
+        path: The first, as a text if it is a URL.
         attributes: All that the group says about itself; see `StoreLayout.attributes`.
         length_unit: `tokens`, or `characters / 4`.
         index_digest: `file_digest` of the index.json of the dataset that was embedded.
@@ -255,17 +270,27 @@ class EmbeddingStore(ArrayStore):
     # Files, opened for each read.
     thread_safe = True
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        partial = self.path.with_name(self.path.name + ".partial")
-        if not self.path.exists():
-            half = f" ({partial.name} is half-written)" if partial.exists() else ""
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self._files: StoreFiles | None = None
+        if is_remote(path):
+            self._files = StoreFiles(path, cache_dir, require_whole("cache_bytes", cache_bytes, 1))
+        self.path: Path | str = Path(path) if self._files is None else self._files.url
+        self._folder = Path(path) if self._files is None else self._files.folder
+        if not self._folder.exists():
+            growing = self._folder.with_name(self._folder.name + ".partial")
+            half = f" ({growing.name} is half-written)" if growing.exists() else ""
             raise AlignmentError(
                 f"embeddings must be an existing embeddings.zarr, got {str(self.path)!r}, which "
                 f"does not exist{half}; run slap-embed on the corpus."
             )
         try:
-            group = zarr.open_group(self.path, mode="r", zarr_format=3)
+            group = zarr.open_group(self._folder, mode="r", zarr_format=3)
         except _OF_ZARR as error:
             raise AlignmentError(self._not_a_store(str(error))) from error
         self.attributes: dict[str, Any] = dict(group.attrs)
@@ -294,6 +319,8 @@ class EmbeddingStore(ArrayStore):
         columns = {
             name: self._plain_rows(name, array) for name, array in arrays.items() if name in needed
         }
+        if self._files is not None:
+            self._files.know(columns, said.get("file_hashes", {}))
         super().__init__(
             columns["embedding"],
             lengths=columns["length"],
@@ -315,11 +342,29 @@ class EmbeddingStore(ArrayStore):
         if array.shards or array.compressors or array.filters or not whole_rows:
             raise AlignmentError(self._not_a_store(f"{name} not in files of plain rows"))
         return PlainRows(
-            self.path / name,
+            self._folder / name,
             shape=array.shape,
             dtype=array.dtype.newbyteorder("<"),
             chunk_rows=array.chunks[0],
+            opened=None if self._files is None else self._files.open,
         )
+
+    def read(self, start: int, stop: int) -> Rows:
+        """Rows `start` to `stop` (half-open), one contiguous read per array.
+
+        Raises:
+            IndexError: If the range leaves the store.
+            AlignmentError: If a file is missing or shorter than it should be.
+            RemoteError: If a file that lies elsewhere cannot be fetched.
+        """
+        if self._files is not None:
+            check_range(start, stop, self.shape[0])
+            self._files.ensure(start, stop)
+        return super().read(start, stop)
+
+    def metrics(self) -> dict[str, float]:
+        """What this process has fetched of a store that lies elsewhere; {} of a local one."""
+        return {} if self._files is None else self._files.metrics()
 
     def _not_a_store(self, reason: str) -> str:
         return (
@@ -327,9 +372,10 @@ class EmbeddingStore(ArrayStore):
             f"({reason}); run slap-embed on the corpus."
         )
 
-    def __reduce__(self) -> tuple[type[EmbeddingStore], tuple[Path]]:
+    def __reduce__(self) -> tuple[Any, tuple[Path | str]]:
         # Handles of Zarr belong to the process that opened them.
-        return EmbeddingStore, (self.path,)
+        options = {} if self._files is None else self._files.options
+        return partial(EmbeddingStore, **options), (self.path,)
 
     def verify(self, index_digest: str, num_samples: int) -> None:
         """Refuse a dataset that these are not the embeddings of.
@@ -354,19 +400,31 @@ class EmbeddingStore(ArrayStore):
             )
 
 
-def open_embeddings(embeddings: Any) -> RowStore:
+def store_metrics(store: RowStore) -> dict[str, float]:
+    """What this process has fetched of stores that lie elsewhere; {} if none does."""
+    total: dict[str, float] = {}
+    for one in store.stores if isinstance(store, StackedStore) else [store]:
+        for name, value in (one.metrics() if isinstance(one, EmbeddingStore) else {}).items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def open_embeddings(
+    embeddings: Any, cache_dirs: Sequence[str | os.PathLike[str] | None] = ()
+) -> RowStore:
     """A row store from what a user hands over.
 
     Args:
         embeddings: Path of an `embeddings.zarr`, a row store, an array (or anything with `shape`,
             `dtype` and row slices), or a list of those, one per stream, in stream order.
+        cache_dirs: Folders for what lies elsewhere, one per stream; (): as for `EmbeddingStore`.
 
     Raises:
         TypeError: If it is none of these.
         AlignmentError: If a path holds no finished store, or stores do not fit together.
     """
     if isinstance(embeddings, str | os.PathLike):
-        return EmbeddingStore(embeddings)
+        return EmbeddingStore(embeddings, cache_dir=cache_dirs[0] if cache_dirs else None)
     if hasattr(embeddings, "read") and hasattr(embeddings, "source_names"):
         store: RowStore = embeddings
         return store
@@ -378,7 +436,7 @@ def open_embeddings(embeddings: Any) -> RowStore:
                 "embeddings must be a path, a store, an array or a list of those, got a list of "
                 "numbers; pass a NumPy array."
             )
-        stores = [open_embeddings(item) for item in embeddings]
+        stores = [open_embeddings(item, cache_dirs[n : n + 1]) for n, item in enumerate(embeddings)]
         return stores[0] if len(stores) == 1 else StackedStore(stores)
     raise TypeError(
         "embeddings must be a path, a store, an array or a non-empty list of those, got "

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from slap_stream.corpus.inputs import read_records
 from slap_stream.corpus.messages import RecordDropped
+from slap_stream.corpus.peeking import read_records
 from slap_stream.corpus.tokenising import load_tokenizer, token_columns
 from slap_stream.embeddings.corpus_texts import CorpusTexts, describe_corpus
 from slap_stream.embeddings.features import FEATURE_NAMES

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slap_stream.corpus.inputs import read_records
 from slap_stream.corpus.messages import RecordDropped
+from slap_stream.corpus.peeking import read_records
 from slap_stream.corpus.tokenising import token_columns
 from slap_stream.errors import CorpusError
 from slap_stream.integrations.first_rank import first_rank_first

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,19 @@ import torch.distributed as dist
 
 from slap_stream.config import SlapConfig
 from slap_stream.core.checks import require_whole
+from slap_stream.embeddings.layout import STORE_NAME
 from slap_stream.embeddings.rows import StackedStore
 from slap_stream.embeddings.store import open_embeddings
 from slap_stream.errors import AlignmentError, ConfigError
 from slap_stream.loader.ranks import Ranks
 from slap_stream.loader.run_log import RunLog
+from slap_stream.remote.urls import is_remote, parse_url
 from slap_stream.selection.policies.registry import make_policy
 from slap_stream.selection.sampler import SlapSampler
 from slap_stream.selection.schedule import check_lanes, check_plan
 from slap_stream.selection.state import check_ranks_agree
 from slap_stream.shards.settings import (
+    DatasetShards,
     dataset_shards,
     index_digests,
     launched_rank,
@@ -165,8 +169,7 @@ def check_run(
         AlignmentError: If embeddings and dataset do not describe the same samples.
     """
     shards = dataset_shards(dataset)
-    store = open_embeddings(embeddings)
-    check_alignment(store, index_digests(dataset), shards.sizes, shards.stream_of_shard)
+    store = aligned_embeddings(dataset, embeddings, shards, index_digests(dataset))
     check_plan(
         shards.sizes,
         shards.counts,
@@ -175,6 +178,48 @@ def check_run(
         batch_size=batch_size,
         world_size=world_size // (dataset.replication or 1),
     )
+
+
+def aligned_embeddings(
+    dataset: Any, embeddings: Any, shards: DatasetShards, digests: Sequence[str]
+) -> RowStore:
+    """The row store that was given, or else the one beside the shards of each stream.
+
+    What of it lies elsewhere is kept beside the stream's local shards.
+
+    Args:
+        dataset: The `StreamingDataset`.
+        embeddings: As for `SlapDataLoader`.
+        shards: Of the dataset.
+        digests: (num_streams,) of each stream's index.
+
+    Raises:
+        ConfigError: If none was given, and a stream's shards lie where none can be looked for.
+        TypeError: If it is no such thing.
+        AlignmentError: If there is no finished store, or stores do not fit together or the dataset.
+        RemoteError: If it cannot be reached.
+    """
+    if embeddings is None:
+        embeddings = [_beside(stream) for stream in dataset.streams]
+    # Without a remote the shards are their owner's, and nothing is put beside them.
+    places = [s.local if s.remote not in (None, s.local) else None for s in dataset.streams]
+    store = open_embeddings(embeddings, places)
+    check_alignment(store, digests, shards.sizes, shards.stream_of_shard)
+    return store
+
+
+def _beside(stream: Any) -> str | Path:
+    local = Path(stream.local, stream.split or "", STORE_NAME)
+    if local.exists() or stream.remote is None:
+        return local
+    if is_remote(stream.remote):
+        return str(parse_url("remote", stream.remote).below(stream.split or "").below(STORE_NAME))
+    if "://" in stream.remote:
+        raise ConfigError(
+            f"embeddings must be given for shards in {stream.remote!r}, got None; copy "
+            f"{STORE_NAME} to a local disk, or to an object store that it can be fetched from."
+        )
+    return Path(stream.remote, stream.split or "", STORE_NAME)
 
 
 def check_launched(dataset: Any) -> None:

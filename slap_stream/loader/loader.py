@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader, default_collate
 from slap_stream.config import SlapConfig
 from slap_stream.core.background import BackgroundThread
 from slap_stream.core.rng import Purpose, generator
-from slap_stream.embeddings.store import open_embeddings
+from slap_stream.embeddings.store import store_metrics
 from slap_stream.errors import ConfigError
 from slap_stream.loader.accelerated import Accelerated, never_divided
 from slap_stream.loader.bad_samples import BadSamples, reading
 from slap_stream.loader.checks import (
+    aligned_embeddings,
     batch_size_of,
-    check_alignment,
     check_arguments,
     check_cache_limit,
     check_launched,
@@ -78,8 +78,8 @@ class SlapDataLoader(DataLoader[Any]):
             `replication`, so many consecutive processes get the same batches.
         batch_size: Samples in this rank's batch; default: the dataset's. The global batch,
             batch_size * world_size, is fixed for a run.
-        embeddings: Path of `embeddings.zarr`, an `EmbeddingStore`, an array, or a list of them in
-            stream order.
+        embeddings: Path or URL of `embeddings.zarr`, an `EmbeddingStore`, an array, or a list of
+            them in stream order; default: `embeddings.zarr` beside the shards of each stream.
         config: Settings; default `SlapConfig()`.
         collate_fn: Makes a batch, a mapping, of a list of samples; default torch's.
         num_workers: Processes that read and collate; 0 does it in this one. The batches are the
@@ -113,7 +113,7 @@ class SlapDataLoader(DataLoader[Any]):
         dataset: Any,
         batch_size: int | None = None,
         *,
-        embeddings: Any,
+        embeddings: Any = None,
         config: SlapConfig | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_workers: int = 0,
@@ -134,9 +134,8 @@ class SlapDataLoader(DataLoader[Any]):
         shards = dataset_shards(dataset)
         batch_size = batch_size_of(batch_size, dataset)
         prefetch_factor = prefetch_within(num_workers, prefetch_factor, config.lookahead)
-        store = open_embeddings(embeddings)
         self._digests = index_digests(dataset)
-        check_alignment(store, self._digests, shards.sizes, shards.stream_of_shard)
+        store = self._store = aligned_embeddings(dataset, embeddings, shards, self._digests)
         check_launched(dataset)
         self._ranks = join_ranks(
             rank=rank,
@@ -379,7 +378,7 @@ class SlapDataLoader(DataLoader[Any]):
         metrics["epoch"] = self.epochs_done
         metrics["trained"] -= float(ahead * self._sampler.batch_size)
         metrics["step"] -= float(ahead)
-        metrics |= self._tally.metrics()
+        metrics |= self._tally.metrics() | store_metrics(self._store)
         if self._probe is not None:
             metrics |= self._probe.metrics()
         return metrics | self._log.metrics()

@@ -39,6 +39,7 @@ from slap_stream.loader.run_files import (
     surviving_rows,
     thinned,
 )
+from slap_stream.remote.urls import is_remote
 from slap_stream.selection.departures import OUTCOMES, ROW
 from slap_stream.selection.sampler import SlapSampler
 from slap_stream.types import FloatArray, IntArray, RowStore
@@ -423,7 +424,10 @@ def describe(dataset: Any, store: RowStore, sampler: SlapSampler) -> dict[str, A
     by_source = bool(strata["strata_by_source"])
     return {
         "corpora": [str(Path(stream.local, stream.split)) for stream in dataset.streams],
-        "embeddings": [None if path is None else str(Path(path).absolute()) for path in paths],
+        "embeddings": [
+            path if path is None or is_remote(path) else str(Path(path).absolute())
+            for path in paths
+        ],
         "length_unit": getattr(parts[0], "length_unit", "length"),
         "config": sampler.config.to_dict(),
         "run": sampler.describe(),

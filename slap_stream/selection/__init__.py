@@ -11,7 +11,8 @@ lane.py           one lane: candidates in, batches out, step by step
   strata.py       source x embedding cluster
   pool.py         candidates that wait, and what was trained on lately
   scoring.py      what each pooled candidate is worth
-  schedule.py     how many slots each stratum has, and when the pool fills and drains
+  schedule.py     how long an epoch is, and when the pool fills and drains
+  quota.py        how much is kept, and how many slots each stratum has
   composer.py     which candidates make the next batch, which leave, which are probed
   batch_kernels.py  its compiled inner loops
   repeats.py      samples that an epoch offers more than once

@@ -17,8 +17,9 @@ from slap_stream.selection.policies.base import (
 )
 from slap_stream.selection.policies.uniform import Uniform
 from slap_stream.selection.pool import Pool, RecentlyTrained, SketchQueue
+from slap_stream.selection.quota import Keep, apportion, claims_of
 from slap_stream.selection.repeats import Turns, copy_number, pressing
-from slap_stream.selection.schedule import Keep, LanePlan, LaneProgress, apportion, claims_of
+from slap_stream.selection.schedule import LanePlan, LaneProgress
 from slap_stream.selection.scoring import Yardsticks
 from slap_stream.selection.state import Lookup
 from slap_stream.types import (

@@ -20,7 +20,7 @@ from slap_stream.selection.loss_model import NUM_OWN_COLUMNS, LossModel, RankTab
 from slap_stream.selection.outliers import Outliers
 from slap_stream.selection.policies.base import Policy
 from slap_stream.selection.pool import EMPTY, Pool, RecentlyTrained
-from slap_stream.selection.schedule import Keep, raised
+from slap_stream.selection.quota import Keep, raised
 from slap_stream.selection.state import Lookup
 from slap_stream.types import (
     MISMATCH_COLUMN,

@@ -19,7 +19,8 @@ from slap_stream.selection.loss_model import (
     LossModel,
 )
 from slap_stream.selection.moments import Moments
-from slap_stream.selection.schedule import Keep, LanePlan
+from slap_stream.selection.quota import Keep
+from slap_stream.selection.schedule import LanePlan
 from slap_stream.selection.state import Lookup
 from slap_stream.selection.strata import Strata
 from slap_stream.types import (

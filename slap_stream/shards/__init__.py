@@ -24,6 +24,7 @@ EXPORTS = {
     "view": ("ShardView",),
     "fetch": ("ShardFetcher",),
     "settings": (
+        "DatasetShards",
         "dataset_shards",
         "index_digests",
         "launched_rank",
@@ -34,6 +35,7 @@ EXPORTS = {
     "index": (
         "INDEX_NAME",
         "SHARD_BYTES",
+        "content_hash",
         "corpus_columns",
         "corpus_size",
         "merge_indexes",

@@ -14,6 +14,7 @@ import xxhash
 
 from slap_stream.core.files import path_inside, require_inside, write_text
 from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.remote.cache import FileCache
 from slap_stream.types import IntArray
 
 INDEX_NAME = "index.json"
@@ -184,12 +185,13 @@ def merge_indexes(out: PathLike, part_dirs: Sequence[PathLike]) -> int:
     return num_samples
 
 
-def unhashed_contents(corpus_dir: PathLike) -> tuple[str, ...]:
+def unhashed_contents(corpus_dir: PathLike, remote: FileCache | None = None) -> tuple[str, ...]:
     """Hashes of what is in the shards of which the index has none, as streaming's writer leaves
     them by default: of these it says no more than how large they are.
 
     Args:
         corpus_dir: Directory with an index.json and the shards.
+        remote: Fetches those shards, of which the directory then needs none.
 
     Returns:
         (num_shards,) in sample-id order, empty for shards that the index has hashes of, and for
@@ -200,8 +202,16 @@ def unhashed_contents(corpus_dir: PathLike) -> tuple[str, ...]:
     for shard in shards:
         file = shard.get("raw_data") or {}
         path = path_inside(INDEX_NAME, Path(corpus_dir), file.get("basename", "none"))
+        if remote is not None and not file.get("hashes") and not shard.get("zip_data"):
+            remote.file(file["basename"], file["bytes"])
         found.append("" if file.get("hashes") or not path.is_file() else content_hash(path))
     return tuple(found) if any(found) else ()
+
+
+def digest_of(file: ShardInfo) -> tuple[str, str] | None:
+    """The cheapest of the hashes that an index has of a file, by name; None if it has none."""
+    hashes: dict[str, str] = file.get("hashes") or {}
+    return min(hashes.items(), key=lambda one: (not one[0].startswith("xxh"), one), default=None)
 
 
 def content_hash(path: Path) -> str:

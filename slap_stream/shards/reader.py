@@ -14,9 +14,10 @@ import numpy as np
 
 from slap_stream.core.files import local_path, path_inside
 from slap_stream.errors import CorpusError, DamagedShardError
+from slap_stream.remote.cache import FileCache
 from slap_stream.shards.decode import SampleDecoder, sample_bounds
 from slap_stream.shards.encodings import UNSAFE_ENCODINGS, codec_of
-from slap_stream.shards.index import INDEX_NAME, PathLike, ShardInfo, read_index
+from slap_stream.shards.index import INDEX_NAME, PathLike, ShardInfo, digest_of, read_index
 
 if TYPE_CHECKING:
     from slap_stream.shards.library import Reader
@@ -32,7 +33,11 @@ _GROUP_BYTES = 4 << 20
 
 
 def iter_corpus(
-    corpus_dir: PathLike, start: int = 0, stop: int | None = None
+    corpus_dir: PathLike,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    remote: FileCache | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Raw samples of a corpus on local disk, in sample-id order.
 
@@ -43,6 +48,7 @@ def iter_corpus(
         corpus_dir: Directory with an index.json.
         start: First sample id.
         stop: Sample id to stop before; None reads to the end.
+        remote: Fetches the shards, of which the directory then needs none.
 
     Yields:
         Samples as dicts of their columns.
@@ -77,7 +83,8 @@ def iter_corpus(
                     f"shard {shard_id} of {str(directory)!r} must be readable without unpickling, "
                     f"got an entry in index.json that is not: {error}"
                 ) from error
-            at = _unpacked(directory, shard, stack)
+            there = directory if remote is None else _fetched(remote, shard, stack)
+            at = _unpacked(there, shard, stack)
             if decoder is not None:
                 path = at / shard["raw_data"]["basename"]
                 yield from _samples(path, shard, decoder, low, high)
@@ -149,6 +156,17 @@ def _samples(
                 raise _damaged(name, error) from error
             yield from decoded
             low = until
+
+
+def _fetched(remote: FileCache, shard: ShardInfo, stack: ExitStack) -> Path:
+    """Where a shard's files are as long as the stack, though others may be thrown away by then."""
+    remote.directory.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.TemporaryDirectory(prefix=".reading-", dir=remote.directory)
+    reading = Path(stack.enter_context(folder))
+    keys = ("zip_data", "zip_meta") if shard.get("zip_data") else ("raw_data", "raw_meta")
+    for file in (shard[key] for key in keys if shard.get(key)):
+        remote.link(file["basename"], file["bytes"], digest_of(file), reading)
+    return reading
 
 
 def _unpacked(directory: Path, shard: ShardInfo, stack: ExitStack) -> Path:

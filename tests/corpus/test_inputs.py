@@ -21,8 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slap_stream.corpus import inputs, readers, tables
-from slap_stream.corpus.inputs import cut, find_inputs, peek
+from slap_stream.corpus.inputs import cut, find_inputs
 from slap_stream.corpus.messages import DropReason
+from slap_stream.corpus.peeking import peek
 from slap_stream.corpus.readers import Piece, read
 from slap_stream.corpus.records import COLUMNS
 from slap_stream.errors import CorpusError

@@ -14,16 +14,8 @@ from hypothesis.extra import numpy as hnp
 from slap_stream.config import Advanced, SlapConfig
 from slap_stream.embeddings.rows import ArrayStore
 from slap_stream.selection.order import ShardTable, lane_bounds
-from slap_stream.selection.schedule import (
-    Keep,
-    LanePlan,
-    LaneProgress,
-    apportion,
-    claims_of,
-    plan_run,
-    raised,
-    steps_of_epoch,
-)
+from slap_stream.selection.quota import Keep, apportion, claims_of, raised
+from slap_stream.selection.schedule import LanePlan, LaneProgress, plan_run, steps_of_epoch
 from tests.strategies import Array, seeds
 
 

@@ -16,7 +16,7 @@ from slap_stream.selection.loss_model import LossModel
 from slap_stream.selection.moments import Moments
 from slap_stream.selection.policies.slap import Slap
 from slap_stream.selection.pool import Pool, RecentlyTrained
-from slap_stream.selection.schedule import Keep
+from slap_stream.selection.quota import Keep
 from slap_stream.selection.scoring import (
     NO_COPY,
     SURE_COPY,

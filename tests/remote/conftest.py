@@ -1,0 +1,32 @@
+"""One S3 server for the tests of a process, empty for each; no waiting between attempts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slap_stream.remote import bucket
+from tests.helpers.object_store import ObjectStore, object_store
+
+
+@pytest.fixture(scope="session")
+def _server() -> Iterator[ObjectStore]:
+    with object_store() as store:
+        yield store
+
+
+@pytest.fixture
+def store(
+    _server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ObjectStore]:
+    monkeypatch.setattr(bucket, "BACKOFF_SECONDS", 0.001)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    bucket._clients.clear()
+    yield _server
+    _server.clear()
+    bucket._clients.clear()
