@@ -6,7 +6,9 @@ Before them stand the length of the skeleton (8 bytes) and a checksum of all els
 from __future__ import annotations
 
 import json
+import re
 import zlib
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from slap_stream.types import State
 # Stands in the skeleton for an array: number of the array.
 _ARRAY = "__array__"
 _LENGTH, _HEADER = 8, 12
+_DTYPE = re.compile("[<>|][biufUS][0-9]{1,4}")
 
 
 def to_bytes(state: State) -> bytes:
@@ -49,20 +52,37 @@ def from_bytes(data: bytes) -> State:
             "that were cut or changed since; take the checkpoint before."
         )
     start = int.from_bytes(length, "little")
+    try:
+        return _restored(body, start)
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+        # Made to look whole: a checksum keeps nobody out.
+        raise StateError(
+            f"the bytes of a state must be those that to_bytes made, got others ({error}); take "
+            "the checkpoint before."
+        ) from error
+
+
+def _restored(body: memoryview, start: int) -> State:
     at = start
 
     def restore(entry: dict[str, Any]) -> Any:
         nonlocal at
         if _ARRAY not in entry:
             return entry
-        dtype, shape = np.dtype(entry[_ARRAY][0]), entry[_ARRAY][1]
-        count = int(np.prod(shape, dtype=np.int64))
-        array = np.frombuffer(body, dtype, count, at).reshape(shape).copy()
+        name, shape = entry[_ARRAY]
+        # Numbers and texts: no objects, and nothing that NumPy would have to parse.
+        if not _DTYPE.fullmatch(name):
+            raise TypeError(f"an array of {name!r}")
+        if any(type(length) is not int or length < 0 for length in shape):
+            raise ValueError(f"an array of shape {shape!r}")
+        array = np.frombuffer(body, np.dtype(name), prod(shape), at).reshape(shape).copy()
         at += array.nbytes
         return array
 
     # Objects are restored in the order in which they end, which is that in which arrays were met.
     state: State = json.loads(bytes(body[:start]), object_hook=restore)
+    if at != len(body):
+        raise ValueError(f"{len(body) - at} bytes more than its arrays have")
     return state
 
 

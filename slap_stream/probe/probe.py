@@ -379,7 +379,8 @@ class LearnabilityProbe:
         depend on how lanes are spread over ranks.
         """
         sink = None if self._sketch is None else GradientSink(self._sketch, self._moment)
-        rows, curvature = [], []
+        rows: list[Float32Array] = []
+        curvature: list[FloatArray] = []
         with quiet(self._model, self._device):
             for lane in ids:
                 rows += self._batches.each(
