@@ -98,7 +98,10 @@ class Rank:
         )
         iter(loader)  # Torch's handler is there from now on.
         dies = signal.getsignal(signal.SIGCHLD)
-        signal.signal(signal.SIGCHLD, lambda *at: None if self.busy else dies(*at))  # type: ignore
+        signal.signal(
+            signal.SIGCHLD,
+            lambda number, frame: None if self._spared(frame) else dies(number, frame),  # type: ignore
+        )
         signal.signal(signal.SIGINT, self._interrupt)
         self._train(loader)
         self._say({"metrics": loader.metrics()})
@@ -134,8 +137,14 @@ class Rank:
         loader.observe(ids, torch.tensor(LOSSES)[ids])
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        if not self.busy:
+        if not self._spared(frame):
             raise KeyboardInterrupt
+
+    def _spared(self, frame: Any) -> bool:
+        """Whether nothing may be raised here: in this script's own lines, and where Python, which
+        has just forked a worker, gives logging's lock back: it ignores what is raised there, and
+        all who log wait for ever."""
+        return self.busy or (frame is not None and frame.f_code.co_name == "_releaseLock")
 
     def _say(self, what: dict[str, Any]) -> None:
         os.write(self.say, f"{json.dumps(what)}\n".encode())
