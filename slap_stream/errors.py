@@ -43,6 +43,10 @@ class HeadError(SlapStreamError, TypeError):
     """The probe cannot read this model without being told more about it."""
 
 
+class ProbeMemoryError(SlapStreamError, MemoryError):
+    """Memory is too short for a probe's forward, however small."""
+
+
 class ExchangeError(SlapStreamError, RuntimeError):
     """Ranks could not exchange what they know, or are not at the same place of the same run."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from typing import Any
 
@@ -19,8 +20,9 @@ from slap_stream.types import State
 # Stands in the skeleton for an array: number of the array.
 _ARRAY = "__array__"
 _LENGTH, _HEADER = 8, 12
-# Arrays of numbers, truth values and texts; an object would be a place in memory.
-_KINDS = "biufcSU"
+# Arrays of numbers, truth values and texts; an object would be a place in memory, and anything else
+# something that NumPy would have to parse.
+_DTYPE = re.compile("[<>|][biufcSU][0-9]{1,4}")
 # What comes of bytes that only look like a state.
 _OF_OTHERS = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError, AttributeError)
 
@@ -70,9 +72,9 @@ def _restored(length: bytes, body: memoryview) -> State:
         if _ARRAY not in entry:
             return entry
         told, shape = entry[_ARRAY]
-        dtype, count = np.dtype(told), math.prod(shape)
-        if dtype.kind not in _KINDS or min(shape, default=0) < 0:
+        if not _DTYPE.fullmatch(told) or min(shape, default=0) < 0:
             raise ValueError(f"no array of {told!r} of the shape {shape!r} is made of numbers")
+        dtype, count = np.dtype(told), math.prod(shape)
         # A view of what is there, so that no more is asked for than that.
         data = body[at : at + count * dtype.itemsize]
         at += len(data)

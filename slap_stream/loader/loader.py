@@ -35,6 +35,7 @@ from slap_stream.loader.ranks import TIMEOUT_SECONDS, join_ranks
 from slap_stream.loader.run_log import RunLog, describe, weakly
 from slap_stream.loader.state import check_loader_state, whole_state
 from slap_stream.loader.tally import Tally
+from slap_stream.loader.workers import WorkerStart
 from slap_stream.probe.probe import LearnabilityProbe, check_probe_state
 from slap_stream.selection.sampler import SlapSampler
 from slap_stream.shards.fetch import ShardFetcher
@@ -204,7 +205,7 @@ class SlapDataLoader(DataLoader[Any]):
             persistent_workers=persistent_workers,
             pin_memory=pin_memory,
             timeout=timeout,
-            worker_init_fn=worker_init_fn,
+            worker_init_fn=WorkerStart(worker_init_fn),
             multiprocessing_context=multiprocessing_context,
             # Torch draws the workers' seed at every iteration: from the global generator, a resumed
             # run would draw once more than the unbroken one, and its dropout would differ.

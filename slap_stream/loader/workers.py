@@ -4,15 +4,26 @@ Torch notices it in two places: while it waits for a batch, at once or within 5 
 signal handler, in the middle of whatever the main thread executes, as a rule the training step. It
 raises a RuntimeError there, so that no step is taken on while nobody reads. That one is torch's and
 stays as it is; when a batch is asked for, the error is given its right name.
+
+A worker that cannot hand a batch over (no room in shared memory, or nothing that can be pickled)
+would print an error and read on, and whoever waits for the batch would wait for ever. Here it ends.
 """
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import queues
 from multiprocessing.connection import wait
 from typing import Any
+
+# Exit code of a worker that could not hand a batch over.
+_NOT_HANDED_OVER = 97
 
 _CAUSES = {
     signal.SIGKILL: "as a rule the machine was out of memory: use fewer num_workers, a smaller "
@@ -54,7 +65,36 @@ def describe_dead(workers: Sequence[Any], error: BaseException) -> str | None:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerStart:
+    """What a worker does first.
+
+    Attributes:
+        then: The caller's `worker_init_fn`.
+    """
+
+    then: Callable[[int], None] | None
+
+    def __call__(self, worker: int) -> None:
+        """Have the worker end if it cannot hand a batch over."""
+        queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
+        if self.then is not None:
+            self.then(worker)
+
+
+def _end(error: BaseException, batch: Any) -> None:
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(_NOT_HANDED_OVER)
+
+
 def _reason(exitcode: int) -> str:
+    if exitcode == _NOT_HANDED_OVER:
+        return (
+            "that could not hand a batch over, its own output says why: if shared memory was full, "
+            "use fewer num_workers or enlarge /dev/shm; if it cannot be pickled, have collate_fn "
+            "make something else"
+        )
     if exitcode > 0:
         return f"that exited with code {exitcode}: its own output says why"
     try:

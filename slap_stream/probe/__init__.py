@@ -6,6 +6,7 @@ out  losses, gradient sketches and the head's second moment
 probe.py          `LearnabilityProbe`: when, how many, and where the answers go
 head.py           where the output head is, and how a model is called quietly
 readout.py        losses and gradients of a batch, from one forward
+memory.py         smaller batches where memory is too short for a forward
 sink.py           token gradients to sketches, block by block
 fused.py          losses of a training forward whose output has no logits
 packing.py        batches without padding: whose tokens are whose, and are samples kept apart

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -32,6 +33,7 @@ from slap_stream.probe.head import (
     to_device,
     unwrap,
 )
+from slap_stream.probe.memory import FittingBatches
 from slap_stream.probe.packing import count_samples
 from slap_stream.probe.readout import (
     CausalReader,
@@ -174,7 +176,8 @@ class LearnabilityProbe:
             optimizer: The one that trains the model; its second moment of the head then
                 preconditions the sketches, else a decayed Gauss-Newton estimate of the probe's.
             sketches: Whether sketches are made; without them a policy has losses only.
-            batch_size: Samples in one forward; a lane with more candidates takes several.
+            batch_size: Samples in one forward; a lane with more candidates takes several. Where
+                memory is too short for one, smaller ones are tried.
             check_ids: Samples of the batch that is checked.
 
         Raises:
@@ -188,7 +191,7 @@ class LearnabilityProbe:
             raise ValueError("check_ids must name at least one sample, got none.")
         self._model = unwrap(model)
         self._loader = host = loader.probe_host() if isinstance(loader, HasProbeHost) else loader
-        self._batch_size = batch_size
+        self._batches = FittingBatches(batch_size)
         self._device = next(self._model.parameters()).device
         self._step = 0
         self._samples = 0
@@ -320,6 +323,8 @@ class LearnabilityProbe:
             "probe_nonfinite": float(self._nonfinite),
             "probe_loss": self._last_loss,
             "probe_seconds": self._seconds,
+            "probe_batch_size": float(self._batches.size),
+            "probe_out_of_memory": float(self._batches.failed),
             "probe_moment_from_optimizer": float(from_optimizer),
             "probe_moment_fallback": float(fell_back),
         }
@@ -346,6 +351,22 @@ class LearnabilityProbe:
         self._step, self._samples, self._nonfinite = (saved.whole(name) for name in _SAVED_COUNTS)
         self._moment.load_state_dict(saved.part("second_moment"))
 
+    def _read_chunk(self, chunk: IntArray, sink: GradientSink | None) -> Float32Array:
+        """(samples, numbers + sketch_dim) of one forward; nothing stays in the sink if it fails."""
+        batch = to_device(self._loader.read_batch(chunk), self._device)
+        undo = None if sink is None else sink.mark()
+        try:
+            columns = [self._reader.read(batch, len(chunk), sink)]
+            if sink is not None:
+                columns.append(sink.take(len(chunk)))
+            # One copy to the CPU per batch.
+            made: Float32Array = torch.cat(columns, 1).cpu().numpy()
+        except BaseException:
+            if undo is not None:
+                undo()
+            raise
+        return made
+
     def _read(
         self, ids: IntArray
     ) -> tuple[FloatArray, Float32Array | None, dict[str, FloatArray], FloatArray]:
@@ -358,17 +379,13 @@ class LearnabilityProbe:
         depend on how lanes are spread over ranks.
         """
         sink = None if self._sketch is None else GradientSink(self._sketch, self._moment)
-        rows, curvature = [], []
+        rows: list[Float32Array] = []
+        curvature: list[FloatArray] = []
         with quiet(self._model, self._device):
             for lane in ids:
-                for start in range(0, len(lane), self._batch_size):
-                    chunk = lane[start : start + self._batch_size]
-                    batch = to_device(self._loader.read_batch(chunk), self._device)
-                    columns = [self._reader.read(batch, len(chunk), sink)]
-                    if sink is not None:
-                        columns.append(sink.take(len(chunk)))
-                    # (samples, numbers + sketch_dim): one copy to the CPU per batch.
-                    rows.append(torch.cat(columns, 1).cpu().numpy())
+                rows += self._batches.each(
+                    lane, partial(self._read_chunk, sink=sink), model=self._model
+                )
                 curvature.append(np.zeros(0) if sink is None else sink.take_curvature())
         reshard(self._model)
         table: Float32Array = np.concatenate(rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -54,6 +56,20 @@ class GradientSink:
             left, right, weights, left_scale=self._left, right_scale=self._right
         )
         self._spectrum = spectrum if self._spectrum is None else self._spectrum + spectrum
+
+    def mark(self) -> Callable[[], None]:
+        """Remember what was added so far; what is returned takes back all that comes after it.
+
+        Sketches must have been taken.
+        """
+        rows, cols, tokens = self._rows.clone(), self._cols.clone(), self._tokens
+
+        def undo() -> None:
+            self._rows.copy_(rows)
+            self._cols.copy_(cols)
+            self._tokens, self._spectrum = tokens, None
+
+        return undo
 
     def take(self, samples: int) -> Tensor:
         """(samples, dim) float32 sketches of what was added since the last call."""

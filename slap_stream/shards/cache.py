@@ -1,7 +1,8 @@
 """Shards on local disk: fetched, verified, thrown away, under streaming's own cross-process state.
 
 Streaming's own `prepare_shard` leaves a shard in state "preparing" for ever when a download fails,
-and everybody else then waits for ever; here every way out of a download puts the state right.
+and everybody else then waits for ever; here every way out of a download puts the state right, and
+who waits for a process that was killed does it in its place: the system has freed that one's lock.
 
 A shard is damaged if it fails its verification, and only then: who withdraws damaged shards must
 not lose one to an expired credential, a full disk or a bug. So what is damaged is said where the
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from filelock import Timeout
 
 from slap_stream.errors import AlignmentError, DamagedShardError, ShardError
 from slap_stream.shards.decode import sample_bounds
@@ -35,6 +37,7 @@ from slap_stream.shards.library import (
     cache_lock,
     decompress,
     evict_coldest,
+    fetch_lock,
     own_stream,
     shard_states,
 )
@@ -194,10 +197,12 @@ class ShardCache:
     def _prepare(self, shard_id: int, deadline: float) -> int:
         """Download and unpack, or wait for whoever is doing so; the bytes this added."""
         dataset, states = self._dataset, shard_states(self._dataset)
-        shard = dataset.shards[shard_id]
+        shard, held = dataset.shards[shard_id], fetch_lock(dataset, shard_id)
         while True:
             with cache_lock(dataset):
                 before = int(states[shard_id])
+                if before == PREPARING and self._abandoned(shard_id):
+                    before = int(states[shard_id])
                 if before != PREPARING:
                     if self.present(shard_id):
                         self.touch(shard_id)
@@ -210,6 +215,11 @@ class ShardCache:
                             "restore it."
                         )
                     if self._make_room(shard_id):
+                        try:
+                            held.acquire()
+                        except OSError:
+                            dataset.cache_usage -= self._reservation(shard_id)
+                            raise
                         states[shard_id] = PREPARING
                         break
             if monotonic() >= deadline:
@@ -234,7 +244,30 @@ class ShardCache:
                 dataset.cache_usage += added - self._reservation(shard_id)
                 self.touch(shard_id)
                 states[shard_id] = LOCAL if arrived else before
+                held.release()
+                Path(held.lock_file).unlink(missing_ok=True)
         return added
+
+    def _abandoned(self, shard_id: int) -> bool:
+        """Whether a process of ours was killed while it fetched a shard, which is then put back as
+        it was before; needs the lock.
+
+        Stock code leaves no trace of who fetches: its shards are waited for.
+        """
+        lock = fetch_lock(self._dataset, shard_id)
+        if not Path(lock.lock_file).exists():
+            return False
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+        if self._refetchable(shard_id):
+            self._dataset.shards[shard_id].evict()
+        self._dataset.cache_usage -= self._reservation(shard_id)
+        shard_states(self._dataset)[shard_id] = REMOTE
+        return True
 
     def _make_room(self, shard_id: int) -> bool:
         """Evict the coldest shards until this one fits under `cache_limit`; needs the lock.

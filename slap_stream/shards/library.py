@@ -82,6 +82,12 @@ def cache_lock(dataset: Any) -> FileLock:
     return FileLock(dataset._cache_filelock_path)
 
 
+def fetch_lock(dataset: Any, shard_id: int) -> FileLock:
+    """The lock that our fetcher of a shard holds; its file is there for as long, or longer if the
+    process was killed, whose lock the system then frees."""
+    return FileLock(f"{dataset._cache_filelock_path}.{shard_id}")
+
+
 def evict_coldest(dataset: Any) -> None:
     """Throw away the shard used longest ago; needs the lock."""
     dataset._evict_coldest_shard()

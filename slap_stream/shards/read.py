@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slap_stream.core.files import path_inside
-from slap_stream.errors import DamagedShardError, ShardError
+from slap_stream.errors import ShardError
 from slap_stream.shards.cache import ShardCache
 from slap_stream.shards.decode import SampleDecoder, sample_bounds
 from slap_stream.shards.index import INDEX_NAME
@@ -58,24 +58,33 @@ class OpenShards:
             (n,) bytes, in the order asked.
 
         Raises:
-            DamagedShardError: If it is not what its index says, or its file changes under the map.
+            DamagedShardError: If it is not what its index says, also after it was fetched again.
             ShardError: If it cannot be fetched.
         """
         found = self._maps.get(shard_id)
+        if found is not None and found[0].size() != len(found[0]):
+            # Something else has cut the file: opened anew, it is verified and fetched again.
+            del self._maps[shard_id]
+            found = None
         if found is None:
             found = self._open(shard_id)
         else:
             self._maps.move_to_end(shard_id)
         data, bounds = found
-        if data.size() != len(data):
-            del self._maps[shard_id]
-            raise DamagedShardError(
-                f"shard {shard_id} must keep its size while it is read, got {data.size()} bytes "
-                f"instead of {len(data)}; something else wrote to it."
-            )
         self._cache.touch(shard_id)
         begin, end = bounds[rows].tolist(), bounds[rows + 1].tolist()
         return [data[low:high] for low, high in zip(begin, end, strict=True)]
+
+    def verify(self, shard_id: int) -> None:
+        """Compare a shard with its index once more, fetch it again if it is damaged, and forget
+        the map of what was there before.
+
+        Raises:
+            DamagedShardError: As `read`.
+            ShardError: Likewise.
+        """
+        self._cache.ensure(shard_id)
+        self._maps.pop(shard_id, None)
 
     def _open(self, shard_id: int) -> _Map:
         data = self._map_whole(shard_id)
@@ -155,8 +164,19 @@ class SampleGroups:
                 found += map(self._read_one, ids[low:high].tolist())
             else:
                 rows = ids[low:high] - self._begins[shard_id]
-                found += decoder(self._files.read(shard_id, rows))
+                found += self._decoded(decoder, shard_id, rows)
         samples: list[Any] = [None] * len(found)
         for position, sample in zip(order.tolist(), found, strict=True):
             samples[position] = sample
         return samples
+
+    def _decoded(self, decoder: SampleDecoder, shard_id: int, rows: IntArray) -> list[Any]:
+        try:
+            return decoder(self._files.read(shard_id, rows))
+        except ShardError:
+            raise
+        except Exception:
+            # A shard is verified once; bytes that have changed since must not count as a bad
+            # sample's. Also where it is whole now: another process may have fetched it again.
+            self._files.verify(shard_id)
+        return decoder(self._files.read(shard_id, rows))

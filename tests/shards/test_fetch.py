@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +180,7 @@ def test_a_download_that_hangs_ends_at_the_deadline(
 
 
 @pytest.mark.parametrize("on_bad_shard", ["raise", "skip"])
-def test_a_shard_that_a_killed_process_was_fetching_raises(
+def test_a_shard_that_stock_code_of_a_killed_process_was_fetching_raises(
     tmp_path: Path, remote: Path, on_bad_shard: Any
 ) -> None:
     dataset = _dataset(_stream(tmp_path))
@@ -190,6 +192,49 @@ def test_a_shard_that_a_killed_process_was_fetching_raises(
         fetcher.require(EVERY)
     dataset._shard_states[3] = REMOTE
     fetcher.close()
+
+
+# From Python 3.12 on, forking beside threads warns; DataLoader's workers are made the same way.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_shard_that_a_killed_process_was_fetching_is_fetched_by_another(
+    tmp_path: Path, remote: Path, limited: bool
+) -> None:
+    context = multiprocessing.get_context("fork")
+    begun, parent = context.Event(), os.getpid()
+
+    class HangingInChildren(Stream):
+        def prepare_shard(self, shard: Any) -> int:
+            if os.getpid() != parent:
+                Path(self.local, shard.raw_data.basename).write_bytes(b"half a shard")
+                begun.set()
+                time.sleep(60)
+            return super().prepare_shard(shard)
+
+    stream = HangingInChildren(remote=str(remote), local=str(tmp_path / "local"))
+    dataset = _dataset(stream, cache_limit=10**6 if limited else None)
+    usage = dataset.cache_usage
+    child = context.Process(target=shard_cache.ShardCache(dataset).ensure, args=(3,))
+    child.start()
+    assert begun.wait(30)
+    with (
+        closing(ShardFetcher(dataset, deadline_seconds=0.3)) as patient,
+        pytest.raises(ShardError, match="must arrive within"),
+    ):
+        patient.require(EVERY[3:4])
+    child.kill()
+    child.join()
+    with closing(ShardFetcher(dataset, deadline_seconds=30)) as fetcher:
+        assert fetcher.require(EVERY).tolist() == []
+        assert fetcher.metrics()["shard_retries"] == 0
+    on_disk = sum(path.stat().st_size for path in shard_files(tmp_path / "local"))
+    assert dataset.cache_usage == usage + on_disk
+    assert not list(
+        Path(dataset._cache_filelock_path).parent.glob(
+            f"{Path(dataset._cache_filelock_path).name}.*"
+        )
+    )
+    _reads(dataset)
 
 
 def test_a_fetch_in_another_process_is_waited_for(tmp_path: Path, remote: Path) -> None:
