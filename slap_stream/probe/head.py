@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ from slap_stream.errors import HeadError
 
 # Attributes that hold the head in models which do not say so through get_output_embeddings().
 _HEAD_NAMES = ("lm_head", "output_layer", "embed_out", "transformer.output_layer")
+# Numbers of a buffer that is copied before a probe.
+_MAX_COPIED = 1 << 20
 # Ours, or the labels, or what would hide tokens from the head.
 _NOT_INPUTS = frozenset(
     {"labels", "sample_id", "logits_to_keep", "num_logits_to_keep", "num_items_in_batch"}
@@ -327,12 +329,15 @@ def gradients_from_head(head: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]
 
 @contextmanager
 def quiet(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside: evaluation mode. Afterwards: every module's mode and all RNG states as before."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Inside: evaluation mode. Afterwards: modes, buffers and all RNG states as before."""
+    modes = [(m, m.training) for m in model.modules() if not _repacks(m)]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        model.eval()
+    with torch.random.fork_rng(devices=devices), _buffers_kept(model), _no_casts_kept(device):
+        # Not by eval(): where that does more (merges LoRA weights, say), putting back the mode
+        # would not undo it.
+        for module, _ in modes:
+            module.training = False
         try:
             yield
         finally:
@@ -340,6 +345,58 @@ def quiet(model: nn.Module, device: torch.device) -> Iterator[None]:
                 module.training = training
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def _repacks(module: nn.Module) -> bool:
+    """Whether a layer would change its weights for good in evaluation mode.
+
+    4-bit layers of bitsandbytes do on CPUs: they pack them for faster kernels, of other precision,
+    at the first call without gradients. The mode is nothing else to them.
+    """
+    return type(module).__module__.partition(".")[0] == "bitsandbytes"
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards: buffers, and numbers and tensors that stand beside them, as before.
+
+    Most models change none outside of training. Dynamic RoPE does: it widens its frequencies for
+    the longest text that it has met, for all that come after. What is larger than a few numbers
+    (quantised weights are buffers, too) is put back where it was replaced, and not copied.
+    """
+    kept = []
+    for module in model.modules():
+        buffers = dict(module.named_buffers(recurse=False))
+        if buffers:
+            beside = {n: v for n, v in vars(module).items() if isinstance(v, int | float | Tensor)}
+            kept.append((module, buffers, beside))
+    copies = [
+        (buffer, buffer._version, buffer.clone())
+        for _, buffers, _ in kept
+        for buffer in buffers.values()
+        if buffer.numel() <= _MAX_COPIED and not buffer.is_inference()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, copy in copies:
+                # Else it is left alone: a backward that is to come may count its versions.
+                if buffer._version != version:
+                    buffer.copy_(copy)
+        for module, buffers, beside in kept:
+            for name, value in (buffers | beside).items():
+                if getattr(module, name, None) is not value:
+                    setattr(module, name, value)
+
+
+def _no_casts_kept(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside a region of autocast, its cache is off: a probe would read weights as they were cast
+    before the optimizer's step, and the region's next forwards those of the probe."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -95,13 +95,14 @@ def make(
     config: SlapConfig | None = None,
     corpus: Path | None = None,
     dropout: float = 0.0,
+    model: Any = None,
     options: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Recording:
     """A trainer as users make it."""
     corpus = corpus or folder / "corpus"
     return Recording(
-        new_model(folder, dropout),
+        new_model(folder, dropout) if model is None else model,
         arguments(out, **settings),
         **{
             "data_collator": COLLATE,
@@ -238,6 +239,10 @@ def test_max_steps_end_in_mid_epoch(folder: Path, tmp_path: Path) -> None:  # no
     assert trainer.lr_scheduler.get_last_lr() == [0.0, 0.0]
 
 
+# What transformers 5 calls by another name, which version 4 does not know.
+RENAMED = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+
+
 class Replay(Trainer):
     """The stock Trainer, on samples in a given order."""
 
@@ -256,6 +261,35 @@ def squared_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> A
     return losses.square().sum() / num_items_in_batch
 
 
+def with_lora(folder: Path) -> Any:  # noqa: F811
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(new_model(folder), config)
+    # What checkpointing by transformers 4 takes, whichever Trainer.
+    model.enable_input_require_grads()
+    return model
+
+
+def stock_of(
+    ours: Recording,
+    model: Any,
+    out: Path,
+    *,
+    options: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Replay:
+    """The stock Trainer on the batches of one of ours."""
+    return Replay(
+        model,
+        arguments(out, remove_unused_columns=False, **settings),
+        COLLATE,
+        [ours.train_dataset[i] for batch in ours.ids for i in batch],
+        **(options or {}),
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "options"),
     [
@@ -263,30 +297,89 @@ def squared_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> A
         ({"max_steps": 3, "gradient_accumulation_steps": 4}, {}),
         ({"max_steps": 8, "label_smoothing_factor": 0.1}, {}),
         ({"max_steps": 8}, {"compute_loss_func": squared_loss}),
+        ({"max_steps": 4, "bf16": True}, {}),
+        ({"max_steps": 4, "gradient_checkpointing": True}, {"model": with_lora}),
     ],
-    ids=["plain", "accumulated", "smoothed", "own loss"],
+    ids=["plain", "accumulated", "smoothed", "own loss", "bf16", "lora, checkpointed"],
 )
+@RENAMED
 def test_on_the_same_batches_the_stock_trainer_makes_the_same_losses(
     folder: Path,  # noqa: F811
     tmp_path: Path,
     settings: dict[str, Any],
     options: dict[str, Any],
 ) -> None:
-    ours = make(folder, tmp_path / "ours", options=options, **settings)
+    new, options = options.get("model", new_model), {**options}
+    options.pop("model", None)
+    ours = make(folder, tmp_path / "ours", model=new(folder), options=options, **settings)
     ours.train()
-    samples = [ours.train_dataset[i] for batch in ours.ids for i in batch]
-    stock = Replay(
-        new_model(folder),
-        arguments(tmp_path / "stock", remove_unused_columns=False, **settings),
-        COLLATE,
-        samples,
-        **options,
-    )
+    stock = stock_of(ours, new(folder), tmp_path / "stock", **settings, options=options)
     stock.train()
     np.testing.assert_allclose(ours.losses, stock.losses, rtol=1e-5)
+    for mine, theirs in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     # To the Trainer these few batches are a whole epoch.
     for ours_step, stock_step in zip(history(ours), history(stock), strict=True):
         assert ours_step[:3] == pytest.approx(stock_step[:3], rel=1e-4)
+
+
+def test_the_best_model_and_what_it_predicts_are_the_stock_trainers(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    settings: dict[str, Any] = {
+        "max_steps": 6,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        # So that it is not the last one.
+        "greater_is_better": True,
+    }
+    held_out = [StreamingDataset(local=str(folder / "corpus"))[i] for i in range(12)]
+    ours = make(folder, tmp_path / "ours", options={"eval_dataset": held_out}, **settings)
+    ours.train()
+    stock = stock_of(
+        ours,
+        new_model(folder),
+        tmp_path / "stock",
+        options={"eval_dataset": held_out},
+        **settings,
+    )
+    stock.train()
+    evaluated = [
+        [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+        for trainer in (ours, stock)
+    ]
+    assert len(evaluated[0]) == 3
+    np.testing.assert_allclose(*evaluated, rtol=1e-4)
+    best = [Path(str(one.state.best_model_checkpoint)).name for one in (ours, stock)]
+    assert best[0] == best[1] == "checkpoint-2"
+    for mine, theirs in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    predicted = [one.predict(held_out) for one in (ours, stock)]
+    assert predicted[0].metrics["test_loss"] == pytest.approx(evaluated[0][0], rel=1e-4)
+    np.testing.assert_allclose(*(one.predictions for one in predicted), rtol=1e-3, atol=1e-3)
+    assert np.array_equal(predicted[0].label_ids, predicted[1].label_ids)
+
+
+def test_a_probe_that_decides_nothing_leaves_no_trace(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    made = []
+    for fraction in (0.0, 0.1):
+        config = config_of(
+            policy="uniform", num_lanes=1, lookahead=2, probe_every=2, probe_fraction=fraction
+        )
+        out = tmp_path / str(fraction)
+        trainer = make(folder, out, config=config, dropout=0.3, max_steps=6, weight_decay=0.1)
+        trainer.train()
+        made.append(trainer)
+    without, probed = made
+    assert probed.loader is not None
+    assert probed.loader.metrics()["probe_samples"] > 0
+    assert (probed.ids, probed.losses) == (without.ids, without.losses)
+    assert history(probed) == history(without)
+    assert all(map(torch.equal, probed.model.parameters(), without.model.parameters()))
 
 
 def test_the_losses_fed_back_are_those_of_the_step(folder: Path, tmp_path: Path) -> None:  # noqa: F811
