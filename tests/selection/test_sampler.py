@@ -550,7 +550,7 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing() -> None:
         with pytest.raises(StateError, match=difference):
             other.load_state_dict(state)
         assert as_json(other.state_dict()) == before
-    with pytest.raises(StateError, match="version must be 8, got 0"):
+    with pytest.raises(StateError, match="version must be 9, got 0"):
         sampler.load_state_dict({**state, "version": 0})
 
 
