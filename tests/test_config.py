@@ -33,7 +33,10 @@ WHOLE = {
     "recent_per_stratum": 1,
     "sketch_dim": 16,
 }
-WEIGHTS = ["rank_weight", "copy_weight", "mismatch_weight", "curvature", "diversity"]
+WEIGHTS = [
+    *("rank_weight", "copy_weight", "mismatch_weight", "target_weight"),
+    *("curvature", "diversity"),
+]
 ADVANCED = [field.name for field in dataclasses.fields(Advanced)]
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from slap_stream.corpus.messages import RecordDropped
+from slap_stream.corpus.messages import DropReason, RecordDropped
 from slap_stream.corpus.peeking import read_records
 from slap_stream.corpus.tokenising import load_tokenizer, token_columns
 from slap_stream.embeddings.corpus_texts import CorpusTexts, describe_corpus
@@ -151,9 +151,16 @@ def _tokenised(sample: TextSample, texts: CorpusTexts, number: int) -> TextSampl
     if sample.messages is None:
         return sample
     tokenizer = load_tokenizer(str(texts.tokenizer))
+    messages = [*map(dict, sample.messages)]
     most = describe_corpus(texts.corpus_dir).get("max_length")
     try:
-        columns, _ = token_columns(tokenizer, [*map(dict, sample.messages)], most)
+        try:
+            columns, _ = token_columns(tokenizer, messages, most)
+        except RecordDropped as dropped:
+            if dropped.reason not in (DropReason.TOO_LONG, DropReason.NOTHING_SUPERVISED):
+                raise
+            # The corpus would leave it out; it still shows what is wanted.
+            columns, _ = token_columns(tokenizer, messages, None)
     except RecordDropped as dropped:
         raise _unusable(number, dropped) from dropped
     return from_tokens(
@@ -189,6 +196,10 @@ class Relevance:
         self._weights: FloatArray = np.zeros((0, FOLDS))
         # Everything is, unless something else is shown.
         self._line = 0.0, np.inf
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Texts, which nobody needs who does not fit.
+        return {name: value for name, value in vars(self).items() if name != "examples"}
 
     def fit(self, samples: Sequence[TextSample], describe: Describe) -> None:
         """Learn what tells the examples from n samples of the corpus."""

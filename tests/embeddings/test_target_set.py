@@ -164,6 +164,19 @@ def test_examples_are_the_same_as_lines_and_as_shards(tmp_path: Path, tokenised:
     assert len(of_lines.samples) == len(OTHERS)
 
 
+def test_an_example_that_is_longer_than_the_corpus_cuts_is_read_whole(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "tokenizer", WORDS)
+    short = write_lines(tmp_path / "short.jsonl", OTHERS)
+    tokenizer = tmp_path / "tokenizer"
+    convert(short, tmp_path / "corpus", num_workers=1, tokenizer=tokenizer, max_length=40)
+    texts = CorpusTexts(corpus_dir=tmp_path / "corpus").found()
+    long = pair(" ".join(WORDS * 3), "river stone")
+    found = read_examples(write_lines(tmp_path / "long.jsonl", [*OTHERS, long]), texts)
+    assert len(found.samples) == len(OTHERS) + 1
+    assert max(sample.length for sample in found.samples) > 40
+    assert "river stone" in [sample.target.strip() for sample in found.samples]
+
+
 def test_what_is_no_target_set_is_refused_with_the_cure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

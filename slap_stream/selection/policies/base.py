@@ -27,7 +27,8 @@ class PoolView:
         offered_at: (n,) number of candidates that the lane was offered before.
         gumbel: (n,) noise of the candidate in this epoch.
         loss: (n,) predicted loss, or the candidate's own where it was probed lately.
-        utility: (n,) utility u as `Policy.utility` made it.
+        utility: (n,) utility u as `Policy.utility` made it, less what is taken from candidates that
+            are not of a target set's kind.
         z: Makes the (m, metric_dim) float32 unit vectors of the metric space of (m,) positions.
         recent: What was trained on lately, by stratum.
         typical: Typical distance to the nearest neighbour of the same stratum.

@@ -131,7 +131,7 @@ MEASURED = {"probe_fraction": 1.0, "probe_every": 1, "pool_batches": 2, "lookahe
 
 
 # Tasks that arms are aimed at, and the share of full data's steps that these arms have.
-AIMS, AIMED_AT = ("sgd", "gsm8k"), 0.4
+AIMS, AIMED_AT = ("sgd", "gsm8k", "tatoeba"), 0.4
 _ALL_OF_IT: Any = {"config": {"policy": "uniform", "keep": 1.0}, "probe": False}
 
 
@@ -264,10 +264,20 @@ PRESETS = {
             arms=("full", "uniform", "slap", "slap_auto"),
             seeds=3,
         ),
-        # Four sources, of which one is what the model is to become good at.
+        # Four sources, of which one is what the model is to become good at; a model so small that
+        # a run takes some 20 seconds.
         Preset(
             name="target",
+            hidden=64,
+            layers=2,
+            vocabulary=1_024,
+            max_tokens=96,
+            micro_batches=2,
             evaluations=1,
+            heldout_per_task=100,
+            pretraining_per_task=1_500,
+            pretraining_steps=300,
+            learning_rate={1.0: 2e-3, 0.4: 2e-3},
             generated=(),
             conditions=("balanced",),
             arms=(
