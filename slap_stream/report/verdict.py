@@ -92,8 +92,8 @@ def corpus_verdict(facts: CorpusFacts) -> Section:
     if facts.copy_rate >= MANY_COPIES:
         lines.append(f"{percent(facts.copy_rate)} nearly repeat an earlier sample.")
         todo.append(
-            "Look at the near-copies below. Remove them, or let slap prune them as they come: "
-            'SlapConfig(keep="auto").'
+            "Look at the near-copies below: do they say the same, or only begin alike? Remove what "
+            'repeats, or let slap prune it as it comes: SlapConfig(keep="auto").'
         )
     else:
         lines.append(f"Hardly a sample repeats an earlier one ({percent(facts.copy_rate)}).")
