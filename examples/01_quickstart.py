@@ -34,7 +34,7 @@ from slap_stream.cli import convert, embed, report
 from slap_stream.cli.command_line import CommandLine, ended, to_write, whole
 from slap_stream.errors import CorpusError
 
-LIBRARIES = ("numba", "numpy", "pyarrow", "scipy", "sklearn", "torch", "transformers", "zarr")
+LIBRARIES = ("numba", "numpy", "scipy", "torch", "transformers", "zarr")
 BATCH_SIZE, EPOCHS, LEARNING_RATE, MAX_TOKENS = 16, 4, 5e-3, 128
 MARKER = ".quickstart"  # Says that a folder is a quickstart's own and may be overwritten.
 Record = dict[str, Any]

@@ -176,9 +176,9 @@ def test_the_documentation_is_a_page_for_each_public_name(
     quickstart: tuple[Path, str],  # has loaded the libraries, as that of a newcomer does
     parts: dict[str, Any],
 ) -> None:
-    records = list(parts["docstrings"](400, seed=1))
+    records = list(parts["docstrings"](420, seed=1))
     assert {record["source"] for record in records} == set(parts["LIBRARIES"])
-    assert len(records) == len({record["id"] for record in records}) == 400
+    assert len(records) == len({record["id"] for record in records}) == 420
     for record in records:
         question, answer = (turn["content"] for turn in record["messages"])
         name = record["id"].rpartition(".")[2]
