@@ -54,6 +54,7 @@ EXPORTS = {
         "read_json",
         "require_inside",
         "sync_new",
+        "writable",
         "write_json",
         "write_text",
     ),
