@@ -55,6 +55,7 @@ EXPORTS = {
         "read_json",
         "require_inside",
         "sync_new",
+        "writable",
         "write_json",
         "write_text",
         "written_whole",

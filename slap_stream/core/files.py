@@ -53,7 +53,12 @@ def sync_new(path: Path, below: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file with `write_text`."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1))
+    write_text(path, writable(json.dumps(value, ensure_ascii=False, indent=1)))
+
+
+def writable(text: str) -> str:
+    """A text as it can be written, shown, and be read as JSON: names of files may be any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

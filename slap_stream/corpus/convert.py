@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slap_stream.core.checks import require_whole
+from slap_stream.core.files import writable
 from slap_stream.core.processes import usable_cores
 from slap_stream.core.room import require_room, told_when_full
 from slap_stream.core.work_dir import claimed, run_missing
@@ -366,7 +367,7 @@ def _require_samples(tally: Tally, name_place: Callable[[int, int], str], work_d
 def _place_namer(pieces: Sequence[Piece], first_rows: Sequence[int]) -> Callable[[int, int], str]:
     def name(piece: int, row: int) -> str:
         number = first_rows[piece] + row
-        path = pieces[piece].path
+        path = writable(pieces[piece].path)
         return f"{path}:{number + 1}" if pieces[piece].kind == "lines" else f"{path}[{number}]"
 
     return name

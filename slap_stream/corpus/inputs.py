@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from slap_stream.core.files import local_path, path_inside
+from slap_stream.core.files import local_path, path_inside, writable
 from slap_stream.corpus.field_map import FieldMap
 from slap_stream.corpus.loaded import (
     check_loaded,
@@ -334,7 +334,7 @@ def _unique_stems(paths: Sequence[Path | RemotePath]) -> list[str]:
     parts = []
     for path in paths:
         # Links are not followed: in a hub's cache they lead to files that are named by a hash.
-        *folders, name = path.absolute().parts
+        *folders, name = map(writable, path.absolute().parts)
         parts.append((*folders, name.removesuffix(_suffix(path))))
     # Same folder, other suffix: only the whole name tells them apart.
     counts = Counter(parts)

@@ -90,9 +90,9 @@ def finished(
         return None
     try:
         saved = json.loads(told)
-    except ValueError:
-        saved = {}
-    if saved.get("plan_digest") != digest_of(plan):
+    except (ValueError, RecursionError):
+        saved = None
+    if not isinstance(saved, dict) or saved.get("plan_digest") != digest_of(plan):
         return None
     shutil.rmtree(place.local / work_name, ignore_errors=True)
     if elsewhere is None:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from slap_stream.corpus.json_rows import MAX_RECORD_BYTES, Row
+from slap_stream.corpus.json_rows import MAX_RECORD_BYTES, FormatError, Row
 from slap_stream.corpus.messages import DropReason
 from slap_stream.corpus.opening import arrow_source, table_source
 from slap_stream.errors import CorpusError
@@ -29,11 +29,26 @@ _SLICE_ROWS = 64
 _FILE_MAGIC, _FEATHER_1_MAGIC = b"ARROW1", b"FEA1"
 
 
+@contextmanager
+def _told_by_pyarrow() -> Iterator[None]:
+    """What pyarrow raises for damaged files beside its own errors: names that are no text, say.
+
+    Raises:
+        FormatError: Instead.
+    """
+    try:
+        yield
+    except (CorpusError, FormatError):
+        raise
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
+        raise FormatError(f"{type(error).__name__}: {error}") from error
+
+
 def row_group_bytes(path: Path | RemotePath) -> list[int]:
     """Bytes of each row group of a Parquet file, uncompressed."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(table_source(path)) as table:
+    with _told_by_pyarrow(), pq.ParquetFile(table_source(path)) as table:
         groups = table.metadata
         return [groups.row_group(n).total_byte_size for n in range(groups.num_row_groups)]
 
@@ -41,14 +56,16 @@ def row_group_bytes(path: Path | RemotePath) -> list[int]:
 def batch_bytes(path: Path | RemotePath) -> list[int]:
     """Bytes of each record batch of an Arrow stream or file."""
     with _arrow(str(path)) as source:
-        return [batch.nbytes for batch in _batches(source, 0, None)]
+        # Not nbytes, which believes what the batches say of themselves.
+        return [batch.get_total_buffer_size() for batch in _batches(source, 0, None)]
 
 
 def parquet_names(path: str) -> list[str]:
     """Columns of a Parquet file."""
     import pyarrow.parquet as pq
 
-    names: list[str] = pq.read_schema(table_source(path)).names
+    with _told_by_pyarrow():
+        names: list[str] = pq.read_schema(table_source(path)).names
     return names
 
 
@@ -67,7 +84,10 @@ def parquet_rows(
 
     # Buffered and not pre-buffered: pages are read as they are needed, not whole row groups.
     source = table_source(path)
-    with pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20) as table:
+    with (
+        _told_by_pyarrow(),
+        pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20) as table,
+    ):
         groups = range(start, stop)
         present = _present(columns, table.schema_arrow.names, path)
         total = sum(table.metadata.row_group(group).num_rows for group in groups)
@@ -87,7 +107,10 @@ def arrow_rows(
     with _arrow(path) as source:
         present = _present(columns, source.schema.names, path)
         for done, batch in enumerate(_batches(source, start, stop), start=1):
-            yield from _rows(batch.select(present))
+            chosen = batch.select(present)
+            # Arrow believes its files: what lies elsewhere than it should ends this process.
+            chosen.validate(full=True)
+            yield from _rows(chosen)
             report(done / (stop - start))
 
 
@@ -96,7 +119,7 @@ def _arrow(path: str) -> Iterator[Any]:
     """`datasets` saves streams; what else ends in .arrow, and Feather, are files with a footer."""
     import pyarrow as pa
 
-    with arrow_source(path) as source:
+    with _told_by_pyarrow(), arrow_source(path) as source:
         magic = source.read(len(_FILE_MAGIC))
         source.seek(0)
         if magic.startswith(_FEATHER_1_MAGIC):

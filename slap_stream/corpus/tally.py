@@ -44,9 +44,7 @@ class Tally:
         """Count a record that is left out; `detail` names the value that is to blame."""
         name = reason.value
         if detail:
-            letters = " ".join(detail.split())[:_MAX_DETAIL_LETTERS]
-            shown = "".join(letter if letter.isprintable() else "?" for letter in letters)
-            name = self._bounded(name, shown)
+            name = self._bounded(name, _shown(detail))
         self.dropped[name] += 1
         places = self.examples.setdefault(name, [])
         if len(places) < _MAX_EXAMPLES:
@@ -61,7 +59,7 @@ class Tally:
 
     def pass_over(self, fields: Iterable[str], records: int = 1) -> None:
         """Count fields of so many records that are not used."""
-        for name in fields:
+        for name in map(_shown, fields):
             known = name in self.unused or len(self.unused) < _MAX_UNUSED
             self.unused[name if known else OTHERS] += records
 
@@ -137,3 +135,13 @@ class Tally:
             reason: [name(piece, row) for piece, row in places]
             for reason, places in sorted(self.examples.items())
         }
+
+
+def _shown(text: str) -> str:
+    """A name out of a record in a line: it may be of any length, and hold anything."""
+    letters = " ".join(text.split())[:_MAX_DETAIL_LETTERS]
+    return letters if letters.isprintable() else "".join(map(_printable, letters))
+
+
+def _printable(letter: str) -> str:
+    return letter if letter.isprintable() else "?"

@@ -96,6 +96,21 @@ def test_order_depends_on_the_seed_only_and_progress_reaches_the_end(
     assert shards_of(tmp_path / "alone") != shards_of(tmp_path / "other")
 
 
+def test_names_of_any_bytes_and_fields_of_any_letters_are_told(tmp_path: Path) -> None:
+    # As another system's encoding leaves them.
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl"))
+    records = [{**pair(0), "half \ud83d\n": 1, "x" * 500: 2}, {"no": "shape"}]
+    path.write_text("\n".join(map(json.dumps, records)))
+    report = convert(path, tmp_path / "out")
+    assert report.counts == {"caf\\udce9": 1}
+    assert report.unused == {"half ?": 1, "x" * 80: 1}
+    (places,) = report.examples.values()
+    assert places == [f"{tmp_path}/caf\\udce9.jsonl:2"]
+    (sample,) = iter_corpus(tmp_path / "out")
+    assert (sample["id"], sample["source"]) == ("caf\\udce9-0", "caf\\udce9")
+    assert convert(path, tmp_path / "out").resumed
+
+
 def test_shuffle_is_uniform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "PIECE_BYTES", 60_000)
     # Of 4,000 records, how many of each eighth come into each eighth: 64 counts of about 62.5.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
@@ -161,3 +163,52 @@ def test_columns_of_one_name_and_feather_of_long_ago_are_refused(tmp_path: Path)
     (tmp_path / "a.feather").write_bytes(b"FEA1" + bytes(40) + b"FEA1")
     with pytest.raises(CorpusError, match="which is Feather of version 1; read it with pyarrow"):
         rows_of(tmp_path / "a.feather")
+
+
+def written(table: pa.Table, name: str) -> bytes:
+    sink = io.BytesIO()
+    if name == "a.parquet":
+        pq.write_table(table, sink)
+    elif name == "a.feather":
+        feather.write_feather(table, sink)
+    else:
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    return sink.getvalue()
+
+
+def test_offsets_that_lead_out_of_their_buffer_are_refused_and_not_followed(tmp_path: Path) -> None:
+    # Found by changing bytes at random: pyarrow follows them, and the process is gone.
+    table = pa.table({"text": ["a" * 7, "b" * 7, "c" * 7]})
+    data = written(table, "a.arrow")
+    offsets = np.array([0, 7, 14, 21], np.int32).tobytes()
+    assert data.count(offsets) == 1
+    wrong = np.array([0, 7, 1 << 30, 21], np.int32).tobytes()
+    (tmp_path / "a.arrow").write_bytes(data.replace(offsets, wrong))
+    with pytest.raises(CorpusError, match=r"must be whole and readable, got .*ArrowInvalid"):
+        rows_of(tmp_path / "a.arrow")
+
+
+def test_names_of_columns_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    data = written(pa.table({"text": [[{"role": "user"}]]}), "a.parquet")
+    (tmp_path / "a.parquet").write_bytes(data.replace(b"role", b"r\xa6le"))
+    with pytest.raises(CorpusError, match="inputs must be whole and readable"):
+        rows_of(tmp_path / "a.parquet")
+
+
+@given(
+    name=st.sampled_from(["a.parquet", "a.feather", "a.arrow"]),
+    places=st.lists(st.integers(0, 1 << 20), min_size=1, max_size=3),
+    value=st.sampled_from([0, 1, 127, 128, 255]),
+)
+@settings(max_examples=60)
+def test_any_damaged_table_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, name: str, places: list[int], value: int
+) -> None:
+    data = bytearray(written(pa.Table.from_pylist([{"id": "1", "messages": HI}] * 9), name))
+    for place in places:
+        data[place % len(data)] = value
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(data)
+    with contextlib.suppress(CorpusError):
+        rows_of(path)
