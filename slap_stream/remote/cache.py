@@ -67,7 +67,8 @@ class FileCache:
     Args:
         remote: URL of the folder that the files lie in.
         directory: Where they are kept, under the same names.
-        limit_bytes: What they may take; a file that is larger is kept alone.
+        limit_bytes: What they may take, besides those on their way; a file that is larger is kept
+            alone.
 
     Attributes:
         directory: The same.
@@ -108,8 +109,8 @@ class FileCache:
         self._locks.mkdir(exist_ok=True)
         with FileLock(self._locks / f"{zlib.crc32(name.encode()) % _LOCKS:02}"):
             damages = 0
+            found = self._open_whole(path, num_bytes)
             while True:
-                found = self._open_whole(path, num_bytes)
                 if found is not None:
                     if digest is None or _hash_of(found, digest[0]) == digest[1]:
                         self._checked.add(name)
@@ -122,7 +123,7 @@ class FileCache:
                             f"with another content {damages} times; write it again."
                         )
                 path.unlink(missing_ok=True)
-                self._fetch(name, num_bytes)
+                found = self._fetch(name, num_bytes)
 
     def file(self, name: str, num_bytes: int, digest: Digest | None = None) -> Path:
         """Path of a file that is there now, for who reads it at once; as `open`."""
@@ -201,8 +202,8 @@ class FileCache:
         os.utime(file.fileno())
         return file
 
-    def _fetch(self, name: str, num_bytes: int) -> None:
-        self._make_room(num_bytes)
+    def _fetch(self, name: str, num_bytes: int) -> BinaryIO:
+        """Fetch a file; it is open, since others may throw it away as soon as it has its name."""
         path = self.directory / name
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
@@ -212,36 +213,40 @@ class FileCache:
             ):
                 url = self._url.below(name)
                 file.writelines(read_parts(url, num_bytes, retried=self._retried))
-            unfinished.replace(path)
+            found = unfinished.open("rb")
+            # One after the other: each must count what the others have added.
+            with FileLock(self._locks / "room"):
+                self._make_room(num_bytes)
+                unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
         self.fetched += 1
         self.fetched_bytes += num_bytes
+        return found
 
     def _retried(self) -> None:
         self.retries += 1
 
     def _make_room(self, num_bytes: int) -> None:
-        """Throw away what was used longest ago, until so much fits."""
-        with FileLock(self._locks / "room"):
-            files = []
-            for folder, _, names in os.walk(self.directory):
-                if "/.reading-" in folder:
-                    continue
-                for name in names:
-                    # Of another process, which has thrown it away or finished it.
-                    with suppress(FileNotFoundError):
-                        path = Path(folder, name)
-                        stat = path.stat()
-                        given_up = stat.st_mtime < time() - _GIVEN_UP_SECONDS
-                        if name not in _KEPT and (given_up or not name.startswith(".")):
-                            files.append((stat.st_mtime_ns, stat.st_size, path))
-            taken = sum(size for _, size, _ in files) + num_bytes
-            for _, size, path in sorted(files):
-                if taken <= self._limit_bytes:
-                    break
-                path.unlink(missing_ok=True)
-                taken -= size
+        """Throw away what was used longest ago, until so much fits; needs the lock."""
+        files = []
+        for folder, _, names in os.walk(self.directory):
+            if "/.reading-" in folder:
+                continue
+            for name in names:
+                # Of another process, which has thrown it away or finished it.
+                with suppress(FileNotFoundError):
+                    path = Path(folder, name)
+                    stat = path.stat()
+                    given_up = stat.st_mtime < time() - _GIVEN_UP_SECONDS
+                    if name not in _KEPT and (given_up or not name.startswith(".")):
+                        files.append((stat.st_mtime_ns, stat.st_size, path))
+        taken = sum(size for _, size, _ in files) + num_bytes
+        for _, size, path in sorted(files):
+            if taken <= self._limit_bytes:
+                break
+            path.unlink(missing_ok=True)
+            taken -= size
 
 
 def _hash_of(file: BinaryIO, algorithm: str) -> str:
