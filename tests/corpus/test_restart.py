@@ -85,7 +85,7 @@ def test_run_that_is_cut_off_anywhere_ends_as_an_unbroken_one(
     assert shards_of(root / "broken") == shards_of(root / "whole")
 
 
-@pytest.mark.parametrize("name", ["write_json", "merge_indexes", "shutil"])
+@pytest.mark.parametrize("name", ["describe", "merge_indexes", "shutil"])
 def test_run_that_is_cut_off_at_the_very_end_ends_as_an_unbroken_one(
     tmp_path: Path, two_inputs: list[Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
