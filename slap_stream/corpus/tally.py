@@ -125,8 +125,20 @@ class Tally:
     def is_one(cls, saved: Any) -> bool:
         """Whether something that was saved has the form of what `to_dict` gives."""
         kinds = {f.name: int if f.type == "int" else dict for f in fields(cls)}
-        return isinstance(saved, dict) and all(
+        if not isinstance(saved, dict) or not all(
             isinstance(saved.get(name), kind) for name, kind in kinds.items()
+        ):
+            return False
+        counters = (saved["counts"], saved["dropped"], saved["unused"])
+        counts = [count for counter in counters for count in counter.values()]
+        lists = list(saved["examples"].values())
+        places = [place for places in lists if isinstance(places, list) for place in places]
+        counts += [n for place in places if isinstance(place, list) for n in place]
+        return (
+            all(isinstance(places, list) for places in lists)
+            and all(isinstance(place, list) and len(place) == 2 for place in places)
+            and all(isinstance(count, int) for count in counts)
+            and saved["dropped"].keys() <= saved["examples"].keys()
         )
 
     def name_places(self, name: Callable[[int, int], str]) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,8 @@ def records_of_runs(work_dir: Path, first: int, part: int) -> tuple[IntArray, in
     try:
         # Mapped: what it says of its size is compared with the size that it has.
         counts = np.array(np.load(path, mmap_mode="r"))
-    except (ValueError, EOFError) as error:
+    # NumPy takes a header that is none for one of Python 2, and tries to mend it.
+    except (ValueError, EOFError, TypeError, LookupError, SyntaxError, TokenError) as error:
         raise _not_ours(path) from error
     require_ours(path, counts.ndim == 2 and counts.dtype == np.int64 and counts.min() >= 0)
     require_ours(path, counts.shape[1] > part and 8 * counts.sum() == ends.stat().st_size)
