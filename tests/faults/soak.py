@@ -259,7 +259,8 @@ def resources(pids: list[int], first: int) -> dict[str, float]:
         name for name in os.listdir("/dev/shm") if name[:6].isdigit() and int(name[:6]) == first
     ]
     return {
-        "memory_mb": sum(rank.memory_full_info().uss for rank in ranks) / 2**20,
+        # Not what is private: that jumps whenever a worker, which shares the most of it, is gone.
+        "memory_mb": sum(rank.memory_info().rss for rank in ranks) / 2**20,
         "files": sum(rank.num_fds() for rank in ranks),
         "threads": sum(rank.num_threads() for rank in ranks),
         "shared_memory": len(segments),
