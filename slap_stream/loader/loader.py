@@ -184,8 +184,9 @@ class SlapDataLoader(DataLoader[Any]):
         # Which iterator may go on: none from before a new iteration or a loaded state.
         self._iteration = 0
         shows = progress and self._ranks.rank == 0 and self._ranks.speaks
-        candidates = self._sampler.table.num_candidates
-        self._tally = Tally(ProgressBar(candidates, self._ranks.world_size) if shows else None)
+        size = self._sampler.table.num_candidates, self._ranks.world_size
+        bar = ProgressBar(*size, by_steps=config.steps == "full") if shows else None
+        self._tally = Tally(bar)
         self._accelerated: Accelerated | None = None
         view, collate = reading(dataset, collate_fn or default_collate, config.on_bad_sample)
         self._bad_samples = BadSamples(

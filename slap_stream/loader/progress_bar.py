@@ -23,15 +23,19 @@ class ProgressBar:
     fewer than planned where `keep="auto"` finds that much can go. A bar that cannot be drawn (its
     terminal is gone) is given up with a warning; it is not worth a training.
 
+    Where an epoch has as many steps as full data, and offers candidates again until then, it counts
+    samples: how many of them are there is known, and not how many are offered.
+
     Holds the bar of the epoch, samples trained on in it, and the mean loss lately.
 
     Args:
         candidates: Of an epoch, over all ranks.
         ranks: Ranks that train on as many samples as this one.
+        by_steps: Whether an epoch ends after as many steps as full data has.
     """
 
-    def __init__(self, candidates: int, ranks: int) -> None:
-        self._candidates, self._ranks = candidates, ranks
+    def __init__(self, candidates: int, ranks: int, *, by_steps: bool = False) -> None:
+        self._candidates, self._ranks, self._by_steps = candidates, ranks, by_steps
         self._bar: Any = None
         self._epoch, self._trained = -1, 0
         self._loss: float | None = None
@@ -62,7 +66,7 @@ class ProgressBar:
             total=self._candidates,
             initial=done,
             desc=f"epoch {epoch}",
-            unit=" candidates",
+            unit=" samples" if self._by_steps else " candidates",
             dynamic_ncols=True,
             # Where there is neither terminal nor notebook.
             disable=None,
@@ -77,7 +81,9 @@ class ProgressBar:
             return
         self._trained += samples
         done = round(progress * self._candidates)
-        told = {"kept": f"{self._trained / max(1, done):.0%}", "pruned": done - self._trained}
+        told: dict[str, str | int] = {}
+        if not self._by_steps:
+            told = {"kept": f"{self._trained / max(1, done):.0%}", "pruned": done - self._trained}
         if self._loss is not None:
             told["loss"] = f"{self._loss:.3f}"
         self._bar.set_postfix(told, refresh=False)

@@ -54,6 +54,21 @@ def drawn(line: str) -> dict[str, float]:
     return {name: float(value) for name, value in found.groupdict().items()}
 
 
+def test_an_epoch_of_as_many_steps_as_full_data_is_counted_in_samples(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = terminal_of(monkeypatch)
+    config = config_of(num_lanes=2, lookahead=4, keep=0.5, steps="full")
+    loader = make(corpus, config=config, progress=True)
+    for batch in loader:
+        feed(loader, batch)
+    last = terminal.lines[-1]
+    assert f" {NUM_SAMPLES}/{NUM_SAMPLES} [" in last
+    # How many it was offered is another number, of which the share that is kept would be.
+    assert "samples/s" in last
+    assert "kept" not in last
+
+
 @pytest.mark.parametrize("keep", [0.7, "auto"])
 def test_the_bar_ends_with_all_candidates_and_changes_no_batch(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, keep: Any
