@@ -30,7 +30,12 @@ from slap_stream.selection.departures import OUTCOMES, TRAINED, WITHDRAWN
 _MOST_ROWS = 40
 # Evidence, in [0, 1], is called so from here on.
 _FAIR, _STRONG = 0.5, 0.95
-_SIGNS = {"copy": "a copy", "mismatch": "a mismatch", "outlier": "noise"}
+_SIGNS = {
+    "copy": "a copy",
+    "mismatch": "a mismatch",
+    "outlier": "noise",
+    "unrelated": "another kind than the target set's",
+}
 
 
 class Run:
@@ -321,7 +326,7 @@ def _auto(facts: RunFacts) -> Section:
         lines.append(
             f"It keeps {percent(gauges.get('keep', 1.0))} of the candidates now, and at least "
             f"{percent(facts.config['keep_min'])} whatever it finds. It follows the share of the "
-            "candidates lately that are neither copies nor mismatched."
+            "candidates lately against which nothing is held."
         )
     else:
         lines.append(f"keep was fixed at {keep}: nothing was decided. What auto would go by:")

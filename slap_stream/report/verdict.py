@@ -19,6 +19,7 @@ _WHY = {
     "copy": "as near-copies of a sample trained on lately",
     "mismatch": "because the target looks like another prompt's",
     "outlier": "because the loss stands out as noise does",
+    "unrelated": "because they are not of the target set's kind",
     LEARNT: "because little is left to learn from them",
     DRAWN_OUT: "by chance",
 }
@@ -43,9 +44,12 @@ def run_verdict(facts: RunFacts) -> Section:
         why = [f"{number(counts[name])} {said}" for name, said in _WHY.items() if counts[name]]
         lines.append(f"Pruned: {'; '.join(why)}.")
         spent = facts.probe_seconds + facts.compose_seconds
+        saved = f"That saved about {duration(facts.seconds_saved)} beside the"
+        if facts.spends:
+            saved = "That made room for other visits, and saved no time of the"
         lines.append(
-            f"That saved about {duration(facts.seconds_saved)} beside the {duration(facts.seconds)}"
-            f" that it took; choosing cost {duration(spent)} of work, part of it beside the steps."
+            f"{saved} {duration(facts.seconds)} that it took; choosing cost {duration(spent)} of "
+            "work, part of it beside the steps."
         )
     todo = []
     if facts.withdrawn:
@@ -69,8 +73,8 @@ def run_verdict(facts: RunFacts) -> Section:
     if facts.config["keep"] != "auto" and by_chance > 0.5 * facts.pruned:
         todo.append(
             f"Nothing speaks against {number(by_chance)} of the pruned: keep="
-            f"{facts.config['keep']} asks for that. If a shorter run is not what you want, set "
-            'keep="auto".'
+            f"{facts.config['keep']} asks for that. To prune only what something speaks against, "
+            'set keep="auto".'
         )
     if not facts.noted:
         todo.append(

@@ -105,8 +105,8 @@ class SlapSampler:
             raise ConfigError(f"rank must be in [0, {world_size}), got {rank!r}.")
         if config.keep == "auto" and MISMATCH_COLUMN not in self._store.feature_names:
             logger.warning(
-                'keep="auto" finds near-copies only: the embeddings have no column mismatch; '
-                "slap-embed makes it."
+                'keep="auto" finds no targets of other prompts: the embeddings have no column '
+                "mismatch; slap-embed makes it."
             )
         if config.num_lanes is None:
             logger.info("num_lanes is %d, the world size; it stays so for the run.", world_size)
