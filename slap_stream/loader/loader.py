@@ -288,7 +288,7 @@ class SlapDataLoader(DataLoader[Any]):
 
     @property
     def progress(self) -> float:
-        """Share of the epoch's candidates that were trained on or pruned, in [0, 1].
+        """Share of the epoch that was delivered, in [0, 1]: of its candidates, or of its steps.
 
         As of the batch delivered last: 1 with the epoch's last one, until the next epoch begins.
         """
