@@ -223,9 +223,11 @@ class RunFacts:
         """What somebody should look into, in whole sentences."""
         found, gauges = [], self.gauges
         for group in self.sources:
-            if group.candidates >= _ENOUGH_CANDIDATES and group.pruned_share > 0.5:
+            # What is not of a target set's kind was to go.
+            lost = _pruned(group.counts) - group.counts["unrelated"]
+            if group.candidates >= _ENOUGH_CANDIDATES and 2 * lost > group.candidates:
                 found.append(
-                    f"The source {group.name!r} lost {group.pruned_share:.0%} of its "
+                    f"The source {group.name!r} lost {lost / group.candidates:.0%} of its "
                     f"{group.candidates:,} candidates. Look at its samples below before you "
                     "trust it."
                 )

@@ -25,8 +25,11 @@ from slap_stream.report import page
 from slap_stream.report.corpus_facts import CorpusFacts
 from slap_stream.report.picked import SHOWN_OF_REASON, Picker, export
 from slap_stream.report.report import PAGE_NAME, Report, report
+from slap_stream.report.run_page import _SIGNS
 from slap_stream.report.texts import SHOWN, shown
-from slap_stream.selection.departures import OUTCOMES, ROW
+from slap_stream.report.verdict import _WHY
+from slap_stream.selection.departures import OUTCOMES, ROW, TRAINED, WITHDRAWN
+from slap_stream.selection.scoring import EVIDENCE
 from slap_stream.shards.writer import open_writer
 from tests.laws import FIRM, config_of
 
@@ -404,9 +407,34 @@ def test_a_run_of_as_many_steps_as_full_data_is_not_said_to_save(
         (" saved, at the pace of what was trained on", "none saved: what was pruned made room"),
         ("The dashed one", "as many samples as a run on everything"),
         ("% fewer", "% passed over"),
+        ("That saved about", "That made room for other visits"),
     ):
         assert [fewer in page for page in (run_page, spent)] == [True, False]
         assert [full in page for page in (run_page, spent)] == [False, True]
+
+
+def test_a_run_with_a_target_set_names_what_is_not_of_its_kind(
+    corpus: Path, tmp_path: Path
+) -> None:
+    examples = tmp_path / "examples.jsonl"
+    told = [{"prompt": f"Say {n}.", "completion": "other things " * 9} for n in range(20)]
+    examples.write_text("".join(json.dumps(one) + "\n" for one in told))
+    embed(corpus, out=tmp_path / "aimed.zarr", dim=64, num_workers=0, target=examples)
+    loader = SlapDataLoader(
+        StreamingDataset(local=str(corpus), batch_size=16),
+        embeddings=str(tmp_path / "aimed.zarr"),
+        config=config_of(keep=0.5, steps="full", **FIRM),
+        collate_fn=lambda samples: {"n": len(samples)},
+        run_dir=tmp_path / "run",
+    )
+    for batch in loader:
+        loader.observe(batch["sample_id"], np.linspace(1.0, 2.0, 16))
+    loader.close()
+    made = report(tmp_path / "run")
+    first = Path(made.page).read_text("utf-8").split('id="cost"')[0]
+    assert re.search(r"[1-9]\d* because they are not of the target set", first)
+    assert set(EVIDENCE) <= set(_SIGNS)
+    assert set(_WHY) == set(OUTCOMES) - {TRAINED, WITHDRAWN}
 
 
 def test_a_shard_that_is_gone_leaves_out_its_texts_alone(
