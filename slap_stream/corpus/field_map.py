@@ -167,6 +167,8 @@ def found_at(record: Mapping[str, Any], source: str) -> Any:
 
 def guess(record: Mapping[str, Any]) -> dict[str, str]:
     """A map that might serve for records like this one; empty if nothing suggests itself."""
+    if set(ROLE_FIELDS) & record.keys() and set(CONTENT_FIELDS) & record.keys():
+        return {}  # one turn of a dialogue: a prompt and an answer are in no record
     texts, asked, answered = [], [], []
     for name, value in _flat(record):
         if isinstance(value, list) and value and isinstance(value[0], Mapping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
@@ -99,4 +100,4 @@ def _cure(row: Any) -> str:
     if not found:
         return ""
     line = ",".join(f"{name}={field}" for name, field in found.items())
-    return f"; if it is what they hold, slap-convert --map {line}, or fields={found!r}"
+    return f"; if it is what they hold, slap-convert --map {shlex.quote(line)}, or fields={found!r}"

@@ -229,7 +229,7 @@ def embed(
                 _fit(texts, num_samples, tfidf, pairing)
                 if judge is not None:
                     judge.fit(_spread_samples(texts, num_samples))
-                writer.note(misplaced_share=pairing.share)
+                writer.note(misplaced_share=pairing.assumed)
                 if relevance is not None:
                     relevance.fit(
                         _spread_samples(texts, num_samples),

@@ -95,6 +95,8 @@ class PairModel:
         share: Share of the targets that are misplaced, over all sources; None if that could not be
             found out.
         share_of: What is assumed of each source with enough samples, by name.
+        assumed: Share of the targets that is assumed by source, which `mismatch` comes to; None if
+            nothing could be found out. A source may show what all of them together hide.
     """
 
     def __init__(self, tfidf: HashedTfidf) -> None:
@@ -105,6 +107,7 @@ class PairModel:
         self._classifiers: list[Any] = []
         self.share_of: dict[str, float] = {}
         self.share: float | None = None
+        self.assumed: float | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # The projection is megabytes, and follows from the dimension.
@@ -173,6 +176,12 @@ class PairModel:
                 share = misplaced_share(*odds[:, mine]) or 0.0
                 telling = _chance_above(*odds[:, mine]) >= TELLING
                 self.share_of[str(name)] = share if telling else min(share, self.share or 0.0)
+        assumed = float(np.mean([self._share_of(sample) for sample in samples]))
+        if assumed or self.share is not None:
+            self.assumed = assumed
+
+    def _share_of(self, sample: TextSample) -> float:
+        return self.share_of.get(sample.source or "", self.share or 0.0)
 
     def mismatch(
         self, samples: Sequence[TextSample], pairs: HashedPairs, features: Float32Array
@@ -184,7 +193,7 @@ class PairModel:
             pairs: Their hashed vectors.
             features: (n, len(FEATURE_NAMES)) as `feature_columns` gives them.
         """
-        share = np.array([self.share_of.get(s.source or "", self.share or 0.0) for s in samples])
+        share = np.array([self._share_of(sample) for sample in samples])
         if not (self.fitted and share.any()):
             return np.zeros(len(samples), np.float32)
         # What was hashed and compressed whole serves where whole is what is looked at.

@@ -99,6 +99,7 @@ def test_the_command_line_says_a_map_in_one_word() -> None:
         ({"body": "a", "stars": 3}, "text=body"),
         ({"dialog": [{"from": "x", "value": "y"}]}, "messages=dialog"),
         ({"talk": [{"speaker": "x", "utterance": "y"}]}, "messages=talk,role=speaker,content=utt"),
+        ({"role": "user", "content": "a"}, ""),
         ({"stars": 3}, ""),
         ({}, ""),
     ],

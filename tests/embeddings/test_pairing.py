@@ -103,6 +103,7 @@ def test_nothing_is_held_against_a_clean_corpus() -> None:
 def test_where_words_do_not_tell_pairs_apart_nothing_is_said() -> None:
     model, mismatch = learn(pairs_of(SIZE, telling=False))
     assert model.share is None
+    assert model.assumed is None
     assert not mismatch.any()
 
 
@@ -113,6 +114,8 @@ def test_a_source_is_judged_by_itself() -> None:
     assert model.share_of["dirty"] == pytest.approx(wrong.mean(), abs=0.08)
     assert model.share_of["clean"] < 0.03
     assert mismatch[SIZE:].mean() < 0.03
+    # What is told is what is held against them, whatever all sources together show.
+    assert model.assumed == pytest.approx(mismatch.mean(), abs=0.04)
 
 
 def test_a_source_whose_words_do_not_tell_is_judged_by_the_others() -> None:
