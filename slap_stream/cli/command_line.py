@@ -10,8 +10,9 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from slap_stream import __version__
 from slap_stream.core.files import local_path, path_to_write
@@ -131,6 +132,32 @@ def add_common(line: argparse.ArgumentParser, *, quiet: str) -> None:
     line.add_argument("--version", action="version", version=f"{line.prog} {__version__}")
 
 
+class _NobodyReadsError(BrokenPipeError):
+    """Nobody reads standard output any more; other pipes that break are errors to be told."""
+
+
+class _Stdout:
+    """Standard output, whose own end is told from that of other pipes and sockets."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError as error:
+            raise _NobodyReadsError(*error.args) from error
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError as error:
+            raise _NobodyReadsError(*error.args) from error
+
+
 def ended(
     program: str,
     run: Callable[[], int],
@@ -150,11 +177,12 @@ def ended(
         The exit status: 1 after an error, 130 after an interrupt. (A wrong argument is 2.)
     """
     try:
-        status = run()
-        # Here: what cannot be printed at the interpreter's end is a traceback.
-        sys.stdout.flush()
+        with redirect_stdout(cast(Any, _Stdout(sys.stdout))):
+            status = run()
+            # Here: what cannot be printed at the interpreter's end is a traceback.
+            sys.stdout.flush()
         return status
-    except BrokenPipeError:
+    except _NobodyReadsError:
         # Whoever read it (`| head`) has seen enough; what is left would be tried once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

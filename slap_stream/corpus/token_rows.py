@@ -22,7 +22,7 @@ Tokens = dict[str, list[int]]
 
 def holds_tokens(fields: Any) -> bool:
     """Whether a row holds token ids."""
-    return isinstance(fields, Mapping) and is_given(fields.get(_IDS))
+    return isinstance(fields, Mapping) and is_given(_plain(fields.get(_IDS)))
 
 
 def packed_fields(names: Any) -> list[str]:
@@ -39,6 +39,7 @@ def read_tokens(fields: Mapping[str, Any]) -> Tokens:
     Raises:
         RecordDropped: If the row holds several samples, or its fields do not go together.
     """
+    fields = {name: _plain(fields[name]) for name in TOKEN_FIELDS if name in fields}
     for name in packed_fields(fields):
         if is_given(fields[name]):
             raise RecordDropped(DropReason.PACKED, name)
@@ -57,6 +58,11 @@ def read_tokens(fields: Mapping[str, Any]) -> Tokens:
         supervised = [int(all(bits)) for bits in zip(*masks, strict=True)] or [1] * len(ids)
     padding = {ATTENTION: found[ATTENTION]} if ATTENTION in found else {}
     return {_IDS: ids, "supervised": supervised, **padding}
+
+
+def _plain(value: Any) -> Any:
+    """A field as Python's own lists, of a dataset with a format (`with_format`), too."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _numbers(fields: Mapping[str, Any], name: str) -> list[int]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -89,10 +90,15 @@ class FittingBatches:
                     if pieces
                     else "there is no smaller batch: shorten the samples"
                 )
+                # Other ranks are at the exchange already, and this one has counted its step.
+                cure = (
+                    "The other ranks wait for this one: start all ranks from the last state."
+                    if _has_peers()
+                    else "Nothing is lost: go on from here or from the last state."
+                )
                 raise ProbeMemoryError(
                     f"probe must have memory for a batch of {len(chunk)} samples, got {error}; "
-                    f"{why}, or do without it (probe_fraction=0). Nothing is lost: go on from here "
-                    "or from the last state."
+                    f"{why}, or do without it (probe_fraction=0). {cure}"
                 ) from error
             if self.failed == 1:
                 logger.warning(
@@ -115,6 +121,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(told in str(error) for told in _TOLD)
+
+
+def _has_peers() -> bool:
+    """Whether there are other ranks; without torch.distributed a loader has none."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def in_pieces(model: nn.Module) -> bool:

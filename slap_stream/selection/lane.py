@@ -312,6 +312,8 @@ class Lane:
         self.progress.worth += np.bincount(
             self.pool.columns.stratum[slots], weights=weight, minlength=self.progress.num_strata
         )
+        if self._keep.leniency > 1.0:
+            weight = self._keep.plain(weight, self._yardsticks.unrelated(self.pool.x, slots))
         self._since_refresh.left_worth += float(weight.sum())
         self._since_refresh.left_count += len(slots)
         self.pool.remove(slots)

@@ -50,12 +50,16 @@ class Keep:
     def aim(self, relevance: FloatArray, fit: FloatArray) -> None:
         """Raise the odds of being of a target set's kind until as much is worth keeping as is kept.
 
+        "auto" keeps more than is of the kind where it may keep no less. Done once, whatever a
+        fraction that is found out later comes to.
+
         Args:
             relevance: (n,) probabilities of being of that kind.
             fit: (n,) worth apart from that.
         """
-        if self._config.keep == "auto":
-            self.guess(float(np.mean(relevance * fit)))
+        worth = float(np.mean(relevance * fit))
+        self.guess(worth)
+        if worth >= self.value:
             return
         least, most = 0.0, _MOST_RAISED
         for _ in range(_HALVINGS):
@@ -65,6 +69,19 @@ class Keep:
             else:
                 most = middle
         self.leniency = float(np.exp(least))
+
+    def plain(self, worth: FloatArray, unrelated: FloatArray) -> FloatArray:
+        """(n,) worth with the odds as they were: what is dispensable does not follow what is kept.
+
+        With r = 1 - unrelated and p the same before it was raised: p / r = 1 / (r + f (1 - r)),
+        f being the leniency.
+
+        Args:
+            worth: (n,) worth, with odds that are raised.
+            unrelated: (n,) probability not to be of the target set's kind, likewise.
+        """
+        lower: FloatArray = worth / (1.0 + (self.leniency - 1.0) * unrelated)
+        return lower
 
     def refresh(self, worth: float, count: float) -> None:
         """Take in the sum of the worth of so many candidates that left since the last refresh."""

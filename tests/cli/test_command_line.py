@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from importlib import import_module
@@ -174,6 +175,20 @@ def test_a_reader_that_has_seen_enough_is_no_error(
         pipe.flush()
         monkeypatch.undo()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_pipe_that_broke_and_is_not_the_output_is_an_error(
+    debug: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ended with 1 and not a word."""
+    here, there = socket.socketpair()
+    there.close()
+    with here:
+        assert ended("tool", lambda: here.send(b"x"), debug=debug) == 1
+    said = capsys.readouterr().err
+    assert said.endswith("tool: [Errno 32] Broken pipe\n")
+    assert ("Traceback" in said) == debug
 
 
 def test_what_a_process_found_or_why_it_failed_is_handed_on(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from slap_stream.corpus.convert import convert
 from slap_stream.corpus.messages import RecordDropped
 from slap_stream.corpus.records import normalise
-from slap_stream.corpus.token_rows import TOKEN_FIELDS, read_tokens
+from slap_stream.corpus.token_rows import TOKEN_FIELDS, holds_tokens, read_tokens
 from slap_stream.embeddings.corpus_texts import CorpusTexts
 from slap_stream.errors import ConfigError, CorpusError
 from slap_stream.integrations.prepare import prepare
@@ -84,6 +84,21 @@ def test_rows_that_hold_no_one_sample_are_left_out_by_name(
 ) -> None:
     with pytest.raises(RecordDropped, match=reason):
         read_tokens({"input_ids": [5, 6, 7], **row})
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_rows_of_a_dataset_with_a_format_are_rows(form: str) -> None:
+    row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 0]}
+    masked = {"input_ids": [5, 6], "completion_mask": [0, 1], "labels": [], "position_ids": []}
+    for plain in (row, masked):
+        [formatted] = datasets.Dataset.from_list([plain]).with_format(form)
+        assert not isinstance(formatted["input_ids"], list)
+        assert read_tokens(formatted) == read_tokens(plain)
+        assert holds_tokens(formatted)
+    [empty] = datasets.Dataset.from_list([{"input_ids": []}]).with_format(form)
+    assert not holds_tokens(empty)
+    with pytest.raises(RecordDropped, match="input_ids that is no list of whole numbers"):
+        read_tokens(datasets.Dataset.from_list([{"input_ids": [0.5]}]).with_format(form)[0])
 
 
 def test_a_corpus_of_tokens_is_cut_and_embedded_by_the_texts(tmp_path: Path) -> None:

@@ -89,6 +89,25 @@ def test_without_a_smaller_batch_it_says_so_and_nothing_has_changed(limit: Any) 
     assert probe.state_dict()["samples"] == before["samples"] + 16
 
 
+@pytest.mark.parametrize(
+    ("ranks", "cure"),
+    [(1, "Nothing is lost: go on from here"), (2, "start all ranks from the last state")],
+)
+def test_only_without_other_ranks_can_it_go_on_from_there(
+    limit: Any, monkeypatch: pytest.MonkeyPatch, ranks: int, cure: str
+) -> None:
+    probe, host = _probed(8)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+    limit(0, _cuda)
+    refreshes = host.refreshes
+    with pytest.raises(ProbeMemoryError, match="no smaller batch") as raised:
+        probe.step()
+    assert cure in str(raised.value)
+    assert ("Nothing is lost" in str(raised.value)) == (ranks == 1)
+    assert host.refreshes == refreshes
+
+
 def test_one_rank_of_a_sharded_model_does_not_try_again_alone(
     limit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,6 +97,20 @@ def test_without_a_collator_the_labels_are_those_of_the_rows(
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_a_dataset_with_a_format_is_trained_and_evaluated_on(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    form: str,
+) -> None:
+    plain = Dataset.from_list(rows(padded=True, labels=True))
+    dataset = plain.with_format(form)
+    trainer = make(folder, tmp_path, dataset, eval_dataset=dataset)
+    trainer.train()
+    found = trainer.evaluate()["eval_loss"]
+    assert found == trainer.evaluate(plain)["eval_loss"] > 0
+
+
 def test_what_made_the_token_ids_must_be_there(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     dataset = Dataset.from_list(rows(padded=True, labels=True))
     options = {"data_collator": default_data_collator, "processing_class": None}

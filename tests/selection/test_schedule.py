@@ -314,5 +314,23 @@ def test_odds_are_raised_until_as_much_is_worth_keeping_as_is_kept(
 def test_auto_keeps_what_is_of_the_kind_and_no_less_than_it_may(relevance: Array) -> None:
     fraction = Keep(SlapConfig(keep="auto", keep_min=0.2))
     fraction.aim(relevance, np.ones(len(relevance)))
-    assert fraction.value == pytest.approx(max(0.2, float(relevance.mean())))
-    assert fraction.leniency == 1.0
+    share = float(relevance.mean())
+    assert fraction.value == pytest.approx(max(0.2, share))
+    if share >= 0.2:
+        assert fraction.leniency == 1.0
+        return
+    # Then it keeps what is next likeliest, as a fixed fraction does.
+    fixed = Keep(SlapConfig(keep=0.2))
+    fixed.aim(relevance, np.ones(len(relevance)))
+    assert fraction.leniency == fixed.leniency >= 1.0
+
+
+@given(relevance=probabilities, fit=st.floats(0.1, 1.0))
+def test_what_auto_goes_by_is_not_what_the_raised_odds_say(relevance: Array, fit: float) -> None:
+    fraction = Keep(SlapConfig(keep="auto", keep_min=0.9))
+    fraction.aim(relevance, np.full(len(relevance), fit))
+    higher = raised(relevance, fraction.leniency)
+    plain = fraction.plain(higher * fit, 1.0 - higher)
+    np.testing.assert_allclose(plain, relevance * fit, rtol=1e-6, atol=1e-9)
+    fraction.refresh(plain.sum(), len(plain))
+    assert fraction.dispensable == pytest.approx(1.0 - float(np.mean(relevance * fit)), abs=1e-6)

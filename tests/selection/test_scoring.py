@@ -110,6 +110,29 @@ def test_a_source_that_has_nothing_to_do_with_the_target_set_yields_its_slots(ke
     assert max(share[0], share[3]) < 0.1
 
 
+def test_auto_at_its_least_keeps_what_a_fixed_fraction_keeps() -> None:
+    """It trained on 0.58 of the next likeliest, and on 0.34 of the unlikeliest beside them."""
+    group = np.repeat([0, 1, 2], [400, 1600, 2000])
+    np.random.default_rng(5).shuffle(group)
+    store = ArrayStore(
+        embeddings(4000),
+        features=np.choose(group, [0.95, 0.12, 0.02])[:, None].astype(np.float16),
+        feature_names=["relevance"],
+    )
+    shares = {}
+    for keep in ("auto", 0.5):
+        config = config_of(keep=keep, keep_min=0.5, num_clusters=1, seed=1)
+        sampler = SlapSampler([100] * 40, store, batch_size=32, config=config)
+        trained = np.isin(np.arange(4000), np.concatenate(drive([sampler], LossTable(4000, 16))))
+        assert sampler.metrics()["keep"] == 0.5
+        # Of all candidates 0.1 * 0.95 + 0.4 * 0.12 + 0.5 * 0.02 are of the kind, whatever is kept.
+        assert sampler.metrics()["dispensable"] > 0.82
+        shares[keep] = [float(trained[group == one].mean()) for one in range(3)]
+    assert shares["auto"] == pytest.approx(shares[0.5], abs=0.02)
+    assert shares["auto"][0] > 0.95
+    assert shares["auto"][1] > 0.8
+
+
 @pytest.mark.parametrize("relevance", [1.0, 0.8])
 def test_a_target_set_that_all_are_alike_to_changes_nothing(relevance: float) -> None:
     def ids(column: float, weight: float) -> list[list[int]]:
