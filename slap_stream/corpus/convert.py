@@ -118,7 +118,7 @@ def convert(
     mapped = check_map(fields)
     place = output_to("out", out, scratch_dir, last=INDEX_NAME)
     out = place.local
-    found = find_inputs(_several(inputs), mapped)
+    found = find_inputs(_several(inputs), mapped, tokenised=tokenizer is not None)
     for entry in found:
         check_tokenizer(entry.dataset, tokenizer, mapped)
     pieces_of = [cut(entry) for entry in found]

@@ -264,10 +264,11 @@ class _Work:
                 return name
             # The texts that are embedded are what this one makes of the tokens.
             return f"{name}-{tokenizer_fingerprint(self.tokenizer)[:8]}"
-        mapped = check_map(self.fields)
+        mapped, tokenised = check_map(self.fields), self.tokenizer is not None
+        found = find_inputs([self.dataset], mapped, tokenised=tokenised)
         told = {
             "version": _VERSION,
-            "dataset": [entry.fingerprint() for entry in find_inputs([self.dataset], mapped)],
+            "dataset": [entry.fingerprint() for entry in found],
             "tokenizer": None if self.tokenizer is None else tokenizer_fingerprint(self.tokenizer),
             "max_length": self.max_length,
             "seed": self.seed,
