@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from slap_stream.core.checks import require_whole
 from slap_stream.core.files import file_digest
-from slap_stream.corpus.convert import convert
+from slap_stream.corpus.convert import begin_with_tokens, convert
 from slap_stream.corpus.field_map import FieldMap
 from slap_stream.corpus.inputs import find_inputs
 from slap_stream.corpus.loaded import check_loaded, check_tokenizer, loaded_kind, token_columns_of
@@ -274,7 +274,8 @@ class _Work:
             "seed": self.seed,
             "source_field": self.source_field,
         }
-        if mapped is None and self.tokenizer is not None and token_columns_of(self.dataset):
+        read = mapped is None and tokenised
+        if read and (token_columns_of(self.dataset) or begin_with_tokens(found)):
             # Texts beside them were what counted once.
             told["tokens"] = True
         # Left out where they say nothing, so that corpora of before are found again.
