@@ -26,7 +26,10 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
-    "convert": ("convert",),
+    "convert": (
+        "begin_with_tokens",
+        "convert",
+    ),
     "field_map": ("FieldMap", "parse_map"),
     "inputs": ("find_inputs",),
     "loaded": ("check_loaded", "check_tokenizer", "loaded_kind", "token_columns_of"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from slap_stream.corpus.shuffle import (
     scatter,
 )
 from slap_stream.corpus.tally import Tally
+from slap_stream.corpus.token_rows import holds_tokens
 from slap_stream.corpus.tokenising import find_tokenizer, load_tokenizer, tokenizer_digest
 from slap_stream.corpus.work_files import part_manifest, part_name, piece_manifest
 from slap_stream.errors import ConfigError, CorpusError
@@ -43,7 +44,7 @@ from slap_stream.text.chat import ATTENTION, Truncate, check_truncate, encode
 
 WORK_NAME = ".convert"
 
-_PLAN_VERSION, _WORK_VERSION = 2, 2
+_PLAN_VERSION, _WORK_VERSION = 2, 3
 _SHARDS_PER_PART = 4
 _MAX_PARTS = 512
 # A small corpus is still cut into some parts, so that it can be written by several processes.
@@ -118,12 +119,12 @@ def convert(
     mapped = check_map(fields)
     place = output_to("out", out, scratch_dir, last=INDEX_NAME)
     out = place.local
-    found = find_inputs(_several(inputs), mapped)
+    found = find_inputs(_several(inputs), mapped, tokenised=tokenizer is not None)
     for entry in found:
         check_tokenizer(entry.dataset, tokenizer, mapped)
     pieces_of = [cut(entry) for entry in found]
     name = None if tokenizer is None else find_tokenizer(tokenizer)
-    masked = _try_first_records(found, pieces_of, name, max_length, source_field, mapped)
+    tokens, masked = _try_first_records(found, pieces_of, name, max_length, source_field, mapped)
 
     text_bytes = sum(entry.text_bytes for entry in found)
     num_parts = _num_parts(text_bytes, shard_bytes)
@@ -143,6 +144,9 @@ def convert(
         plan["truncate"] = truncate
     if mapped is not None:
         plan["fields"] = mapped.to_dict()
+    if tokens:
+        # Texts beside them were what counted once.
+        plan["tokens"] = True
     earlier = finished(place, WORK_NAME, plan, progress)
     if earlier is not None:
         return earlier
@@ -299,16 +303,17 @@ def _try_first_records(
     max_length: int | None,
     source_field: str | None,
     mapped: FieldMap | None,
-) -> bool:
+) -> tuple[bool, bool]:
     """Find out on a few records what would fail on all, before any work is done.
 
     Returns:
-        Whether some of them are tokens with an attention mask.
+        Whether some of them are tokens; whether some of those have an attention mask.
     """
-    masked, tokenised = False, tokenizer is not None
+    tokens, masked, tokenised = False, False, tokenizer is not None
     for entry, pieces in zip(found, pieces_of, strict=True):
         failure: CorpusError | None = None
         for row in peek(entry, pieces, mapped, tokenised=tokenised):
+            tokens = tokens or (tokenised and mapped is None and holds_tokens(row))
             try:
                 record = normalise(
                     row, source_field=source_field, fields=mapped, tokenised=tokenised
@@ -329,7 +334,21 @@ def _try_first_records(
                     f"tokenizer must fit the records of {entry.name!r}, got {tokenizer!r}, "
                     f"which fits none of the first: {failure}"
                 ) from failure
-    return masked
+    return tokens, masked
+
+
+def begin_with_tokens(found: Sequence[Input]) -> bool:
+    """Whether one of the files begins with a row of tokens.
+
+    Raises:
+        CorpusError: If one cannot be read, or holds nothing of a known shape.
+    """
+    return any(
+        holds_tokens(row)
+        for entry in found
+        if entry.dataset is None
+        for row in islice(peek(entry, cut(entry), tokenised=True), 1)
+    )
 
 
 def _bar_options(stage: str, unit: str, progress: bool | None) -> dict[str, Any]:

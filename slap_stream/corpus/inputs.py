@@ -19,6 +19,7 @@ from slap_stream.corpus.loaded import (
     loaded_bytes,
     loaded_fingerprint,
     loaded_kind,
+    token_columns_of,
     travels,
 )
 from slap_stream.corpus.readers import Kind, Packing, Piece, explained, records_are_lines
@@ -122,12 +123,15 @@ class Input:
         return [self.stem, *(n for stat in stats for n in (stat.st_size, stat.st_mtime_ns))]
 
 
-def find_inputs(inputs: Sequence[Any], fields: FieldMap | None = None) -> list[Input]:
+def find_inputs(
+    inputs: Sequence[Any], fields: FieldMap | None = None, *, tokenised: bool = False
+) -> list[Input]:
     """Find out what the inputs are, without opening data files.
 
     Args:
         inputs: Files, datasets saved to disk, directories of files, or datasets that are loaded.
         fields: Names in the data for known ones.
+        tokenised: As `normalise` takes it.
 
     Raises:
         CorpusError: If one does not exist or is of no known format, or two are the same.
@@ -164,10 +168,18 @@ def find_inputs(inputs: Sequence[Any], fields: FieldMap | None = None) -> list[I
             kind=kind,
             files=files,
             dataset=datasets.get(path),
-            columns=tuple(columns_to_read(fields, None, tokenised=True)),
+            columns=_columns(datasets.get(path), fields, tokenised),
         )
         for stem, (path, kind, files) in zip(stems, found, strict=True)
     ]
+
+
+def _columns(dataset: Any, fields: FieldMap | None, tokenised: bool) -> tuple[str, ...]:
+    """Fields that are looked at; of a loaded dataset they decide its size and fingerprint, so that
+    those of tokens are left out where they are not read: labels of something else, say."""
+    if tokenised and dataset is not None:
+        tokenised = bool(token_columns_of(dataset))
+    return tuple(columns_to_read(fields, None, tokenised=tokenised))
 
 
 def cut(entry: Input) -> list[Piece]:

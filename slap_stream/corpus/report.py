@@ -59,6 +59,16 @@ class ConvertReport:
         return asdict(self)
 
 
+# Of what corpus.json has of a report.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "format": str,
+    **dict.fromkeys(["counts", "dropped", "examples", "unused"], dict),
+    **dict.fromkeys(["num_samples", "truncated", "shared", "num_pieces", "num_parts"], int),
+    "resumed": int,
+    "seconds": (int, float),
+}
+
+
 def describe(
     out: Path, report: ConvertReport, plan: Mapping[str, Any], command: str | None
 ) -> None:
@@ -94,13 +104,14 @@ def finished(
         saved = None
     if not isinstance(saved, dict) or saved.get("plan_digest") != digest_of(plan):
         return None
+    if not all(isinstance(saved.get(name), kinds) for name, kinds in _KINDS.items()):
+        return None
     shutil.rmtree(place.local / work_name, ignore_errors=True)
     if elsewhere is None:
         place.publish(progress=progress)
     else:
         place.close()
-    names = [name for name in ConvertReport.__dataclass_fields__ if name != "out"]
-    report = {name: saved[name] for name in names}
+    report = {name: saved[name] for name in _KINDS}
     report["resumed"] = saved["num_pieces"] + saved["num_parts"]
     return ConvertReport(out=str(place), **report)
 

@@ -186,7 +186,7 @@ def describe_corpus(corpus_dir: Path) -> dict[str, Any]:
         return {}
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(f"corpus.json must be JSON, got {error}; convert again.") from error
     if not isinstance(described, dict):
         raise CorpusError(

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from slap_stream.core.checks import require_whole
 from slap_stream.core.files import file_digest
-from slap_stream.corpus.convert import convert
+from slap_stream.corpus.convert import begin_with_tokens, convert
 from slap_stream.corpus.field_map import FieldMap
 from slap_stream.corpus.inputs import find_inputs
 from slap_stream.corpus.loaded import check_loaded, check_tokenizer, loaded_kind, token_columns_of
@@ -264,16 +264,18 @@ class _Work:
                 return name
             # The texts that are embedded are what this one makes of the tokens.
             return f"{name}-{tokenizer_fingerprint(self.tokenizer)[:8]}"
-        mapped = check_map(self.fields)
+        mapped, tokenised = check_map(self.fields), self.tokenizer is not None
+        found = find_inputs([self.dataset], mapped, tokenised=tokenised)
         told = {
             "version": _VERSION,
-            "dataset": [entry.fingerprint() for entry in find_inputs([self.dataset], mapped)],
+            "dataset": [entry.fingerprint() for entry in found],
             "tokenizer": None if self.tokenizer is None else tokenizer_fingerprint(self.tokenizer),
             "max_length": self.max_length,
             "seed": self.seed,
             "source_field": self.source_field,
         }
-        if mapped is None and self.tokenizer is not None and token_columns_of(self.dataset):
+        read = mapped is None and tokenised
+        if read and (token_columns_of(self.dataset) or begin_with_tokens(found)):
             # Texts beside them were what counted once.
             told["tokens"] = True
         # Left out where they say nothing, so that corpora of before are found again.

@@ -26,7 +26,7 @@ from filelock import Timeout
 
 from slap_stream.errors import AlignmentError, DamagedShardError, ShardError
 from slap_stream.shards.decode import sample_bounds
-from slap_stream.shards.index import content_hash
+from slap_stream.shards.index import content_hash, is_hash
 from slap_stream.shards.library import (
     LOCAL,
     PREPARING,
@@ -331,8 +331,9 @@ class ShardCache:
                 # No more than there is: the index may say anything.
                 header = np.fromfile(path, np.uint32, min(shard.samples + 2, raw.bytes // 4))
                 sample_bounds(header, shard.samples, raw.bytes, path.name)
-            if raw.hashes:
-                check_hash(path, validate_hash or _cheapest(raw.hashes), raw.hashes)
+            algorithm = validate_hash or _cheapest(raw.hashes)
+            if algorithm is not None:
+                check_hash(path, algorithm, raw.hashes)
             elif embedded := self._embedded.get(shard_id):
                 check_embedded(path, embedded)
 
@@ -426,5 +427,9 @@ def hash_of(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(file, make).hexdigest()
 
 
-def _cheapest(hashes: dict[str, str]) -> str:
-    return min(hashes, key=lambda name: (not name.startswith("xxh"), name != "sha1", name))
+def _cheapest(hashes: dict[str, str]) -> str | None:
+    """Of those known here; None if there is none."""
+    known = filter(is_hash, hashes)
+    return min(
+        known, key=lambda name: (not name.startswith("xxh"), name != "sha1", name), default=None
+    )

@@ -97,6 +97,7 @@ def _require_sound(shard: ShardInfo, name: str) -> None:
             )
         if "basename" in file:
             require_inside(name, file["basename"])
+        require_hashes(f"{name} in its {key}", file.get("hashes"))
     raw = shard.get("raw_data")
     if shard.get("format") == "mds" and raw is not None and "bytes" in raw:
         # Each sample has at least the place where it begins.
@@ -113,14 +114,29 @@ def _require_sound(shard: ShardInfo, name: str) -> None:
                 f"{name} must list its {key} as MDSWriter does, got {_short(column)}; write the "
                 "shards again."
             )
-    if len({len(shard.get(key) or ()) for key in _COLUMN_KEYS}) > 1:
+    # Of writers of text there are no sizes, and none of these in the index of JSON's.
+    needed = [key for key in _COLUMN_KEYS if key != "column_sizes" or shard.get("format") == "mds"]
+    if len({len(shard.get(key) or ()) for key in needed}) > 1:
         raise CorpusError(
-            f"{name} must list as many {', '.join(_COLUMN_KEYS)}, got others; write the shards "
-            "again."
+            f"{name} must list as many {', '.join(needed)}, got others; write the shards again."
         )
     for key in ("format", "compression"):
         if not isinstance(shard.get(key), str | None):
             raise CorpusError(f"{name} must name its {key}, got {_short(shard[key])}.")
+
+
+def require_hashes(name: str, hashes: Any) -> None:
+    """Refuse what an index has as hashes of a file, if they are none.
+
+    Raises:
+        CorpusError: If they are not texts by name.
+    """
+    if hashes and not (
+        isinstance(hashes, dict) and all(isinstance(told, str) for told in hashes.values())
+    ):
+        raise CorpusError(
+            f"{name} must have hashes by their names, got {_short(hashes)}; write the shards again."
+        )
 
 
 def _is_whole(value: Any, most: int) -> bool:
@@ -209,9 +225,17 @@ def unhashed_contents(corpus_dir: PathLike, remote: FileCache | None = None) -> 
 
 
 def digest_of(file: ShardInfo) -> tuple[str, str] | None:
-    """The cheapest of the hashes that an index has of a file, by name; None if it has none."""
-    hashes: dict[str, str] = file.get("hashes") or {}
+    """The cheapest of the hashes that an index has of a file, by name; None if it has none that is
+    known here."""
+    hashes = {name: told for name, told in (file.get("hashes") or {}).items() if is_hash(name)}
     return min(hashes.items(), key=lambda one: (not one[0].startswith("xxh"), one), default=None)
+
+
+def is_hash(name: str) -> bool:
+    """Whether an index may have hashes of that name: one of hashlib or xxhash, of one length."""
+    if name in xxhash.algorithms_available:
+        return True
+    return name in hashlib.algorithms_guaranteed and not name.startswith("shake_")
 
 
 def content_hash(path: Path) -> str:

@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slap_stream.core.files import path_inside
 from slap_stream.errors import ShardError
 from slap_stream.shards.cache import ShardCache
 from slap_stream.shards.decode import SampleDecoder, sample_bounds
-from slap_stream.shards.index import INDEX_NAME
 from slap_stream.types import IntArray
 
 # Files kept open in a process.
@@ -111,8 +109,9 @@ class OpenShards:
         """The shard's file, or None if it is missing or not of its full size."""
         info = self._shards[shard_id].raw_data
         try:
-            path = path_inside(INDEX_NAME, self._cache.directory(shard_id), info.basename)
-            with open(path, "rb", 0) as file:
+            # Links are followed: whoever has a corpus on several disks has made them. Names that
+            # lead elsewhere were refused when the run began.
+            with open(self._cache.directory(shard_id) / info.basename, "rb", 0) as file:
                 if os.fstat(file.fileno()).st_size != info.bytes:
                     return None
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -171,10 +170,9 @@ class SampleGroups:
         return samples
 
     def _decoded(self, decoder: SampleDecoder, shard_id: int, rows: IntArray) -> list[Any]:
+        data = self._files.read(shard_id, rows)
         try:
-            return decoder(self._files.read(shard_id, rows))
-        except ShardError:
-            raise
+            return decoder(data)
         except Exception:
             # A shard is verified once; bytes that have changed since must not count as a bad
             # sample's. Also where it is whole now: another process may have fetched it again.

@@ -11,7 +11,7 @@ import numpy as np
 
 from slap_stream.core.files import file_digest, require_inside
 from slap_stream.errors import ConfigError
-from slap_stream.shards.index import INDEX_NAME, apportion_counts
+from slap_stream.shards.index import INDEX_NAME, apportion_counts, require_hashes
 from slap_stream.shards.library import StreamingDataset, has_stock_state, launched_world
 from slap_stream.types import IntArray
 
@@ -52,7 +52,8 @@ def dataset_shards(dataset: Any) -> DatasetShards:
     Raises:
         TypeError: If it is no `StreamingDataset`.
         ConfigError: If a setting is refused; the message names it.
-        CorpusError: If an index.json names a file outside of its directory.
+        CorpusError: If an index.json names a file outside of its directory, or has hashes that are
+            none.
     """
     _refuse(dataset)
     sizes = np.asarray(dataset.samples_per_shard, np.int64).copy()
@@ -145,6 +146,7 @@ def _refuse(dataset: Any) -> None:
     for shard in dataset.shards:
         for file in (file for pair in shard.file_pairs for file in pair if file):
             require_inside(INDEX_NAME, file.basename)
+            require_hashes(f"{INDEX_NAME}, file {file.basename!r},", file.hashes)
     for stream_id, stream in enumerate(dataset.streams):
         local_only = stream.remote in (None, stream.local)
         if dataset.cache_limit and local_only:

@@ -357,6 +357,7 @@ def test_a_directory_that_is_no_corpus_is_refused(
     (tmp_path / "corpus.json").write_text("[]")
     with pytest.raises(CorpusError, match=r"corpus.json must hold a JSON object, got list"):
         describe_corpus(tmp_path)
-    (tmp_path / "corpus.json").write_text("{")
-    with pytest.raises(CorpusError, match=r"corpus.json must be JSON"):
-        describe_corpus(tmp_path)
+    for text in ("{", "[" * 200_000):
+        (tmp_path / "corpus.json").write_text(text)
+        with pytest.raises(CorpusError, match=r"corpus.json must be JSON"):
+            describe_corpus(tmp_path)

@@ -114,6 +114,26 @@ def fingerprint(dataset: Any) -> Any:
     return entry.fingerprint()
 
 
+def _labelled(count: int) -> Iterator[dict[str, Any]]:
+    for n in range(count):
+        yield {"text": f"text {n}", "labels": [n] * 50}
+
+
+@pytest.mark.parametrize("tokenised", [False, True])
+def test_columns_beside_the_texts_that_are_not_read_change_nothing(tokenised: bool) -> None:
+    rows = Dataset.from_generator(_labelled, gen_kwargs={"count": 50})
+    (one,), (plain,) = (
+        find_inputs([dataset], tokenised=tokenised)
+        for dataset in (rows, rows.remove_columns("labels"))
+    )
+    assert one.text_bytes == plain.text_bytes
+    stream = rows.to_iterable_dataset()
+    (one,) = find_inputs([stream], tokenised=tokenised)
+    assert one.columns == plain.columns
+    (read,) = find_inputs([rows.rename_column("labels", "input_ids")], tokenised=tokenised)
+    assert (read.text_bytes > plain.text_bytes) == tokenised
+
+
 def test_the_same_dataset_is_known_again_and_another_is_not() -> None:
     def stream(count: int) -> Any:
         return IterableDataset.from_generator(numbers, gen_kwargs={"count": count})

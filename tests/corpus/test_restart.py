@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import re
 import signal
@@ -115,6 +116,33 @@ def test_part_whose_files_changed_is_written_again(
     shard.write_bytes(shard.read_bytes()[:-1])
     convert(two_inputs, tmp_path / "broken")
     assert shards_of(tmp_path / "broken") == shards_of(tmp_path / "whole")
+
+
+def test_what_another_version_has_half_done_is_not_gone_on_with(
+    tmp_path: Path, two_inputs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        # The last one that read rows of JSON otherwise, and the texts beside token ids.
+        patch.setattr(corpus, "_WORK_VERSION", 2)
+        with cut_off_after(20), pytest.raises(CutOff):
+            convert(two_inputs, tmp_path / "out")
+    with pytest.raises(CorpusError, match="left by one with other work_version; make the same"):
+        convert(two_inputs, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["counts", "num_parts", "seconds"])
+@pytest.mark.parametrize("wrong", [None, [1]])
+def test_a_damaged_description_is_none_of_the_same_call(
+    tmp_path: Path, two_inputs: list[Path], name: str, wrong: Any
+) -> None:
+    convert(two_inputs, tmp_path / "out")
+    described = json.loads((tmp_path / "out" / "corpus.json").read_text())
+    described[name] = wrong
+    if wrong is None:
+        del described[name]
+    (tmp_path / "out" / "corpus.json").write_text(json.dumps(described))
+    with pytest.raises(CorpusError, match="out must be new, empty or left by the same call"):
+        convert(two_inputs, tmp_path / "out")
 
 
 def test_finished_call_made_again_returns_its_report(

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slap_stream.corpus import convert as convert_module
+from slap_stream.corpus import records
 from slap_stream.corpus.convert import convert
 from slap_stream.corpus.messages import RecordDropped
 from slap_stream.corpus.records import normalise
@@ -163,3 +165,29 @@ def test_without_the_tokenizer_tokens_are_refused_and_texts_beside_them_count(
     ids = [sample["input_ids"].tolist() for sample in iter_corpus(found.corpus)]
     assert sorted(ids) == [row["input_ids"] for row in rows]
     assert set(TOKEN_FIELDS) & set(both.column_names) == {"input_ids"}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_corpus_of_the_texts_beside_tokens_is_not_taken_for_one_of_tokens(
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = datasets.Dataset.from_list(
+        [{"text": f"text {n}", "input_ids": [5, 6, 7 + n]} for n in range(4)]
+    )
+    files = tmp_path / f"rows.{ending}"
+    (rows.to_json if ending == "jsonl" else rows.to_parquet)(files)
+    # As it was: the texts counted, whatever stood beside them.
+    with monkeypatch.context() as before:
+        for module in (convert_module, records):
+            before.setattr(module, "holds_tokens", lambda _: False)
+        made = prepare(files, tmp_path / "prepared", tokenizer=tokenizer)
+        convert(files, tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+    found = prepare(files, tmp_path / "prepared", tokenizer=tokenizer)
+    assert found.corpus != made.corpus
+    ids = [sample["input_ids"].tolist() for sample in iter_corpus(found.corpus)]
+    assert sorted(ids) == rows["input_ids"]
+    with pytest.raises(CorpusError, match="out must be new, empty or left by the same call"):
+        convert(files, tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+    assert prepare(files, tmp_path / "prepared", tokenizer=tokenizer).found

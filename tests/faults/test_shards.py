@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from streaming import Stream, StreamingDataset
 
@@ -41,6 +44,18 @@ def _flip(path: Path) -> None:
         file.write(data)
 
 
+def _lengthen(path: Path) -> None:
+    """Every sample's last value ends elsewhere than it says, though its bytes can be decoded."""
+    index = json.loads((path.parent / "index.json").read_text())
+    info = next(one for one in index["shards"] if one["raw_data"]["basename"] == path.name)
+    last = sum(size is None for size in info["column_sizes"]) - 1
+    data = np.fromfile(path, np.uint8)
+    begins = data[4 : 4 * (info["samples"] + 1)].view(np.uint32)
+    data[begins + 4 * last] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+
+
 def _remote_loader(corpus: Path, local: Path, **options: Any) -> SlapDataLoader:
     stream = Stream(remote=str(corpus), local=str(local), download_retry=1)
     dataset = StreamingDataset(streams=[stream], batch_size=16)
@@ -60,7 +75,10 @@ def _shards(path: Path) -> list[Path]:
 
 @pytest.mark.parametrize(
     ("harm", "num_workers"),
-    [(_cut, 0), (_empty, 0), (_flip, 0), (Path.unlink, 0), (_flip, 2), (Path.unlink, 2)],
+    [
+        *((_cut, 0), (_empty, 0), (_flip, 0), (_lengthen, 0), (Path.unlink, 0)),
+        *((_flip, 2), (Path.unlink, 2)),
+    ],
 )
 def test_harmed_while_training_shards_are_fetched_again(
     corpus: Path,
@@ -81,6 +99,19 @@ def test_harmed_while_training_shards_are_fetched_again(
     assert ids == unbroken[: len(ids)]
     assert loader.metrics()["samples_withdrawn"] == 0
     loader.close()
+
+
+def test_a_shard_may_be_a_link_to_another_disk(
+    corpus: Path, unbroken: list[list[int]], tmp_path: Path
+) -> None:
+    local = tmp_path / "corpus"
+    shutil.copytree(corpus, local)
+    (tmp_path / "other").mkdir()
+    for path in _shards(local):
+        path.symlink_to(path.rename(tmp_path / "other" / path.name))
+    loader = make(local, num_workers=0)
+    assert run(loader, 20) == unbroken[:20]
+    assert loader.metrics()["samples_withdrawn"] == 0
 
 
 @pytest.mark.parametrize("harm", [_cut, _flip])

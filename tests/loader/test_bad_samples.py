@@ -14,11 +14,11 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from streaming import StreamingDataset
+from streaming import MDSWriter, StreamingDataset
 from torch.utils.data import default_collate
 
 from slap_stream.errors import ConfigError, SampleError, ShardError
-from slap_stream.loader.bad_samples import LenientCollate, PartOfBatch, is_of_sample
+from slap_stream.loader.bad_samples import LenientCollate, LenientView, PartOfBatch, is_of_sample
 from slap_stream.shards.writer import open_writer
 from slap_stream.text.collate import ChatCollator
 from tests.laws import as_json, config_of
@@ -36,6 +36,24 @@ class Failing(StreamingDataset):
         if sample["number"] in self.unreadable:
             raise ValueError(f"no {sample['number']}")
         return sample
+
+
+def test_a_sample_of_another_length_than_its_values_in_a_shard_without_hashes_is_left_out(
+    tmp_path: Path,
+) -> None:
+    with MDSWriter(columns={"text": "str"}, out=str(tmp_path)) as writer:
+        for n in range(5):
+            writer.write({"text": f"text {n}"})
+    (path,) = tmp_path.glob("*.mds")
+    data = np.fromfile(path, np.uint8)
+    data[data[4:24].view(np.uint32)[2]] += 1
+    data.tofile(path)
+    view = LenientView(StreamingDataset(local=str(tmp_path), batch_size=1))
+    samples = view.__getitems__(range(5))
+    assert [sample["text"] for n, sample in enumerate(samples) if n != 2] == [
+        f"text {n}" for n in (0, 1, 3, 4)
+    ]
+    assert samples[2].reason.startswith("ValueError: a sample must be as long as its values say")
 
 
 class Collate:

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from streaming import JSONWriter, MDSWriter, StreamingDataset
+from streaming import (
+    CSVWriter,
+    JSONWriter,
+    MDSWriter,
+    StreamingDataset,
+    TSVWriter,
+    XSVWriter,
+)
 from streaming.base.sampling import get_sampling
 
 from slap_stream.errors import ConfigError, CorpusError
+from slap_stream.shards.cache import ShardCache
 from slap_stream.shards.index import (
     apportion_counts,
     corpus_columns,
     corpus_size,
+    digest_of,
     merge_indexes,
+    read_index,
 )
 from slap_stream.shards.reader import iter_corpus
+from slap_stream.shards.settings import dataset_shards
 from slap_stream.shards.writer import open_writer
 from tests.helpers.shard_corpora import COLUMNS, same, sample, shard_files, write_corpus
 
@@ -209,6 +223,45 @@ def test_other_formats_are_read_too(tmp_path: Path, compression: str | None) -> 
             writer.write({"a": str(number), "b": number})
     assert list(iter_corpus(tmp_path / "c", 1)) == [{"a": str(i), "b": i} for i in range(1, 5)]
     assert corpus_columns(tmp_path / "c") == columns
+
+
+@pytest.mark.parametrize("compression", [None, "gz"])
+@pytest.mark.parametrize("writer_of", [CSVWriter, TSVWriter, partial(XSVWriter, separator="|")])
+def test_formats_without_sizes_of_columns_are_read_too(
+    tmp_path: Path, writer_of: Callable[..., Any], compression: str | None
+) -> None:
+    columns = {"a": "str", "b": "int"}
+    with writer_of(columns=columns, out=str(tmp_path / "c"), compression=compression) as writer:
+        for number in range(5):
+            writer.write({"a": str(number), "b": number})
+    assert list(iter_corpus(tmp_path / "c", 1)) == [{"a": str(i), "b": i} for i in range(1, 5)]
+    assert corpus_columns(tmp_path / "c") == columns
+
+
+@pytest.mark.parametrize("hashes", [["a"], {"sha1": 5}, "sha1"])
+def test_hashes_that_are_none_are_refused(tmp_path: Path, hashes: Any) -> None:
+    _rehashed(tmp_path, hashes)
+    with pytest.raises(CorpusError, match=r"shard 0, in its raw_data must have hashes by their "):
+        read_index(tmp_path)
+    dataset = StreamingDataset(local=str(tmp_path), batch_size=1)
+    with pytest.raises(CorpusError, match=r"file 'shard.00000.mds', must have hashes by their "):
+        dataset_shards(dataset)
+
+
+@pytest.mark.parametrize("name", ["of later", "VERSION", "xxhVERSION", "shake_128"])
+def test_hashes_that_are_not_known_here_are_not_compared(tmp_path: Path, name: str) -> None:
+    _rehashed(tmp_path, {name: "0"})
+    (file,) = [shard["raw_data"] for shard in read_index(tmp_path)]
+    assert digest_of(file) is None
+    assert digest_of({"hashes": {name: "0", "sha1": "1"}}) == ("sha1", "1")
+    ShardCache(StreamingDataset(local=str(tmp_path), batch_size=1)).ensure(0)
+
+
+def _rehashed(corpus: Path, hashes: Any) -> None:
+    write_corpus(corpus, [3])
+    index = json.loads((corpus / "index.json").read_text())
+    index["shards"][0]["raw_data"]["hashes"] = hashes
+    (corpus / "index.json").write_text(json.dumps(index))
 
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
