@@ -29,6 +29,7 @@ from slap_stream.loader.run_files import (
     Event,
     Place,
     Rows,
+    causes_of,
     event_file,
     last_started,
     read_events,
@@ -214,8 +215,9 @@ class RunLog:
             events = begins = []
         mine["index"] = begins[-1]["index"] + 1 if begins else 0
         every = [*begins, mine]
-        rows = surviving_rows(read_rows(self._rows, _FIELDS), begins, every)
         kept, _ = surviving(events, every)
+        rows = read_rows(self._rows, _FIELDS)
+        rows = surviving_rows(rows, begins, every, causes_of(kept))
         # Of what did not happen, too: the rows of before were thinned with it.
         mine["level"] = self._level = max((e.get("level", 0) for e in events), default=0)
         return kept, rows
@@ -302,8 +304,8 @@ class RunLog:
             self._guarded(lambda: self._flush(saved))
 
     def _flush(self, saved: bool) -> None:
-        parts = [lane.departures.take() for lane in self._sampler.lanes if lane.departures]
-        rows = np.concatenate(parts)
+        watched = [lane.departures for lane in self._sampler.lanes if lane.departures]
+        rows = np.concatenate([departures.take() for departures in watched])
         rows["session"] = self._index
         now = self._now()
         moved, self._told_delivered = now["delivered"] != self._told_delivered, now["delivered"]
@@ -316,6 +318,10 @@ class RunLog:
             if mine.any():
                 counts[name] = _by_stratum(rows["stratum"][mine], None)
                 lengths[name] = _by_stratum(rows["stratum"][mine], rows["length"][mine])
+        # Before the span: what follows one that was saved is not in the state.
+        causes = [one for departures in watched for one in departures.take_causes()]
+        if causes:
+            self._append([{"kind": "withdrawn", **now, "samples": causes}])
         span: Event = {
             "kind": "span",
             **now,
@@ -375,7 +381,7 @@ class RunLog:
             # Whatever it is: no fault of a log is worth a training, or a batch that was composed.
             self.failed, self.begun = True, False
             for lane in self._sampler.lanes:
-                lane.departures = None
+                lane.watch_departures(False)
             told = error if isinstance(error, OSError) else repr(error)
             logger.warning("%s is not written any more: %s", self._events, told)
             logger.debug("where that was", exc_info=True)
