@@ -7,7 +7,7 @@ Two files for each rank, in `_slap_log` of the run's directory. `rank-0.jsonl` h
     value      a number that somebody noted, such as a held-out loss
     withdrawn  samples that could not be used, and what was raised
     level      the rows are about to be thinned
-    end        the loader was closed
+    end        the loader was closed, or ended with its process or before
 
 `rank-0.rows` has a row of fixed size for each candidate that has left a pool. Both are only ever
 appended to or replaced as a whole, so a reader needs no lock, and a kill leaves half a line or half
@@ -71,7 +71,7 @@ class RunEvents:
         level: The same.
         errors: What was raised, by epoch, step and sample id of the rows that are `withdrawn`.
         last: When something was written last, by the clock of who wrote it.
-        ended: Whether the loader was closed since it began last.
+        ended: Whether the loader has ended since it began last.
         unreadable: Lines that could not be read.
         straddling: Spans that are left out though a part of them had happened.
     """
@@ -143,10 +143,15 @@ def read_log(run_dir: str | os.PathLike[str]) -> RunEvents:
         level=level,
         errors=errors,
         last=max(event["time"] for event in kept[first][0] if "time" in event),
-        ended=kept[first][0][-1]["kind"] == "end",
+        ended=_ended(kept[first][0]),
         unreadable=sum(unreadable for _, unreadable in by_file.values()),
         straddling=sum(straddling for _, straddling in kept.values()),
     )
+
+
+def _ended(events: Sequence[Event]) -> bool:
+    """Whether the loader has ended; numbers may have been noted since."""
+    return [event["kind"] for event in events if event["kind"] in ("begin", "end")][-1:] == ["end"]
 
 
 def causes_of(events: Iterable[Event]) -> Causes:
