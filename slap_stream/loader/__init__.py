@@ -19,6 +19,7 @@ state.py        a checkpoint of all ranks
 checks.py       settings and data that do not fit together
 workers.py      what is said when a worker process dies, and when it must
 run_log.py      what left the pools and why, losses and cost: the run's log, as it is written
+leaving.py      a loader that nobody closes
 run_files.py    the log's files, and how they are read while they grow
 """
 

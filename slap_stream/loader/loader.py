@@ -28,11 +28,12 @@ from slap_stream.loader.checks import (
     prefetch_within,
 )
 from slap_stream.loader.delivery import SAMPLE_ID, Delivery, on_cpu
+from slap_stream.loader.leaving import end_with, weakly
 from slap_stream.loader.pending import PendingBatches
 from slap_stream.loader.probe_link import ProbeLink
 from slap_stream.loader.progress_bar import ProgressBar
 from slap_stream.loader.ranks import TIMEOUT_SECONDS, join_ranks
-from slap_stream.loader.run_log import RunLog, describe, weakly
+from slap_stream.loader.run_log import RunLog, describe
 from slap_stream.loader.state import check_loader_state, whole_state
 from slap_stream.loader.tally import Tally
 from slap_stream.loader.workers import WorkerStart
@@ -178,6 +179,7 @@ class SlapDataLoader(DataLoader[Any]):
         parties = self._ranks, self._sampler, self._digests, self._log, self.needs_log
         # Of the rank that needs most: then all are refused or none.
         needed = self._owner.call(partial(meet_ranks, *parties))
+        end_with(self, self._log, self._owner)
         check_cache_limit(dataset, needed, ranks_on_node)
         self._probe: LearnabilityProbe | None = None
         self._probe_state: State | None = None

@@ -7,7 +7,7 @@ Two files for each rank, in `_slap_log` of the run's directory. `rank-0.jsonl` h
     value      a number that somebody noted, such as a held-out loss
     withdrawn  samples that could not be used, and what was raised
     level      the rows are about to be thinned
-    end        the loader was closed
+    end        the loader was closed, or ended with its process or before
 
 `rank-0.rows` has a row of fixed size for each candidate that has left a pool. Both are only ever
 appended to or replaced as a whole, so a reader needs no lock, and a kill leaves half a line or half
@@ -54,6 +54,7 @@ Rows = NDArray[Any]
 # state was loaded since).
 Place = tuple[int, int]
 Session = tuple[float, int]
+Causes = dict[tuple[int, int, int], str]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,7 +71,7 @@ class RunEvents:
         level: The same.
         errors: What was raised, by epoch, step and sample id of the rows that are `withdrawn`.
         last: When something was written last, by the clock of who wrote it.
-        ended: Whether the loader was closed since it began last.
+        ended: Whether the loader has ended since it began last.
         unreadable: Lines that could not be read.
         straddling: Spans that are left out though a part of them had happened.
     """
@@ -81,7 +82,7 @@ class RunEvents:
     values: list[Event]
     rows: Rows
     level: int
-    errors: dict[tuple[int, int, int], str]
+    errors: Causes
     last: float
     ended: bool
     unreadable: int
@@ -118,20 +119,16 @@ def read_log(run_dir: str | os.PathLike[str]) -> RunEvents:
     everything = [event for events, _ in kept.values() for event in events]
     level = max(event.get("level", 0) for events, _ in by_file.values() for event in events)
     delivered = max(map(delivered_of, everything), default=(0, 0))
-    errors = {
-        (epoch, step, sample_id): text
-        for event in everything
-        if event["kind"] == "withdrawn"
-        for sample_id, epoch, step, text in event["samples"]
-    }
+    errors = causes_of(everything)
     spans: list[Event] = []
     rows: list[Rows] = []
     for path, (events, _) in kept.items():
+        causes = causes_of(events)
         rank = begins[path][-1]["rank"] if begins[path] else 0
         mine = [{**event, "rank": rank} for event in events if event["kind"] == "span"]
         if begins[path]:
             found = read_rows(path.with_suffix(".rows"), begins[path][-1]["fields"])
-            found = surviving_rows(found, begins[path], every)
+            found = surviving_rows(found, begins[path], every, causes)
             found = found[sampled(found["sample_id"], level)]
             rows.append(_delivered(found, mine, delivered, errors, outcomes, 2**level))
         spans += mine
@@ -146,10 +143,25 @@ def read_log(run_dir: str | os.PathLike[str]) -> RunEvents:
         level=level,
         errors=errors,
         last=max(event["time"] for event in kept[first][0] if "time" in event),
-        ended=kept[first][0][-1]["kind"] == "end",
+        ended=_ended(kept[first][0]),
         unreadable=sum(unreadable for _, unreadable in by_file.values()),
         straddling=sum(straddling for _, straddling in kept.values()),
     )
+
+
+def _ended(events: Sequence[Event]) -> bool:
+    """Whether the loader has ended; numbers may have been noted since."""
+    return [event["kind"] for event in events if event["kind"] in ("begin", "end")][-1:] == ["end"]
+
+
+def causes_of(events: Iterable[Event]) -> Causes:
+    """What was raised, or was amiss, by epoch, step and sample id of what was withdrawn."""
+    return {
+        (epoch, step, sample_id): text
+        for event in events
+        if event["kind"] == "withdrawn"
+        for sample_id, epoch, step, text in event["samples"]
+    }
 
 
 def _delivered(
@@ -306,31 +318,53 @@ def surviving(events: Sequence[Event], begins: Sequence[Event]) -> tuple[list[Ev
     """
     kept: list[Event] = []
     straddling, last = 0, ((2**62, 0), (2**62, 0))
+    lasts = []
     for event in events:
         if event["kind"] == "begin":
             last = last_place(begins, session_of(event))
+        lasts.append(last)
+    # Where states were saved that were gone on with: at the same place, what comes behind is not in
+    # them, such as a candidate that was withdrawn before the next batch was composed.
+    saved = {
+        last: number
+        for number, (event, last) in enumerate(zip(events, lasts, strict=True))
+        if event.get("saved") and (place_of(event), delivered_of(event)) == last
+    }
+    for number, (event, last) in enumerate(zip(events, lasts, strict=True)):
+        if event["kind"] == "begin":
+            pass
         # At an epoch's end batches are delivered, and nothing is composed.
         elif place_of(event) > last[0] or delivered_of(event) > last[1]:
             straddling += event["kind"] == "span" and tuple(event["from"]) < last[0]
+            continue
+        elif event["kind"] in ("span", "withdrawn") and number > saved.get(last, number):
             continue
         kept.append(event)
     return kept, straddling
 
 
-def surviving_rows(rows: Rows, own: Sequence[Event], begins: Sequence[Event]) -> Rows:
+def surviving_rows(
+    rows: Rows, own: Sequence[Event], begins: Sequence[Event], causes: Causes
+) -> Rows:
     """Rows of a file without those that did not happen.
 
     Args:
         rows: (n,) rows.
         own: Beginnings in the file of the same rank; `session` of a row names one by its index.
         begins: All ranks' beginnings.
+        causes: Of what was withdrawn, by the rank's events that have happened.
     """
     keep = np.zeros(len(rows), bool)
     for begin in own:
         epoch, step = last_place(begins, session_of(begin))[0]
         # A row at step s has left with batch s, after which s + 1 are composed.
         before = (rows["epoch"] < epoch) | ((rows["epoch"] == epoch) & (rows["step"] < step))
-        keep |= (rows["session"] == begin["index"]) & before
+        # One at step s that was withdrawn from a pool has left after batch s - 1, and before s.
+        at_end = (rows["epoch"] == epoch) & (rows["step"] == step)
+        at_end &= rows["outcome"] == begin["outcomes"].index("withdrawn")
+        for place in np.flatnonzero(at_end):
+            at_end[place] = tuple(rows[["epoch", "step", "sample_id"]][place].item()) in causes
+        keep |= (rows["session"] == begin["index"]) & (before | at_end)
     return rows[keep]
 
 

@@ -14,8 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
-from weakref import WeakMethod
+from typing import Any
 
 import numpy as np
 
@@ -29,12 +28,14 @@ from slap_stream.loader.run_files import (
     Event,
     Place,
     Rows,
+    causes_of,
     event_file,
     last_started,
     read_events,
     read_rows,
     row_file,
     sampled,
+    session_of,
     surviving,
     surviving_rows,
     thinned,
@@ -51,7 +52,6 @@ SECONDS_BETWEEN_STARTS = 1e-3
 _FIELDS = [[name, ROW[name].str] for name in ROW.names or ()]
 # What reading files that are no log of ours ends with.
 _UNREADABLE = (RunLogError, LookupError, TypeError, ValueError)
-_Result = TypeVar("_Result")
 # Sums of a run that a span has the part of, and how the metrics call them.
 _SUMS = {"probe_seconds": "probe_seconds", "probed": "probe_samples"}
 
@@ -96,7 +96,7 @@ class RunLog:
         self._undelivered = undelivered
         self._clock, self.started, self._loads = clock, time.time(), -1
         self._index = self._level = self._spans_held = self._rows_held = 0
-        self.begun = self.failed = False
+        self.begun = self.failed = self._ended = False
         self._kept = run_dir is not None
         self.problem: str | None = None
         self._early: list[Event] = []
@@ -199,7 +199,7 @@ class RunLog:
         self._replace_events([*kept, mine, *({**line, **self._now()} for line in early)])
         for lane in self._sampler.lanes:
             lane.watch_departures()
-        self.begun, self._told_delivered = True, mine["delivered"]
+        self.begun, self._ended, self._told_delivered = True, False, mine["delivered"]
         self._clear()
 
     def _happened(self, mine: Event) -> tuple[list[Event], Rows]:
@@ -214,8 +214,9 @@ class RunLog:
             events = begins = []
         mine["index"] = begins[-1]["index"] + 1 if begins else 0
         every = [*begins, mine]
-        rows = surviving_rows(read_rows(self._rows, _FIELDS), begins, every)
         kept, _ = surviving(events, every)
+        rows = read_rows(self._rows, _FIELDS)
+        rows = surviving_rows(rows, begins, every, causes_of(kept))
         # Of what did not happen, too: the rows of before were thinned with it.
         mine["level"] = self._level = max((e.get("level", 0) for e in events), default=0)
         return kept, rows
@@ -289,8 +290,31 @@ class RunLog:
     def end(self) -> None:
         """The loader is closed: nothing more will be written."""
         self.flush()
-        if self.begun:
+        if self.begun and not self._ended:
             self._guarded(lambda: self._append([{"kind": "end", **self._now()}]))
+        self._ended = True
+
+    def leave(self, *, held: bool) -> None:
+        """Nobody has closed the loader, and nothing more will be written: the end, unless another
+        loader has taken the log up since.
+
+        Args:
+            held: Whether the loader is still there; else nothing can be asked of it.
+        """
+        if not self.begun or self._ended:
+            return
+        try:
+            events, _ = read_events(self._events)
+            begins = [session_of(event) for event in events if event["kind"] == "begin"]
+            if not begins or begins[-1] != (self.started, self._loads):
+                return
+            if held:
+                self.end()
+            else:
+                last = {name: events[-1][name] for name in ("at", "delivered")}
+                self._append([{"kind": "end", **last, "time": time.time()}])
+        except (OSError, *_UNREADABLE) as error:
+            logger.debug("%s was not ended: %r", self._events, error)
 
     def metrics(self) -> dict[str, float]:
         """Whether the log could not be written; nothing where none is kept."""
@@ -302,8 +326,8 @@ class RunLog:
             self._guarded(lambda: self._flush(saved))
 
     def _flush(self, saved: bool) -> None:
-        parts = [lane.departures.take() for lane in self._sampler.lanes if lane.departures]
-        rows = np.concatenate(parts)
+        watched = [lane.departures for lane in self._sampler.lanes if lane.departures]
+        rows = np.concatenate([departures.take() for departures in watched])
         rows["session"] = self._index
         now = self._now()
         moved, self._told_delivered = now["delivered"] != self._told_delivered, now["delivered"]
@@ -316,6 +340,10 @@ class RunLog:
             if mine.any():
                 counts[name] = _by_stratum(rows["stratum"][mine], None)
                 lengths[name] = _by_stratum(rows["stratum"][mine], rows["length"][mine])
+        # Before the span: what follows one that was saved is not in the state.
+        causes = [one for departures in watched for one in departures.take_causes()]
+        if causes:
+            self._append([{"kind": "withdrawn", **now, "samples": causes}])
         span: Event = {
             "kind": "span",
             **now,
@@ -375,7 +403,7 @@ class RunLog:
             # Whatever it is: no fault of a log is worth a training, or a batch that was composed.
             self.failed, self.begun = True, False
             for lane in self._sampler.lanes:
-                lane.departures = None
+                lane.watch_departures(False)
             told = error if isinstance(error, OSError) else repr(error)
             logger.warning("%s is not written any more: %s", self._events, told)
             logger.debug("where that was", exc_info=True)
@@ -394,20 +422,6 @@ def _replace(path: Path, data: bytes) -> None:
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     unfinished.write_bytes(data)
     unfinished.replace(path)
-
-
-def weakly(method: Callable[[], _Result]) -> Callable[[], _Result]:
-    """A method of the loader, which does not hold the loader: one that nobody has any more is gone
-    at once, and does not wait for the garbage collector.
-    """
-    held = WeakMethod(method)
-
-    def call() -> _Result:
-        found = held()
-        assert found is not None, "the loader holds the log"
-        return found()
-
-    return call
 
 
 def describe(dataset: Any, store: RowStore, sampler: SlapSampler) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slap_stream.core.files import file_to_write, written_whole
+from slap_stream.core.files import file_to_write, writable, written_whole
 from slap_stream.errors import ConfigError
 from slap_stream.report.texts import Text
 from slap_stream.selection.departures import DRAWN_OUT, LEARNT, WITHDRAWN
@@ -200,7 +200,7 @@ def export(
         "epoch": rows["epoch"][pruned],
         "step": rows["step"][pruned],
         **{name: np.round(rows[name][pruned] / _STEPS, 3) for name in evidence},
-        "error": np.array([errors.get(_key(row), "") for row in rows[pruned]], object),
+        "error": np.array([writable(errors.get(_key(row), "")) for row in rows[pruned]], object),
     }
     with written_whole(path) as unfinished:
         if path.suffix == ".parquet":

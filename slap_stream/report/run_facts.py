@@ -29,7 +29,7 @@ REASONS = {
     "mismatch": "its target seems to belong to another prompt",
     "outlier": "its loss stands out among its like, as only noise does",
     "unrelated": "it is not of the kind that the target set shows",
-    WITHDRAWN: "it could not be read or collated; this was no choice",
+    WITHDRAWN: "it could not be read or collated, or its loss was not finite; this was no choice",
 }
 
 
@@ -153,7 +153,7 @@ class RunFacts:
 
     @property
     def withdrawn(self) -> int:
-        """Candidates that could not be read or collated."""
+        """Candidates that could not be read or collated, or whose loss was not finite."""
         return self.counts[WITHDRAWN]
 
     @property
@@ -246,8 +246,9 @@ class RunFacts:
         if self.withdrawn:
             first = next(iter(self._events.errors.values()), "")
             found.append(
-                f"{self.withdrawn:,} samples could not be read or collated and were withdrawn; "
-                f"--export lists them. The first: {shown(first, _ERROR_SHOWN)}"
+                f"{self.withdrawn:,} samples could not be read or collated, or had a loss that was "
+                f"not finite, and were withdrawn; --export lists them. The first: "
+                f"{shown(first, _ERROR_SHOWN)}"
             )
         for name, said in _TROUBLES.items():
             if gauges.get(name):

@@ -22,8 +22,8 @@ class Standing:
 
     Attributes:
         state: `going on`, `still` (its process lives and writes nothing), `closed` (its loader
-            was), `gone` (its process is, without that) or `unknown` (on another machine, and
-            nothing was written lately).
+            was, or has ended by itself), `gone` (its process is, without that) or `unknown` (on
+            another machine, and nothing was written lately).
         said: The same for people, to follow a time.
     """
 
@@ -53,7 +53,7 @@ def standing(events: RunEvents, *, now: float | None = None) -> Standing:
         said = f"silent for {ago}; whether it still goes on can be seen on {host} only"
         return Standing(state="unknown", said=said)
     if not _lives(process, began=float(begin["time"])):
-        said = "its process is gone: it was killed, or ended without loader.close()"
+        said = "its process is gone: it was killed, or ended by an error"
         return Standing(state="gone", said=said)
     if silent < STILL_SECONDS:
         return Standing(state="going on", said="going on")

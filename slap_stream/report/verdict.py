@@ -54,8 +54,8 @@ def run_verdict(facts: RunFacts) -> Section:
     todo = []
     if facts.withdrawn:
         todo.append(
-            f"Mend the {number(facts.withdrawn)} samples that could not be read or collated: the "
-            "list below says why."
+            f"Look at the {number(facts.withdrawn)} samples that were withdrawn: the list below "
+            "says why."
         )
     if counts["copy"] / every >= MANY_COPIES:
         todo.append(

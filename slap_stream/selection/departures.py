@@ -17,7 +17,8 @@ from slap_stream.types import FloatArray, IntArray
 TRAINED, DRAWN_OUT, LEARNT, WITHDRAWN = "trained", "drawn out", "learnt", "withdrawn"
 # Why a candidate may have been pruned.
 _REASONS = (DRAWN_OUT, LEARNT, *EVIDENCE)
-# Outcomes of a candidate, by number. `withdrawn` is what could not be read or collated.
+# Outcomes of a candidate, by number. `withdrawn` is what could not be read or collated, or had a
+# loss that is not finite.
 OUTCOMES = (TRAINED, *_REASONS, WITHDRAWN)
 # Evidence that says of a target, in one way or another, that it is noise.
 _NOISE = ("mismatch", "outlier")
@@ -64,8 +65,11 @@ class Departures:
     scorer: Scorer
     policy: Policy
     _parts: list[tuple[str, int, int, dict[str, NDArray[Any]]]] = field(default_factory=list)
+    _causes: list[tuple[int, int, int, str]] = field(default_factory=list)
 
-    def note(self, slots: IntArray, outcome: str, *, epoch: int, step: int) -> None:
+    def note(
+        self, slots: IntArray, outcome: str, *, epoch: int, step: int, cause: str = ""
+    ) -> None:
         """Candidates in (n,) slots are about to leave.
 
         Args:
@@ -73,6 +77,7 @@ class Departures:
             outcome: `TRAINED`, `WITHDRAWN`, or `PRUNED`, of which is asked why.
             epoch: Of the batch that they leave with.
             step: Batches of the epoch before it.
+            cause: Of what is withdrawn, unless somebody else tells it.
         """
         if not len(slots):
             return
@@ -82,6 +87,13 @@ class Departures:
             kept[name] = getattr(columns, name).take(slots)
         kept["log_length"] = self.pool.x[slots, LOG_LENGTH]
         self._parts.append((outcome, epoch, step, kept))
+        if cause:
+            self._causes += [(name, epoch, step, cause) for name in kept["sample_id"].tolist()]
+
+    def take_causes(self) -> list[tuple[int, int, int, str]]:
+        """Of what was noted with a cause since the last call: sample id, epoch, step and cause."""
+        causes, self._causes = self._causes, []
+        return causes
 
     def take(self) -> Rows:
         """(n,) of `ROW`, with session zero: what was noted since the last call, in that order, but

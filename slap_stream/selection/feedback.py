@@ -11,12 +11,13 @@ import numpy as np
 from slap_stream.core.rng import Purpose, uniforms
 from slap_stream.core.saved import Saved
 from slap_stream.selection.awaiting import Awaiting
+from slap_stream.selection.departures import WITHDRAWN, Departures
 from slap_stream.selection.loss_model import LOG_LENGTH, LossModel
 from slap_stream.selection.moments import Moments
 from slap_stream.selection.outliers import Outliers
 from slap_stream.selection.policies.base import Policy
 from slap_stream.selection.pool import Pool
-from slap_stream.selection.schedule import LanePlan
+from slap_stream.selection.schedule import LanePlan, LaneProgress
 from slap_stream.selection.scoring import Scorer
 from slap_stream.selection.state import Lookup
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray, State
@@ -108,6 +109,8 @@ logger = logging.getLogger(__name__)
 # Losses of trained samples that are learnt from between two refreshes, over all lanes, on average:
 # ten refreshes of them, and of what was probed, are many for each column of a design row.
 TRAINED_PER_REFRESH = 1024
+# What is told of candidates that are withdrawn for their losses.
+NOT_FINITE = "its loss was not finite"
 # What is counted of a lane over the run.
 COUNTERS = ("observed", "nonfinite", "withdrawn", "repeats_in_batch", "batches_repeated")
 
@@ -122,8 +125,10 @@ class LaneFeedback:
         pool: The lane's pool.
         scorer: Who counts the lane's refreshes.
         outliers: Who remembers losses that stand out; None if nobody asks.
+        progress: How far the lane is.
 
     Attributes:
+        departures: Who is told of candidates that are withdrawn; None until somebody wants to be.
         awaiting_trained: Open questions about what was composed into batches.
         awaiting_probed: Open questions about what was to be probed.
         answers: Finite losses and sketches since the last refresh.
@@ -140,8 +145,11 @@ class LaneFeedback:
         pool: Pool,
         scorer: Scorer,
         outliers: Outliers | None,
+        progress: LaneProgress,
     ) -> None:
         self._model, self._pool, self._scorer = model, pool, scorer
+        self._progress = progress
+        self.departures: Departures | None = None
         self.outliers = outliers
         self._seed = plan.config.seed
         trained = plan.batch_size * plan.num_lanes * plan.config.probe_every
@@ -224,6 +232,9 @@ class LaneFeedback:
             slots = self._pool.slots()
             gone = slots[np.isin(self._pool.columns.sample_id[slots], ids[~fine])]
             self.counters["withdrawn"] += len(gone)
+            if self.departures is not None:
+                now = self._progress.epoch, self._progress.step
+                self.departures.note(gone, WITHDRAWN, epoch=now[0], step=now[1], cause=NOT_FINITE)
             self._pool.remove(gone)
         return fine
 

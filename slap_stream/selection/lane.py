@@ -123,9 +123,9 @@ class Lane:
                 target_share=NUM_OWN_COLUMNS + names.index(share) if share in names else None,
             )
         self._scorer = Scorer(policy, model, self.pool, self._recent, self._yardsticks, outliers)
-        self.feedback = LaneFeedback(plan, policy, model, self.pool, self._scorer, outliers)
-        # Until somebody wants to be told.
-        self.departures: Departures | None = None
+        self.feedback = LaneFeedback(
+            plan, policy, model, self.pool, self._scorer, outliers, self.progress
+        )
         clusters, dim = strata.centroids.shape
         self._since_refresh = SinceRefresh(clusters=clusters, dim=dim)
         self._composed = 0
@@ -148,9 +148,15 @@ class Lane:
         self._unfinished: tuple[int, bool] | None = None
         self.start_epoch(0)
 
-    def watch_departures(self) -> None:
+    @property
+    def departures(self) -> Departures | None:
+        """What has left the pool; None until somebody wants to be told."""
+        return self.feedback.departures
+
+    def watch_departures(self, watch: bool = True) -> None:
         """Note from now on, in `departures`, what leaves the pool; nothing is decided by it."""
-        self.departures = Departures(pool=self.pool, scorer=self._scorer, policy=self._policy)
+        watched = Departures(pool=self.pool, scorer=self._scorer, policy=self._policy)
+        self.feedback.departures = watched if watch else None
 
     def start_epoch(self, epoch: int) -> None:
         """Begin an epoch; what was learnt about the data stays."""

@@ -160,7 +160,11 @@ def test_the_last_batches_of_an_epoch_are_told_of_without_feedback(
     assert sorted(events.rows["sample_id"][events.rows["outcome"] == 0]) == sorted(ids)
     assert not events.ended
     loader.close()
-    assert read_log(tmp_path).ended
+    # As a Trainer that evaluates after its training does.
+    loader.note(eval_loss=2.0)
+    events = read_log(tmp_path)
+    assert events.ended
+    assert events.values[-1]["value"] == 2.0
 
 
 def test_losses_of_batches_that_are_trained_on_again_are_counted_once(

@@ -137,13 +137,19 @@ def test_what_was_pruned_is_exported_with_reasons(
 ) -> None:
     rows = read_log(run_dir).rows
     pruned = rows[rows["outcome"] != 0]
+    key = tuple(pruned[["epoch", "step", "sample_id"]][0].item())
     assert made.exported == len(pruned)
     as_parquet = tmp_path / "pruned.parquet"
     sources = np.array(SOURCES)[rows["sample_id"] % (300 - COPIES) % 3]
-    export(as_parquet, rows, OUTCOMES, sources, {})
+    # A text of which half a character is left, as errors quote such.
+    errors = {key: "no \ud83d"}
+    export(as_parquet, rows, OUTCOMES, sources, errors)
+    export(tmp_path / "list.csv", rows, OUTCOMES, sources, errors)
     with (run_dir / "pruned.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     table = pyarrow.parquet.read_table(as_parquet).to_pylist()
+    assert table[0]["error"] == "no \\ud83d"
+    assert "no \\ud83d" in (tmp_path / "list.csv").read_text("utf-8")
     for line, same, row in zip(lines, table, pruned, strict=True):
         assert int(line["sample_id"]) == same["sample_id"] == row["sample_id"]
         assert line["reason"] == same["reason"] == OUTCOMES[row["outcome"]]

@@ -58,7 +58,7 @@ def gone() -> int:
         ({"host": "elsewhere"}, "going on", "going on, on elsewhere"),
         ({"host": "elsewhere", "silent": 300.0}, "unknown", "can be seen on elsewhere only"),
         # Another process has its number now.
-        ({"began": NOW - 1e9}, "gone", "its process is gone: it was killed, or ended"),
+        ({"began": NOW - 1e9}, "gone", "its process is gone: it was killed, or ended by an error"),
     ],
 )
 def test_a_run_stands_as_its_process_does(log: dict[str, Any], state: str, said: str) -> None:
