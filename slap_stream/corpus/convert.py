@@ -7,6 +7,7 @@ never done again.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,10 +43,13 @@ from slap_stream.remote.output import output_to
 from slap_stream.shards.index import INDEX_NAME, SHARD_BYTES, merge_indexes
 from slap_stream.text.chat import ATTENTION, Truncate, check_truncate, encode
 
+logger = logging.getLogger(__name__)
+
 WORK_NAME = ".convert"
 
 _PLAN_VERSION, _WORK_VERSION = 2, 3
 _SHARDS_PER_PART = 4
+_SOURCE_FIELD = "source"
 _MAX_PARTS = 512
 # A small corpus is still cut into some parts, so that it can be written by several processes.
 _SMALL_PARTS, _SMALL_PART_BYTES = 8, 1 << 20
@@ -64,7 +68,7 @@ def convert(
     seed: int = 0,
     num_workers: int | None = None,
     shard_bytes: int = SHARD_BYTES,
-    source_field: str | None = "source",
+    source_field: str | None = _SOURCE_FIELD,
     fields: Mapping[str, str] | None = None,
     scratch_dir: str | Path | None = None,
     progress: bool | None = None,
@@ -209,6 +213,7 @@ def convert(
         first_rows = _first_rows(pieces_of, read)
         name_place = _place_namer(pieces, first_rows)
         _require_samples(dropped, name_place, work_dir)
+        _warn_of_nothing(found, pieces_of, read)
 
         gather_jobs = [
             GatherJob(
@@ -247,6 +252,14 @@ def convert(
         tally = Tally.total(written)
         tally.add_dropped(dropped)
         _require_samples(tally, name_place, work_dir)
+        if source_field not in (None, _SOURCE_FIELD) and tally.counts.keys() <= {
+            entry.stem for entry in found
+        }:
+            logger.warning(
+                "no record has a field %r, so that each input is a source; source_field names the "
+                "one that says where a record is from.",
+                source_field,
+            )
         parts = [out / part_name(n) for n, part in enumerate(written) if part["files"]]
         report = ConvertReport(
             out=str(place),
@@ -368,6 +381,19 @@ def _first_rows(
             first_rows.append(before)
             before += next(rows)
     return tuple(first_rows)
+
+
+def _warn_of_nothing(
+    found: Sequence[Input],
+    pieces_of: Sequence[Sequence[Piece]],
+    manifests: Sequence[Mapping[str, Any]],
+) -> None:
+    """Name the inputs without a record, which may be what a failed download left behind."""
+    rows = iter([n for manifest in manifests for n in manifest["rows"]])
+    read = [sum(next(rows) for _ in pieces) for pieces in pieces_of]
+    empty = [entry.name for entry, count in zip(found, read, strict=True) if not count]
+    if empty:
+        logger.warning("%d inputs hold no records: %s.", len(empty), ", ".join(empty[:5]))
 
 
 def _require_samples(tally: Tally, name_place: Callable[[int, int], str], work_dir: Path) -> None:

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slap_stream.corpus import inputs, readers, tables
+from slap_stream.corpus.convert import convert
 from slap_stream.corpus.inputs import cut, find_inputs
 from slap_stream.corpus.messages import DropReason
 from slap_stream.corpus.peeking import peek
@@ -349,3 +350,19 @@ def test_empty_input_has_no_pieces(tmp_path: Path) -> None:
     (entry,) = find_inputs([path])
     assert cut(entry) == []
     assert list(peek(entry, [])) == []
+
+
+def test_an_input_without_a_record_is_named_and_so_is_a_source_field_that_nobody_has(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b", "from": "c"}\n' * 3)
+    (tmp_path / "b.jsonl").touch()
+    inputs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    convert(inputs, tmp_path / "typo", source_field="form")
+    assert "1 inputs hold no records" in caplog.text
+    assert "b.jsonl" in caplog.text
+    assert "no record has a field 'form'" in caplog.text
+    caplog.clear()
+    convert(inputs[:1], tmp_path / "named", source_field="from")
+    convert(inputs[:1], tmp_path / "none", source_field=None)
+    assert not caplog.records
