@@ -56,6 +56,10 @@ _Result = TypeVar("_Result")
 _SUMS = {"probe_seconds": "probe_seconds", "probed": "probe_samples"}
 
 
+class _LoaderGone(Exception):
+    """The loader was collected; its thread may still compose a batch, and tell the log of it."""
+
+
 class RunLog:
     """Writes a rank's log; `run_files` says what is in it.
 
@@ -371,6 +375,9 @@ class RunLog:
             return
         try:
             write()
+        except _LoaderGone:
+            # What it composed ahead nobody will train on: the log ends as at a kill.
+            self._kept = self.begun = False
         except Exception as error:
             # Whatever it is: no fault of a log is worth a training, or a batch that was composed.
             self.failed, self.begun = True, False
@@ -404,7 +411,8 @@ def weakly(method: Callable[[], _Result]) -> Callable[[], _Result]:
 
     def call() -> _Result:
         found = held()
-        assert found is not None, "the loader holds the log"
+        if found is None:
+            raise _LoaderGone
         return found()
 
     return call
