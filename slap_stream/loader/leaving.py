@@ -10,7 +10,7 @@ from typing import TypeVar
 from weakref import ReferenceType, WeakMethod, finalize, ref
 
 from slap_stream.core.background import BackgroundThread
-from slap_stream.loader.run_log import RunLog
+from slap_stream.loader.run_log import LoaderGone, RunLog
 
 _Result = TypeVar("_Result")
 
@@ -23,7 +23,8 @@ def weakly(method: Callable[[], _Result]) -> Callable[[], _Result]:
 
     def call() -> _Result:
         found = held()
-        assert found is not None, "the loader holds the log"
+        if found is None:
+            raise LoaderGone
         return found()
 
     return call

@@ -424,3 +424,10 @@ def thinned(events: Sequence[Event], level: int = 0) -> list[Event]:
         result.append(joined(result.pop(), event) if open_ else event)
         open_ = id(event) not in saved and result[-1]["batches"] < least
     return result
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Put a file in a file's place, as a whole."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_bytes(data)
+    unfinished.replace(path)

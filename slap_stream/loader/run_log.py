@@ -33,6 +33,7 @@ from slap_stream.loader.run_files import (
     last_started,
     read_events,
     read_rows,
+    replace,
     row_file,
     sampled,
     session_of,
@@ -54,6 +55,10 @@ _FIELDS = [[name, ROW[name].str] for name in ROW.names or ()]
 _UNREADABLE = (RunLogError, LookupError, TypeError, ValueError)
 # Sums of a run that a span has the part of, and how the metrics call them.
 _SUMS = {"probe_seconds": "probe_seconds", "probed": "probe_samples"}
+
+
+class LoaderGone(Exception):
+    """The loader was collected; its thread may still compose a batch, and tell the log of it."""
 
 
 class RunLog:
@@ -387,11 +392,11 @@ class RunLog:
             file.write(_lines(events))
 
     def _replace_events(self, events: list[Event]) -> None:
-        _replace(self._events, _lines(events))
+        replace(self._events, _lines(events))
         self._spans_held = sum(event["kind"] == "span" for event in events)
 
     def _replace_rows(self, rows: Rows) -> None:
-        _replace(self._rows, rows.tobytes())
+        replace(self._rows, rows.tobytes())
         self._rows_held = len(rows)
 
     def _guarded(self, write: Callable[[], None]) -> None:
@@ -399,6 +404,8 @@ class RunLog:
             return
         try:
             write()
+        except LoaderGone:
+            return  # nobody will train on what it composed ahead; `leave` ends the log
         except Exception as error:
             # Whatever it is: no fault of a log is worth a training, or a batch that was composed.
             self.failed, self.begun = True, False
@@ -416,12 +423,6 @@ def _by_stratum(stratum: IntArray, weights: IntArray | None) -> dict[str, float]
 
 def _lines(events: list[Event]) -> bytes:
     return b"".join(json.dumps(event).encode() + b"\n" for event in events)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
 
 
 def describe(dataset: Any, store: RowStore, sampler: SlapSampler) -> dict[str, Any]:
