@@ -412,7 +412,7 @@ def _require_samples(tally: Tally, name_place: Callable[[int, int], str], work_d
 def _place_namer(pieces: Sequence[Piece], first_rows: Sequence[int]) -> Callable[[int, int], str]:
     def name(piece: int, row: int) -> str:
         number = first_rows[piece] + row
-        path = writable(pieces[piece].path)
+        path = writable(str(pieces[piece].path))
         return f"{path}:{number + 1}" if pieces[piece].kind == "lines" else f"{path}[{number}]"
 
     return name

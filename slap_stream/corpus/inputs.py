@@ -215,13 +215,14 @@ def cut(entry: Input) -> list[Piece]:
                 weights = [stop - start for start, stop in pairwise(bounds)]
             elif entry.kind == "parquet":
                 bounds, weights = _group(row_group_bytes(file), PIECE_BYTES)
-            elif entry.kind == "arrow":
+            # Where its batches lie can be told of one elsewhere only by reading all of it.
+            elif entry.kind == "arrow" and not isinstance(file, RemotePath):
                 bounds, weights = _group(batch_bytes(file), PIECE_BYTES)
             else:
                 bounds, weights = [0, size], [size]
         pieces += [
             Piece(
-                path=str(file),
+                path=file if isinstance(file, RemotePath) else str(file),
                 kind=entry.kind,
                 stem=entry.stem,
                 start=start,
@@ -242,7 +243,8 @@ def _expand_remote(entry: str | Path) -> list[Found]:
     """Files of a URL, as those of a local path; a pattern is a folder of what it fits."""
     known = ", ".join(sorted(_SUFFIXES))
     files, named = listed(parse_url("inputs", entry))
-    kinds = [(file, _SUFFIXES.get(_suffix(file).lower())) for file in files]
+    meant = [file for file in files if named or _may_hold_data(file.name)]
+    kinds = [(file, _SUFFIXES.get(_suffix(file).lower())) for file in meant]
     found: list[Found] = [(file, kind, (file,)) for file, kind in kinds if kind is not None]
     if not found:
         what = "which is none" if named else f"with {[file.name for file in files[:5]]!r}"
@@ -296,14 +298,10 @@ def _expanded(path: Path) -> list[Found]:
         ]
         return [(path, "arrow", tuple(path_inside("state.json", path, name) for name in names))]
     entries = sorted(path.iterdir())
-    # With a dot begin files that are not meant to be seen: `._NAME`, which macOS puts beside each.
-    entries = [entry for entry in entries if entry.name[0] != "."]
     files = [
-        file
-        for file in entries
-        if _suffix(file).lower() in _SUFFIXES and file.name.lower() not in _ABOUT_DATA
+        file for file in entries if _suffix(file).lower() in _SUFFIXES and _may_hold_data(file.name)
     ]
-    folders = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "_"]
+    folders = [entry.name for entry in entries if entry.is_dir() and entry.name[0] not in "._"]
     if folders and files:
         logger.warning(
             "%s: its sub-folders %s are not read (%d in all); name them, too, if they are inputs.",
@@ -334,6 +332,14 @@ def _described(file: Path, key: str) -> list[Any]:
             f"{str(file)!r}, which is not; save the dataset again."
         )
     return value
+
+
+def _may_hold_data(name: str) -> bool:
+    """Whether a file of a folder is an input, and not one about the others.
+
+    With a dot begin files that are not meant to be seen: `._NAME`, which macOS puts beside each.
+    """
+    return not name.startswith(".") and name.lower() not in _ABOUT_DATA
 
 
 def _suffix(path: Path | RemotePath) -> str:

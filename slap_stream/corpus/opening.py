@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from slap_stream.remote.listing import RemotePath
 from slap_stream.remote.reading import open_remote
-from slap_stream.remote.urls import is_remote
 
 if TYPE_CHECKING:
     Buffered = io.BufferedReader[Any]
@@ -17,15 +16,15 @@ BUFFER_BYTES = 1 << 17
 
 
 def opened(path: str | Path | RemotePath) -> Buffered:
-    """Its bytes."""
-    if is_remote(str(path)):
-        return open_remote(str(path))
+    """Its bytes; of one elsewhere those of the version that was found."""
+    if isinstance(path, RemotePath):
+        return open_remote(path.file)
     return io.BufferedReader(io.FileIO(str(path)), BUFFER_BYTES)
 
 
 def table_source(path: str | Path | RemotePath) -> str | BinaryIO:
     """What pyarrow reads a Parquet file from: local files it opens itself, which is faster."""
-    return open_remote(str(path)) if is_remote(str(path)) else str(path)
+    return open_remote(path.file) if isinstance(path, RemotePath) else str(path)
 
 
 def arrow_source(path: str | Path | RemotePath) -> Any:
@@ -33,4 +32,6 @@ def arrow_source(path: str | Path | RemotePath) -> Any:
     without reading what they hold."""
     import pyarrow as pa
 
-    return pa.PythonFile(opened(path), "r") if is_remote(str(path)) else pa.memory_map(str(path))
+    if isinstance(path, RemotePath):
+        return pa.PythonFile(opened(path), "r")
+    return pa.memory_map(str(path))

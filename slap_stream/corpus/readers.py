@@ -52,18 +52,20 @@ class Piece:
     """A part of an input that can be read apart from the others.
 
     Attributes:
-        path: File that it lies in; a name for what lies in none.
+        path: File that it lies in, as it was when it was cut if it lies elsewhere; a name for what
+            lies in none.
         kind: How that file is read.
         stem: Name of the input: source of the records that name none, and start of their ids.
         start: First byte (text), row group (Parquet), record batch (Arrow) or row.
-        stop: Half-open end in the same unit; compressed files are read from end to end.
+        stop: Half-open end in the same unit; compressed files, and Arrow files elsewhere, are read
+            from end to end.
         num_bytes: On disk, about; for the progress bar. 0: not known.
         packing: How the file is compressed.
         whole: Whether it is all of its file, so that its records need not be lines.
         dataset: Whose rows are read, if it is loaded already.
     """
 
-    path: str
+    path: str | RemotePath
     kind: Kind
     stem: str
     start: int
@@ -163,7 +165,7 @@ def _rows_of_text(piece: Piece, report: Callable[[float], None]) -> Iterator[Row
 def _rows_in(piece: Piece, raw: Buffered, stream: Buffered) -> Iterator[Row]:
     if piece.kind == "csv" or piece.kind == "tsv":
         require_utf8(stream.peek(2))
-        return separated_rows(stream, piece.kind, piece.path)
+        return separated_rows(stream, piece.kind, str(piece.path))
     # Of a part it is known already that its records are lines.
     if piece.whole and not one_a_line(stream.peek(BUFFER_BYTES)):
         return rows_of_values(stream.read)

@@ -108,6 +108,8 @@ def finished(
         return None
     shutil.rmtree(place.local / work_name, ignore_errors=True)
     if elsewhere is None:
+        # By now the place may be another call's.
+        place.claim(plan)
         place.publish(progress=progress)
     else:
         place.close()

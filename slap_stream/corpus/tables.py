@@ -53,14 +53,14 @@ def row_group_bytes(path: Path | RemotePath) -> list[int]:
         return [groups.row_group(n).total_byte_size for n in range(groups.num_row_groups)]
 
 
-def batch_bytes(path: Path | RemotePath) -> list[int]:
+def batch_bytes(path: Path) -> list[int]:
     """Bytes of each record batch of an Arrow stream or file."""
-    with _arrow(str(path)) as source:
+    with _arrow(path) as (source, _):
         # Not nbytes, which believes what the batches say of themselves.
         return [batch.get_total_buffer_size() for batch in _batches(source, 0, None)]
 
 
-def parquet_names(path: str) -> list[str]:
+def parquet_names(path: str | RemotePath) -> list[str]:
     """Columns of a Parquet file."""
     import pyarrow.parquet as pq
 
@@ -69,15 +69,19 @@ def parquet_names(path: str) -> list[str]:
     return names
 
 
-def arrow_names(path: str) -> list[str]:
+def arrow_names(path: str | RemotePath) -> list[str]:
     """Columns of an Arrow stream or file."""
-    with _arrow(path) as source:
+    with _arrow(path) as (source, _):
         names: list[str] = source.schema.names
         return names
 
 
 def parquet_rows(
-    path: str, start: int, stop: int, columns: Sequence[str], report: Callable[[float], None]
+    path: str | RemotePath,
+    start: int,
+    stop: int,
+    columns: Sequence[str],
+    report: Callable[[float], None],
 ) -> Iterator[Row]:
     """Rows of the row groups `start` to `stop`; `report` gets the share that is done."""
     import pyarrow.parquet as pq
@@ -89,7 +93,7 @@ def parquet_rows(
         pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20) as table,
     ):
         groups = range(start, stop)
-        present = _present(columns, table.schema_arrow.names, path)
+        present = _present(columns, table.schema_arrow.names, str(path))
         total = sum(table.metadata.row_group(group).num_rows for group in groups)
         done = 0
         for batch in table.iter_batches(
@@ -101,22 +105,32 @@ def parquet_rows(
 
 
 def arrow_rows(
-    path: str, start: int, stop: int, columns: Sequence[str], report: Callable[[float], None]
+    path: str | RemotePath,
+    start: int,
+    stop: int,
+    columns: Sequence[str],
+    report: Callable[[float], None],
 ) -> Iterator[Row]:
-    """Rows of the record batches `start` to `stop`; `report` gets the share that is done."""
-    with _arrow(path) as source:
-        present = _present(columns, source.schema.names, path)
+    """Rows of the record batches `start` to `stop`; `report` gets the share that is done.
+
+    Of a file elsewhere all batches, whose number is not known: `stop` is its size.
+    """
+    with _arrow(path) as (source, file):
+        present = _present(columns, source.schema.names, str(path))
         for done, batch in enumerate(_batches(source, start, stop), start=1):
             chosen = batch.select(present)
             # Arrow believes its files: what lies elsewhere than it should ends this process.
             chosen.validate(full=True)
             yield from _rows(chosen)
-            report(done / (stop - start))
+            report((file.tell() if isinstance(path, RemotePath) else done) / (stop - start))
 
 
 @contextmanager
-def _arrow(path: str) -> Iterator[Any]:
-    """`datasets` saves streams; what else ends in .arrow, and Feather, are files with a footer."""
+def _arrow(path: str | Path | RemotePath) -> Iterator[tuple[Any, Any]]:
+    """What gives the batches, and the file that they are read from.
+
+    `datasets` saves streams; what else ends in .arrow, and Feather, are files with a footer.
+    """
     import pyarrow as pa
 
     with _told_by_pyarrow(), arrow_source(path) as source:
@@ -124,19 +138,20 @@ def _arrow(path: str) -> Iterator[Any]:
         source.seek(0)
         if magic.startswith(_FEATHER_1_MAGIC):
             raise CorpusError(
-                f"inputs must be Arrow or Feather of version 2, got {path!r}, which is Feather of "
-                "version 1; read it with pyarrow.feather.read_table and write it as Parquet."
+                f"inputs must be Arrow or Feather of version 2, got {str(path)!r}, which is "
+                "Feather of version 1; read it with pyarrow.feather.read_table and write it as "
+                "Parquet."
             )
         kind = pa.ipc.open_file if magic == _FILE_MAGIC else pa.ipc.open_stream
         with kind(source) as opened:
-            yield opened
+            yield opened, source
 
 
 def _batches(source: Any, start: int, stop: int | None) -> Iterator[pa.RecordBatch]:
     """Record batches one at a time: where they are compressed, each is copied into memory."""
     if hasattr(source, "num_record_batches"):
-        numbers = range(start, source.num_record_batches if stop is None else stop)
-        yield from map(source.get_batch, numbers)
+        there = source.num_record_batches
+        yield from map(source.get_batch, range(start, there if stop is None else min(stop, there)))
     else:
         yield from islice(source, start, stop)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from slap_stream.embeddings.layout import (
     ROWS_PER_CHUNK,
     STORE_NAME,
     StoreLayout,
+    attributes_in,
     require_embeddings,
 )
 from slap_stream.embeddings.pairing import PairModel, cut_sides
@@ -217,8 +217,10 @@ def embed(
     writer = EmbeddingWriter(place.local, layout)
     found = _whole(place, layout, overwrite)
     embedded = 0
-    if found is None and (overwrite or not writer.is_finished()):
-        with writer.open(overwrite=overwrite) as blocks:
+    # Of work for a URL nothing is left but that of the same call.
+    anew = overwrite and place.url is None
+    if found is None and (anew or not writer.is_finished()):
+        with writer.open(overwrite=anew) as blocks:
             sizes = [stop - start for start, stop in map(layout.block, blocks)]
             embedded = sum(sizes)
             tfidf = HashedTfidf()
@@ -296,8 +298,9 @@ def _places(
             f"corpus must be a folder with an {INDEX_NAME}, got {str(url)!r}, which has none; "
             "check the address, or wait until all is uploaded."
         )
-    # A corpus that is written anew is another one.
-    known = scratch("corpus", f"{url} {hashlib.sha256(index).hexdigest()}", root)
+    # A corpus that is written anew is another one; and what ends first removes its own shards.
+    told = f"{url} {hashlib.sha256(index).hexdigest()} {place.local.absolute()}"
+    known = scratch("corpus", told, root)
     shards = FileCache(str(url), known)
     shards.note(INDEX_NAME)
     shards.note(CORPUS_NAME)
@@ -310,7 +313,7 @@ def _whole(place: Output, layout: StoreLayout, overwrite: bool) -> dict[str, Any
     if told is None:
         place.claim(layout.plan(), overwrite=overwrite)
         return None
-    attributes: dict[str, Any] = json.loads(told[METADATA_NAME]).get("attributes", {})
+    attributes = attributes_in(told.get(METADATA_NAME, b""))
     if overwrite:
         require_embeddings(attributes, str(place))
         place.claim(layout.plan(), overwrite=True)

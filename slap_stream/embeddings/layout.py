@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -130,6 +131,15 @@ class StoreLayout:
         """Half-open range of rows of one block."""
         start = index * self.rows_per_chunk
         return start, min(start + self.rows_per_chunk, self.num_samples)
+
+
+def attributes_in(described: bytes) -> dict[str, Any]:
+    """What a Zarr group says about itself in its zarr.json; {} if that is none."""
+    try:
+        attributes = json.loads(described)["attributes"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    return attributes if isinstance(attributes, dict) else {}
 
 
 def require_embeddings(attributes: Mapping[str, Any], where: str) -> None:

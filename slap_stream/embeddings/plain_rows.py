@@ -66,6 +66,11 @@ class PlainRows:
         self._row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
         self.chunk_bytes = chunk_rows * self._row_bytes
 
+    @property
+    def num_files(self) -> int:
+        """Of all rows; however many they claim to be."""
+        return -(-self.shape[0] // self._chunk_rows)
+
     def files(self, start: int, stop: int) -> list[Path]:
         """Files that rows `start` to `stop` are in."""
         chunks = range(start // self._chunk_rows, -(-stop // self._chunk_rows))

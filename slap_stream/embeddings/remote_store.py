@@ -76,7 +76,7 @@ class StoreFiles:
         """
         for name, found in hashes.items():
             rows = columns.get(name)
-            num_files = 0 if rows is None else len(rows.files(0, rows.shape[0]))
+            num_files = 0 if rows is None else rows.num_files
             if len(found) != num_files:
                 raise AlignmentError(
                     f"embeddings must have a hash for each file, got {len(found)} for {num_files} "

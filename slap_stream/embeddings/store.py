@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,13 @@ from slap_stream.core.checks import require_whole
 from slap_stream.core.files import read_json, sync_new, write_json
 from slap_stream.core.room import require_room, told_when_full
 from slap_stream.core.work_dir import LOCK_NAME, PLAN_NAME, claimed, remove
-from slap_stream.embeddings.layout import FORMAT_VERSION, StoreLayout, require_embeddings
+from slap_stream.embeddings.layout import (
+    FORMAT_VERSION,
+    METADATA_NAME,
+    StoreLayout,
+    attributes_in,
+    require_embeddings,
+)
 from slap_stream.embeddings.plain_rows import PlainRows, chunk_path
 from slap_stream.embeddings.remote_store import StoreFiles
 from slap_stream.embeddings.rows import ArrayStore, StackedStore, check_range
@@ -236,9 +241,8 @@ def _half(name: str, values: NDArray[Any], start: int) -> NDArray[np.float16]:
 def _attributes_at(path: Path) -> dict[str, Any]:
     """What the group there says about itself, be it a store of another version; {} if no group."""
     try:
-        attributes: dict[str, Any] = json.loads((path / "zarr.json").read_text())["attributes"]
-        return attributes
-    except (OSError, ValueError, KeyError, TypeError):
+        return attributes_in((path / METADATA_NAME).read_bytes())
+    except OSError:
         return {}
 
 

@@ -95,12 +95,13 @@ def describe(url: Url) -> RemoteFile:
 
 
 def list_below(url: Url) -> list[RemoteFile]:
-    """All files below a URL, by name.
+    """All files below a URL, by name; not the object that a console makes of the folder itself.
 
     Raises:
         RemoteError: If the store cannot be reached.
     """
-    return _insist(url, lambda client: client.list(url))
+    found = _insist(url, lambda client: client.list(url))
+    return [file for file in found if file.url.key != url.key]
 
 
 def read_range(
@@ -320,7 +321,6 @@ class _ObjectStore:
                 "pattern cannot be looked into."
             )
         chunks = self._library.list(self._store, prefix=url.key or None)
-        # The prefix is there once more, if it is the name of a file.
         found = [self._found(url, entry) for chunk in chunks for entry in chunk]
         return sorted(found, key=lambda file: file.url.key)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import threading
 import zlib
@@ -44,14 +45,18 @@ def scratch(what: str, of: str, root: Path | None = None) -> Path:
         root: Where it is; None: in a folder of this user's, in the one for temporary files.
 
     Raises:
-        CorpusError: If another user has made that one.
+        CorpusError: If another user has made that one, or it is a link.
     """
     if root is None:
         root = Path(tempfile.gettempdir(), f"slap_stream_{os.getuid()}")
-        root.mkdir(mode=0o700, exist_ok=True)
-        if root.stat().st_uid != os.getuid():
+        with suppress(FileExistsError):
+            root.mkdir(mode=0o700)
+        # Where a link leads whoever made it may change.
+        told = root.lstat()
+        if not stat.S_ISDIR(told.st_mode) or told.st_uid != os.getuid():
             raise CorpusError(
-                f"{str(root)!r} must be this user's, got one that another has made; set TMPDIR."
+                f"{str(root)!r} must be a folder of this user's, got a link, a file or one that "
+                "another has made; set TMPDIR."
             )
     return root / f"slap-{what}-{hashlib.sha256(of.encode()).hexdigest()[:16]}"
 
@@ -237,10 +242,10 @@ class FileCache:
                 # Of another process, which has thrown it away or finished it.
                 with suppress(FileNotFoundError):
                     path = Path(folder, name)
-                    stat = path.stat()
-                    given_up = stat.st_mtime < time() - _GIVEN_UP_SECONDS
+                    found = path.stat()
+                    given_up = found.st_mtime < time() - _GIVEN_UP_SECONDS
                     if name not in _KEPT and (given_up or not name.startswith(".")):
-                        files.append((stat.st_mtime_ns, stat.st_size, path))
+                        files.append((found.st_mtime_ns, found.st_size, path))
         taken = sum(size for _, size, _ in files) + num_bytes
         for _, size, path in sorted(files):
             if taken <= self._limit_bytes:
@@ -250,7 +255,14 @@ class FileCache:
 
 
 def _hash_of(file: BinaryIO, algorithm: str) -> str:
-    make = getattr(xxhash, algorithm, None) or algorithm
-    found = hashlib.file_digest(file, make).hexdigest()  # type: ignore[arg-type]
+    make = getattr(xxhash, algorithm) if algorithm in xxhash.algorithms_available else algorithm
+    try:
+        found = hashlib.file_digest(file, make).hexdigest()  # type: ignore[arg-type]
+    except (ValueError, TypeError) as error:
+        file.close()
+        raise CorpusError(
+            f"hashes must be of hashlib or xxhash, got {algorithm!r} ({error}); write what names "
+            "it again."
+        ) from error
     file.seek(0)
     return found

@@ -86,12 +86,11 @@ class Output:
                     f"{what} ({len(files)} files in all); delete them, or choose another place."
                 )
         self._hold()
-        mine = self._work_dir / "claim.json"
-        if not (mine.is_file() and mine.read_bytes() == told):
+        if self._claimed() != told:
             # What another call has written or uploaded is not this one's.
             for left in [path for path in self._work_dir.iterdir() if path.name != _LOCK_NAME]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-            mine.write_bytes(told)
+            self._claim.write_bytes(told)
         if held != told:
             # Whoever may not write finds out now, and not when all work is done.
             put(told, claim)
@@ -100,11 +99,13 @@ class Output:
         """Upload what was written, wait for it, make it whole; then remove the work directory.
 
         Raises:
+            CorpusError: If the place is no longer claimed for these results.
             RemoteError: If the store cannot be reached; what has arrived is kept.
         """
         if self.url is None:
             return
         self._hold()
+        self._require_claimed()
         sizes = {
             path.relative_to(self.local).as_posix(): path.stat().st_size
             for path in sorted(self.local.rglob("*"))
@@ -153,6 +154,12 @@ class Output:
         """Remove what is left of the work on results that are whole elsewhere."""
         if self.url is None:
             return
+        if self._lock is None and self._work_dir.is_dir():
+            try:
+                self._hold()
+            except CorpusError:
+                # They are being replaced.
+                return
         claim = self.url.below(CLAIM_NAME)
         # Who may only read may ask for what is finished, too.
         if download(claim) is not None:
@@ -176,6 +183,25 @@ class Output:
                 f"{str(self._work_dir)!r}; wait for it, or stop it."
             ) from error
         self._lock = lock
+
+    def _require_claimed(self) -> None:
+        """Leave what is there alone if it is another call's by now."""
+        assert self.url is not None
+        held = download(self.url.below(CLAIM_NAME))
+        if held is None or held != self._claimed():
+            what = "no claim" if held is None else "that of another call"
+            raise CorpusError(
+                f"out must be claimed by this call until it has ended, got {str(self)!r} with "
+                f"{what}; run the same again, which goes on, or says what is in the way."
+            )
+
+    @property
+    def _claim(self) -> Path:
+        return self._work_dir / "claim.json"
+
+    def _claimed(self) -> bytes | None:
+        """What the work directory is for; None if nobody has said it."""
+        return self._claim.read_bytes() if self._claim.is_file() else None
 
     @property
     def _journal(self) -> Path:

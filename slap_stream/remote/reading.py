@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from slap_stream.errors import RemoteError
 from slap_stream.remote.bucket import RemoteFile, describe, read_range
-from slap_stream.remote.urls import parse_url
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -16,7 +16,7 @@ BUFFER_BYTES = 4 << 20
 
 
 class _Ranges(io.RawIOBase):
-    """Reads by requests for ranges, all of the version that was there when it was opened."""
+    """Reads by requests for ranges, all of one version."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._file = file
@@ -49,13 +49,27 @@ class _Ranges(io.RawIOBase):
         return len(data)
 
 
-def open_remote(path: str) -> io.BufferedReader:
+def open_remote(file: RemoteFile) -> io.BufferedReader:
     """A remote file, read as it is needed; never all of it is in memory.
 
     Args:
-        path: A URL that `is_remote`.
+        file: As it was when it was found: what was cut into pieces then may not be read from
+            another version, whose records lie elsewhere.
 
     Raises:
-        RemoteError: Now or when it is read, if it is not there, changes, or cannot be reached.
+        RemoteError: Now or when it is read, if it is not there, is another version, or cannot be
+            reached.
     """
-    return io.BufferedReader(_Ranges(describe(parse_url("inputs", path))), BUFFER_BYTES)
+    now = describe(file.url)
+    if (now.num_bytes, _bare(now.version)) != (file.num_bytes, _bare(file.version)):
+        raise RemoteError(
+            f"file must be there and stay as it is, got {str(file.url)!r}, which has changed "
+            "meanwhile; run the same again."
+        )
+    # In its own words, which are not always those of a listing.
+    return io.BufferedReader(_Ranges(now), BUFFER_BYTES)
+
+
+def _bare(version: str) -> str:
+    """A version without its quotes, which Azure's listings leave out."""
+    return version.strip('"')

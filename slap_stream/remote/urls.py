@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from slap_stream.errors import CorpusError
 
 WRITABLE = ("s3", "gs", "az")
 READABLE = (*WRITABLE, "https", "http", "hf")
 _WEB = ("https", "http")
+# What a path on the web may hold as it is.
+_PLAIN = "/~!$&'()*+,;=:@"
 # A `Path` has made one slash of two.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(.*)", re.DOTALL)
 
@@ -20,10 +22,12 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(.*)", re.DOTALL)
 class Url:
     """A place in an object store or on the web; `str` gives a URL that holds no credentials.
 
+    `parse_url` makes the same of that again.
+
     Attributes:
         scheme: One of `READABLE`.
         host: Bucket, container, host, or what comes first in a repository's address.
-        key: The rest, without a slash at either end.
+        key: The rest, without a slash at either end; of the web, unquoted.
     """
 
     scheme: str
@@ -31,7 +35,8 @@ class Url:
     key: str
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.host}/{self.key}".rstrip("/")
+        key = quote(self.key, _PLAIN) if self.scheme in _WEB else self.key
+        return f"{self.scheme}://{self.host}/{key}".rstrip("/")
 
     def below(self, name: str) -> Url:
         """A file or folder below this one."""

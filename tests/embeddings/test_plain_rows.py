@@ -78,3 +78,11 @@ def test_a_file_that_is_missing_or_cut_is_told(tmp_path: Path) -> None:
     file.mkdir()
     with pytest.raises(AlignmentError, match="got Is a directory of rows"):
         found[4:16]
+
+
+def test_files_are_counted_however_many_are_claimed(tmp_path: Path) -> None:
+    for count in (0, 1, 49, 50, 51):
+        rows = PlainRows(tmp_path, shape=(count, 2), dtype=np.dtype(np.int16), chunk_rows=50)
+        assert rows.num_files == len(rows.files(0, count))
+    claimed = PlainRows(tmp_path, shape=(1 << 60,), dtype=np.dtype(np.int16), chunk_rows=1)
+    assert claimed.num_files == 1 << 60

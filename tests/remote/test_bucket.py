@@ -100,13 +100,13 @@ def test_what_is_not_there_is_said_at_once(store: ObjectStore) -> None:
 
 def test_a_file_that_changes_while_it_is_read_is_refused(store: ObjectStore) -> None:
     store.put(URL.key, DATA)
-    with open_remote(str(URL)) as file:
+    with open_remote(describe(URL)) as file:
         assert file.read(10) == DATA[:10]
         store.put(URL.key, DATA[::-1] * 2000)
         file.seek(0)
         file.read(10)
     store.put(URL.key, DATA * 2000)
-    with open_remote(str(URL)) as file:
+    with open_remote(describe(URL)) as file:
         file.read(10)
         store.put(URL.key, DATA[::-1] * 2000)
         with pytest.raises(RemoteError, match="which has changed meanwhile; run the same again"):
@@ -115,7 +115,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(store: ObjectStore) -> 
 
 def test_a_remote_file_is_read_like_a_local_one(store: ObjectStore) -> None:
     store.put(URL.key, b"one\ntwo\nthree")
-    with open_remote(str(URL)) as file:
+    with open_remote(describe(URL)) as file:
         assert file.readline() == b"one\n"
         assert file.tell() == 4
         assert file.seek(-5, os.SEEK_END) == 8
@@ -152,7 +152,7 @@ def test_a_file_of_the_web_is_read(store: ObjectStore, caplog: pytest.LogCapture
     store.client.put_object(Bucket=BUCKET, Key="a b.txt", Body=DATA, ACL="public-read")
     url = parse_url("inputs", f"{store.endpoint}/{BUCKET}/a%20b.txt")
     store.fault = fails_first("reset", 1)
-    with open_remote(str(url)) as file:
+    with open_remote(describe(url)) as file:
         file.seek(100)
         assert file.read(300) == DATA[100:400]
     with pytest.raises(RemoteError, match="must be named one by one"):
@@ -186,7 +186,7 @@ def test_a_repository_of_the_hub_is_read(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     assert not named
     assert files[0].stat() == (len(DATA), "h")
-    with open_remote(str(files[0])) as file:
+    with open_remote(files[0].file) as file:
         file.seek(7)
         assert file.read(20) == DATA[7:27]
     with pytest.raises(RemoteError, match="which is not there"):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from slap_stream.errors import CorpusError
 from slap_stream.remote.listing import _pattern
-from slap_stream.remote.urls import READABLE, is_remote, parse_url
+from slap_stream.remote.urls import READABLE, Url, is_remote, parse_url
 
 NAMES = st.text("ab.*?[]% -", min_size=1, max_size=5).filter(lambda name: name.strip(". "))
 
@@ -25,6 +25,15 @@ def test_a_url_is_shown_as_it_was_given(scheme: str, host: str, parts: list[str]
     assert (url.host, url.key) == (host, "/".join(parts))
     assert str(url.below("c/d")) == f"{text}/c/d"
     assert url.below("c/d").name == "d"
+
+
+@settings(max_examples=40)
+@given(st.lists(st.text("ab%2025#?ü ~", min_size=1, max_size=9), min_size=1))
+def test_a_url_of_the_web_is_quoted_once(parts: list[str]) -> None:
+    url = Url("https", "host", "/".join(parts))
+    assert parse_url("inputs", str(url)) == url
+    assert str(parse_url("inputs", "http://h/a%2520b")) == "http://h/a%2520b"
+    assert parse_url("inputs", "http://h/a%2520b").name == "a%20b"
 
 
 @pytest.mark.parametrize("scheme", [*READABLE, "S3"])
