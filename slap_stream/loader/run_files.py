@@ -431,3 +431,8 @@ def replace(path: Path, data: bytes) -> None:
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     unfinished.write_bytes(data)
     unfinished.replace(path)
+
+
+def lines_of(events: Iterable[Event]) -> bytes:
+    """Events as a file of them has them."""
+    return b"".join(json.dumps(event).encode() + b"\n" for event in events)

@@ -5,7 +5,6 @@ All of it happens in the thread that owns the sampler.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -31,6 +30,7 @@ from slap_stream.loader.run_files import (
     causes_of,
     event_file,
     last_started,
+    lines_of,
     read_events,
     read_rows,
     replace,
@@ -389,10 +389,10 @@ class RunLog:
 
     def _append(self, events: list[Event]) -> None:
         with self._events.open("ab") as file:
-            file.write(_lines(events))
+            file.write(lines_of(events))
 
     def _replace_events(self, events: list[Event]) -> None:
-        replace(self._events, _lines(events))
+        replace(self._events, lines_of(events))
         self._spans_held = sum(event["kind"] == "span" for event in events)
 
     def _replace_rows(self, rows: Rows) -> None:
@@ -407,7 +407,7 @@ class RunLog:
         except LoaderGone:
             return  # nobody will train on what it composed ahead; `leave` ends the log
         except Exception as error:
-            # Whatever it is: no fault of a log is worth a training, or a batch that was composed.
+            # Whatever it is: no fault of a log is worth a training.
             self.failed, self.begun = True, False
             for lane in self._sampler.lanes:
                 lane.watch_departures(False)
@@ -419,10 +419,6 @@ class RunLog:
 def _by_stratum(stratum: IntArray, weights: IntArray | None) -> dict[str, float]:
     sums = np.bincount(stratum, weights=weights)
     return {str(at): round(float(sums[at])) for at in np.flatnonzero(sums).tolist()}
-
-
-def _lines(events: list[Event]) -> bytes:
-    return b"".join(json.dumps(event).encode() + b"\n" for event in events)
 
 
 def describe(dataset: Any, store: RowStore, sampler: SlapSampler) -> dict[str, Any]:
