@@ -23,7 +23,9 @@ def weakly(method: Callable[[], _Result]) -> Callable[[], _Result]:
 
     def call() -> _Result:
         found = held()
-        assert found is not None, "the loader holds the log"
+        if found is None:
+            # Its thread may still compose a batch, and tell the log of it.
+            raise ReferenceError("the loader is gone")
         return found()
 
     return call

@@ -1,6 +1,5 @@
-"""The log of a run, as its loader writes it: what left the pools and why, losses, cost.
-
-All of it happens in the thread that owns the sampler.
+"""The log of a run, as its loader writes it in the thread that owns the sampler: what left the
+pools and why, losses, cost.
 """
 
 from __future__ import annotations
@@ -399,6 +398,8 @@ class RunLog:
             return
         try:
             write()
+        except ReferenceError:
+            return  # The loader is gone, and what it composed ahead with it: `leave` tells the end.
         except Exception as error:
             # Whatever it is: no fault of a log is worth a training, or a batch that was composed.
             self.failed, self.begun = True, False

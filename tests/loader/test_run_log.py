@@ -244,6 +244,21 @@ def test_a_loader_that_nobody_has_any_more_is_gone_at_once(corpus: Path, tmp_pat
             gc.enable()
 
 
+def test_a_loader_that_nobody_has_any_more_leaves_a_log_and_no_warning(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader = logged(corpus, tmp_path)
+    run(loader, 3)
+    log = loader._log
+    del loader
+    # A batch was just composed, in the loader's thread.
+    log.composed(0.0)
+    assert "not written any more" not in caplog.text
+    assert not log.failed
+    assert len(read_log(tmp_path).spans) >= 3
+    assert read_log(tmp_path).ended
+
+
 def test_a_run_from_the_start_moves_the_log_of_another_aside(corpus: Path, tmp_path: Path) -> None:
     run(logged(corpus, tmp_path), 17)
     first = told(read_log(tmp_path))
