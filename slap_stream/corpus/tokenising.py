@@ -160,10 +160,17 @@ def token_columns(
 def take_tokens(
     name: str, tokens: Tokens, max_length: int | None, truncate: Truncate, *, masked: bool
 ) -> tuple[dict[str, Any], Encoded]:
-    """The same of a row that was tokenised before, by the tokenizer of that path or name.
+    """`row_columns` by the tokenizer of that path or name."""
+    return row_columns(load_tokenizer(name), tokens, max_length, truncate, masked=masked)
+
+
+def row_columns(
+    tokenizer: Any, tokens: Tokens, max_length: int | None, truncate: Truncate, *, masked: bool
+) -> tuple[dict[str, Any], Encoded]:
+    """As `token_columns`, of a row that was tokenised before.
 
     Args:
-        name: Of the tokenizer that made the token ids.
+        tokenizer: The one that made the token ids.
         tokens: As `read_tokens` gives them.
         max_length: Tokens kept, of those that are no padding; None keeps all.
         truncate: What is done with a longer row.
@@ -172,7 +179,6 @@ def take_tokens(
     Raises:
         RecordDropped: If the tokenizer has no such tokens, or nothing is left to learn from.
     """
-    tokenizer = load_tokenizer(name)
     input_ids, supervised = without_padding(tokens)
     unknown = [token for token in input_ids if not 0 <= token < len(tokenizer)]
     if unknown:

@@ -21,6 +21,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,12 @@ from threadpoolctl import threadpool_limits
 
 from slap_stream.corpus.messages import DropReason, RecordDropped
 from slap_stream.corpus.peeking import read_records
-from slap_stream.corpus.tokenising import load_tokenizer, token_columns
+from slap_stream.corpus.tokenising import load_tokenizer, take_tokens, tokenise
 from slap_stream.embeddings.corpus_texts import CorpusTexts, describe_corpus
 from slap_stream.embeddings.features import FEATURE_NAMES
 from slap_stream.embeddings.pairing import text_digests
 from slap_stream.errors import CorpusError
-from slap_stream.shards.index import INDEX_NAME, corpus_size
+from slap_stream.shards.index import INDEX_NAME, corpus_columns, corpus_size
 from slap_stream.text.sample import TextSample, from_messages, from_tokens
 from slap_stream.types import BoolArray, Float32Array, FloatArray, IntArray
 
@@ -114,7 +115,7 @@ def read_examples(target: str | Path, texts: CorpusTexts) -> Examples:
             f"target must be a file or a directory, got {str(target)!r}; name examples of what the "
             "model is to become good at."
         )
-    found = _of_shards(path, texts) if (path / INDEX_NAME).is_file() else _of_records(path)
+    found = _of_shards(path, texts) if (path / INDEX_NAME).is_file() else _of_records(path, texts)
     samples = list(islice(found, MOST_EXAMPLES + 1))
     if len(samples) > MOST_EXAMPLES:
         raise CorpusError(
@@ -129,38 +130,55 @@ def read_examples(target: str | Path, texts: CorpusTexts) -> Examples:
 
 
 def _of_shards(path: Path, texts: CorpusTexts) -> Iterator[TextSample]:
+    # Messages are read without a tokenizer, and made to tokens afterwards.
+    unnamed = "input_ids" in corpus_columns(path) and "tokenizer" not in describe_corpus(path)
     theirs = CorpusTexts(
         corpus_dir=path,
         text_column=texts.text_column,
         prompt_column=texts.prompt_column,
         completion_column=texts.completion_column,
         source_column=None,
+        tokenizer=texts.tokenizer if unnamed else None,
     ).found()
     yield from theirs.read(0, corpus_size(path))
 
 
-def _of_records(path: Path) -> Iterator[TextSample]:
-    for number, record in enumerate(read_records(path)):
+def _of_records(path: Path, texts: CorpusTexts) -> Iterator[TextSample]:
+    # Token ids say nothing to a corpus of texts.
+    tokenised = texts.tokenizer is not None
+    for number, record in enumerate(read_records(path, tokenised=tokenised)):
         if isinstance(record, RecordDropped):
             raise _unusable(number, record) from record
-        yield from_messages(record["messages"], None)
+        if "messages" in record:
+            yield from_messages(record["messages"], None)
+            continue
+        name = str(texts.tokenizer)
+        take = partial(take_tokens, name, record, truncate="right", masked=False)
+        yield _cut_as_there(take, texts, number)
 
 
 def _tokenised(sample: TextSample, texts: CorpusTexts, number: int) -> TextSample:
     """As it would stand in the corpus: cut as there, and with what its template adds."""
     if sample.messages is None:
         return sample
-    tokenizer = load_tokenizer(str(texts.tokenizer))
     messages = [*map(dict, sample.messages)]
+    return _cut_as_there(partial(tokenise, str(texts.tokenizer), messages), texts, number)
+
+
+def _cut_as_there(
+    make: Callable[..., tuple[dict[str, Any], Any]], texts: CorpusTexts, number: int
+) -> TextSample:
+    """Of what `make(max_length=...)` gives, as the corpus cuts its samples."""
+    tokenizer = load_tokenizer(str(texts.tokenizer))
     most = describe_corpus(texts.corpus_dir).get("max_length")
     try:
         try:
-            columns, _ = token_columns(tokenizer, messages, most)
+            columns, _ = make(max_length=most)
         except RecordDropped as dropped:
             if dropped.reason not in (DropReason.TOO_LONG, DropReason.NOTHING_SUPERVISED):
                 raise
             # The corpus would leave it out; it still shows what is wanted.
-            columns, _ = token_columns(tokenizer, messages, None)
+            columns, _ = make(max_length=None)
     except RecordDropped as dropped:
         raise _unusable(number, dropped) from dropped
     return from_tokens(

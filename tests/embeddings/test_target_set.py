@@ -21,6 +21,7 @@ from slap_stream.embeddings.encoders import HashingEncoder
 from slap_stream.embeddings.features import HashedTfidf
 from slap_stream.embeddings.target_set import Examples, Relevance, kindred_share, read_examples
 from slap_stream.errors import CorpusError
+from slap_stream.shards.reader import iter_corpus
 from slap_stream.text.sample import TextSample
 from slap_stream.types import Float32Array
 from tests.helpers.embed_models import save_tokenizer
@@ -164,6 +165,32 @@ def test_examples_are_the_same_as_lines_and_as_shards(tmp_path: Path, tokenised:
     assert len(of_lines.samples) == len(OTHERS)
 
 
+def test_examples_may_be_rows_of_token_ids(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "tokenizer", WORDS)
+    lines, corpus = write_lines(tmp_path / "lines.jsonl", OTHERS), tmp_path / "corpus"
+    convert(lines, corpus, num_workers=1, tokenizer=tmp_path / "tokenizer")
+    rows = tmp_path / "rows.jsonl"
+    with rows.open("w") as file:
+        for sample in iter_corpus(corpus):
+            ids, learnt = sample["input_ids"].tolist(), sample["supervised"].tolist()
+            labels = [token if mark else -100 for token, mark in zip(ids, learnt, strict=True)]
+            # Padding is no part of an example.
+            row = {"input_ids": [*ids, 0], "labels": [*labels, -100]}
+            file.write(json.dumps({**row, "attention_mask": [1] * len(ids) + [0]}) + "\n")
+    texts = CorpusTexts(corpus_dir=corpus).found()
+    assert read_examples(rows, texts).digest == read_examples(corpus, texts).digest
+
+
+def test_the_tokenizer_that_was_given_reads_shards_that_name_none(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "tokenizer", WORDS)
+    lines, corpus = write_lines(tmp_path / "lines.jsonl", OTHERS), tmp_path / "corpus"
+    convert(lines, corpus, num_workers=1, tokenizer=tmp_path / "tokenizer")
+    texts = CorpusTexts(corpus_dir=corpus).found()
+    known = read_examples(corpus, texts)
+    (corpus / "corpus.json").unlink()
+    assert read_examples(corpus, texts).digest == known.digest
+
+
 def test_an_example_that_is_longer_than_the_corpus_cuts_is_read_whole(tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "tokenizer", WORDS)
     short = write_lines(tmp_path / "short.jsonl", OTHERS)
@@ -195,6 +222,11 @@ def test_what_is_no_target_set_is_refused_with_the_cure(
     bad = tmp_path / "bad.jsonl"
     bad.write_text(lines.read_text() + '\n{"messages": [{"role": "user", "content": "hm"}]}')
     assert "got one that cannot, number 60 (" in refusal(bad)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"q": "What?", "answers": "That."}')
+    told = refusal(other)
+    assert "name what slap-convert --map " in told
+    assert "fields={" not in told
     monkeypatch.setattr(target_set, "MOST_EXAMPLES", 50)
     assert "at most 50 records, got more" in refusal(lines)
     assert "at most 50 records, got more" in refusal(tmp_path / "corpus")
