@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from slap_stream.corpus.messages import RecordDropped
-from slap_stream.corpus.peeking import read_records
-from slap_stream.corpus.tokenising import token_columns
+from slap_stream.corpus.peeking import read_records, token_columns_in
+from slap_stream.corpus.tokenising import row_columns, token_columns
 from slap_stream.errors import CorpusError
 from slap_stream.integrations.first_rank import first_rank_first
 from slap_stream.integrations.prepare import Prepared, check_source, is_shards
+from slap_stream.integrations.training_set import AsTokenised
 from slap_stream.shards.reader import iter_corpus
 from slap_stream.text.chat import Truncate
 
@@ -29,6 +30,8 @@ class EvaluationSets:
         max_length: Tokens kept of a record.
         truncate: What is done with a longer one.
         made: What the Trainer is to be given of the samples of a set.
+        as_given: Whether rows that were tokenised before stay as they are, for a collator that
+            knows of no `supervised`.
     """
 
     def __init__(
@@ -37,8 +40,10 @@ class EvaluationSets:
         max_length: int | None,
         truncate: Truncate,
         made: Callable[[list[Any]], Any],
+        *,
+        as_given: bool,
     ) -> None:
-        self._tokenizer, self._made = tokenizer, made
+        self._tokenizer, self._made, self._as_given = tokenizer, made, as_given
         self._max_length, self._truncate = max_length, truncate
 
     def read(self, sets: Any) -> Any:
@@ -54,25 +59,33 @@ class EvaluationSets:
         path = Path(sets.corpus if isinstance(sets, Prepared) else sets)
         samples: list[dict[str, Any]] = []
         dropped: Counter[str] = Counter()
-        for row in iter_corpus(path) if is_shards(path) else read_records(path):
+        shards = is_shards(path)
+        columns = token_columns_in(path) if self._as_given and not shards else ()
+        for row in iter_corpus(path) if shards else read_records(path, tokenised=True):
             try:
                 if isinstance(row, RecordDropped):
                     raise row
-                samples.append(self._sample(row))
+                samples.append(self._sample(row, rows=not shards))
             except RecordDropped as unfit:
                 dropped[str(unfit)] += 1
         if not samples:
             raise _nothing_in(path, dropped)
         if dropped:
             logger.warning("of eval_dataset %s are left out: %s", path, _counted(dropped))
+        if columns:
+            row_of = AsTokenised(list, columns).row
+            samples = [row_of(one) if "supervised" in one else one for one in samples]
         return self._made(samples)
 
-    def _sample(self, sample: dict[str, Any]) -> dict[str, Any]:
-        if self._tokenizer is None or "messages" not in sample:
+    def _sample(self, sample: dict[str, Any], *, rows: bool) -> dict[str, Any]:
+        cut_to = self._max_length, self._truncate
+        if self._tokenizer is None:
             return sample
-        return token_columns(self._tokenizer, sample["messages"], self._max_length, self._truncate)[
-            0
-        ]
+        if "messages" in sample:
+            return token_columns(self._tokenizer, sample["messages"], *cut_to)[0]
+        if rows and not self._as_given:
+            return row_columns(self._tokenizer, sample, *cut_to, masked=False)[0]
+        return sample
 
 
 def is_path(dataset: Any) -> bool:
@@ -93,7 +106,7 @@ def _check(path: str | Path) -> None:
     if is_shards(path):
         return
     dropped: Counter[str] = Counter()
-    for row in read_records(path):
+    for row in read_records(path, tokenised=True):
         if not isinstance(row, RecordDropped):
             return
         dropped[str(row)] += 1

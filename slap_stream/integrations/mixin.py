@@ -16,7 +16,6 @@ from transformers import Trainer, TrainingArguments
 
 from slap_stream.config import SlapConfig
 from slap_stream.core.state_bytes import from_bytes, to_bytes
-from slap_stream.corpus.loaded import token_columns_of
 from slap_stream.errors import ConfigError, StateError
 from slap_stream.integrations.data_schedule import DataSchedule, planned_steps
 from slap_stream.integrations.evaluation_set import EvaluationSets, check_paths
@@ -41,6 +40,7 @@ from slap_stream.integrations.trainer_forward import TrainingForward
 from slap_stream.integrations.trainer_loader import ModelColumns, TrainerLoader
 from slap_stream.integrations.training_set import (
     AsTokenised,
+    token_columns,
     tokenizer_and_length,
     truncation,
     with_training_set,
@@ -100,13 +100,18 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
             check_steps(args, self._slap_config)
         check_paths(given.get("eval_dataset"))
         # Of a dataset that was tokenised before; none: samples are collated as they are read.
-        self._token_columns: Sequence[str] = token_columns_of(given.get("train_dataset"))
+        self._token_columns: Sequence[str] = token_columns(given.get("train_dataset"))
         given, embeddings = self.with_training_set(given, embeddings, corpus, args)
         if given.get("train_dataset") is not None:
             check_dataset(given["train_dataset"], embeddings, args, self._slap_config)
         tokenizer, max_length = tokenizer_and_length(given, args)
+        collator = given.get("data_collator")
         self._evaluation_sets = EvaluationSets(
-            tokenizer, max_length, truncation(given), self.evaluated
+            tokenizer,
+            max_length,
+            truncation(given),
+            self.evaluated,
+            as_given=collator is not None and not isinstance(collator, ChatCollator),
         )
         if "eval_dataset" in given:
             given["eval_dataset"] = self._evaluation_sets.read(given["eval_dataset"])
@@ -146,7 +151,8 @@ class SlapMixin(Trainer):  # type: ignore[misc]  # transformers is not typed
         self, given: dict[str, Any], embeddings: Any, corpus: Any, args: TrainingArguments
     ) -> tuple[dict[str, Any], Any]:
         """The arguments with a training set that can be streamed, and its embeddings."""
-        return with_training_set(given, embeddings, corpus, args)
+        tokenised = bool(self._token_columns)
+        return with_training_set(given, embeddings, corpus, args, tokenised=tokenised)
 
     def evaluated(self, samples: list[Any]) -> Any:
         """An evaluation set of samples that were read from a path.

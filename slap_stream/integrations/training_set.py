@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from slap_stream.corpus.loaded import token_columns_of
 from slap_stream.corpus.messages import DropReason, RecordDropped, is_given
+from slap_stream.corpus.peeking import token_columns_in
 from slap_stream.corpus.records import normalise
 from slap_stream.corpus.token_rows import holds_tokens, read_tokens
 from slap_stream.errors import ConfigError, CorpusError
@@ -50,19 +52,20 @@ class AsTokenised:
         """
         Args:
             collate: The caller's.
-            columns: Of the dataset, as `token_columns_of` gives them.
+            columns: Of the dataset, as `token_columns` gives them.
         """
         self._collate, self._columns = collate, columns
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Any:
-        return self._collate([self._row(sample) for sample in samples])
+        return self._collate([self.row(sample) for sample in samples])
 
-    def _row(self, sample: Mapping[str, Any]) -> dict[str, list[int]]:
-        ids, learnt = sample["input_ids"].tolist(), sample["supervised"].tolist()
+    def row(self, sample: Mapping[str, Any]) -> dict[str, list[int]]:
+        """A sample as its row was."""
+        ids, learnt = (np.asarray(sample[name]).tolist() for name in ("input_ids", "supervised"))
         row = dict.fromkeys(self._columns, learnt) | {"input_ids": ids}
         if ATTENTION in row:
             shown = sample.get(ATTENTION)
-            row[ATTENTION] = [1] * len(ids) if shown is None else shown.tolist()
+            row[ATTENTION] = [1] * len(ids) if shown is None else np.asarray(shown).tolist()
         if "labels" in row:
             pairs = zip(ids, learnt, strict=True)
             row["labels"] = [token if mark else IGNORED_LABEL for token, mark in pairs]
@@ -76,6 +79,7 @@ def with_training_set(
     args: TrainingArguments,
     *,
     collate: bool = True,
+    tokenised: bool = False,
 ) -> tuple[dict[str, Any], Any]:
     """A Trainer's arguments with a training set that can be streamed, and its embeddings.
 
@@ -90,6 +94,7 @@ def with_training_set(
         corpus: Where corpora are made; None means `_slap_corpus` in the Trainer's output_dir.
         args: The Trainer's settings.
         collate: Whether a collator is made where none is given.
+        tokenised: Whether its rows were tokenised before, as `token_columns` finds out.
 
     Raises:
         TypeError: If the training set is of no known kind.
@@ -111,7 +116,7 @@ def with_training_set(
                 "AutoTokenizer.from_pretrained(...)."
             )
         cut_to, decoder = max_length, tokenizer
-        if token_columns_of(dataset):
+        if tokenised:
             cut_to, decoder = max_length_of_tokens(args), _decoder(given)
         # A collator that cuts otherwise finds nothing left to cut in what is prepared.
         dataset, embeddings = _open(
@@ -125,6 +130,23 @@ def with_training_set(
             pad_to_multiple_of=getattr(args, "pad_to_multiple_of", None),
         )
     return given, embeddings
+
+
+def token_columns(dataset: Any) -> tuple[str, ...]:
+    """Token fields of a training set that was tokenised before, as far as they are read; else none.
+    Of files those that their first records have, which the first rank looks at.
+
+    Raises:
+        CorpusError: If a file cannot be read.
+    """
+    if not isinstance(dataset, str | Path):
+        return token_columns_of(dataset)
+
+    def look() -> tuple[str, ...]:
+        _check(dataset)
+        return () if is_shards(dataset) else token_columns_in(dataset)
+
+    return first_rank_first(look, lambda found: found)
 
 
 def tokenizer_and_length(

@@ -110,7 +110,7 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         check_columns(given.get("train_dataset"))
         dataset = given.get("train_dataset")
         if self._token_columns:
-            dataset = with_masks(dataset, args)
+            dataset = with_masks(dataset, args, self._token_columns)
             if not _skips_preparing(args):
                 # What TRL's preparing leaves of it for a collator.
                 self._token_columns = ("input_ids", "labels")
@@ -121,7 +121,10 @@ class SlapSFTTrainer(SlapMixin, SFTTrainer):  # type: ignore[misc]  # trl is not
         given = {**given, "train_dataset": dataset}
         if given.get("processing_class") is None:
             given = {**given, "processing_class": _processor(given["model"], args)}
-        return with_training_set(given, embeddings, corpus, args, collate=False)
+        tokenised = bool(self._token_columns)
+        return with_training_set(
+            given, embeddings, corpus, args, collate=False, tokenised=tokenised
+        )
 
     def evaluated(self, samples: list[Any]) -> Dataset:
         """With labels where there are token ids: the rest is ready for TRL, too."""

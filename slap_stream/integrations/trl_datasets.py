@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from slap_stream.corpus.loaded import token_columns_of
 from slap_stream.errors import ConfigError
 from slap_stream.integrations.evaluation_set import is_path
 from slap_stream.integrations.prepare import is_shards
@@ -71,13 +70,12 @@ def with_texts(dataset: Any, args: Any) -> Any:
     return dataset.select_columns([field, *kept]).rename_column(field, "text")
 
 
-def with_masks(dataset: Any, args: Any) -> Any:
+def with_masks(dataset: Any, args: Any, columns: Sequence[str]) -> Any:
     """A dataset that was tokenised before, with those of its masks that TRL would make labels of.
 
     Raises:
         ConfigError: If only the assistant's tokens count, and nothing says which they are.
     """
-    columns = token_columns_of(dataset)
     if "labels" in columns:
         return dataset
     if getattr(args, "assistant_only_loss", False) and _OF_ASSISTANT not in columns:
@@ -85,7 +83,8 @@ def with_masks(dataset: Any, args: Any) -> Any:
             f"assistant_only_loss must be False with token ids and no {_OF_ASSISTANT!r}, got True; "
             f"nothing says which of them are the assistant's: hand over the messages, or labels."
         )
-    if _OF_COMPLETION not in columns:
+    # Of files nothing is left out; and a mask that they have says what is learnt.
+    if _OF_COMPLETION not in columns or isinstance(dataset, str | Path):
         return dataset
     names = set(_columns(dataset))
     asked = getattr(args, "completion_only_loss", None)

@@ -230,13 +230,36 @@ def test_a_dataset_that_was_tokenised_trains_as_with_trl_bit_for_bit(
     assert passed_over == (columns == ["completion_mask"])
 
 
+@pytest.mark.parametrize("form", ["rows", "file"])
 def test_token_ids_that_do_not_say_what_the_assistants_are_are_refused(
     folder: Path,  # noqa: F811
     tmp_path: Path,
+    form: str,
 ) -> None:
-    options = {"train_dataset": Dataset.from_list([{"input_ids": [5, 6, 7]}]), "embeddings": None}
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text('{"input_ids": [5, 6, 7]}\n')
+    dataset = Dataset.from_list([{"input_ids": [5, 6, 7]}]) if form == "rows" else lines
+    options = {"train_dataset": dataset, "embeddings": None}
     with pytest.raises(ConfigError, match="must be False with token ids and no 'assistant_masks'"):
         make(folder, tmp_path, options=options, assistant_only_loss=True)
+
+
+def test_files_of_token_ids_train_and_are_evaluated_on_their_labels(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    lines = tmp_path / "rows.jsonl"
+    rows = [
+        {"id": str(n), "input_ids": [40 + n, *range(50, 55)], "labels": [-100] * 3 + [52, 53, 54]}
+        for n in range(20)
+    ]
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"train_dataset": lines, "embeddings": None, "eval_dataset": str(lines)}
+    trainer = make(folder, tmp_path, options=options, max_length=5, max_steps=2)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["labels"].tolist() == [[-100, -100, -100, 52, 53]] * BATCH
+    assert [row["labels"] for row in trainer.eval_dataset] == [[-100, -100, -100, 52, 53]] * 20
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 @pytest.fixture(scope="module")
