@@ -1,6 +1,5 @@
-"""The log of a run, as its loader writes it: what left the pools and why, losses, cost.
-
-All of it happens in the thread that owns the sampler.
+"""The log of a run, as its loader writes it in the thread that owns the sampler: what left the
+pools and why, losses, cost.
 """
 
 from __future__ import annotations

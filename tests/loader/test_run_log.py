@@ -254,8 +254,9 @@ def test_a_loader_that_nobody_has_any_more_leaves_a_log_and_no_warning(
     # A batch was just composed, in the loader's thread.
     log.composed(0.0)
     assert "not written any more" not in caplog.text
-    assert not log.begun
+    assert not log.failed
     assert len(read_log(tmp_path).spans) >= 3
+    assert read_log(tmp_path).ended
 
 
 def test_a_run_from_the_start_moves_the_log_of_another_aside(corpus: Path, tmp_path: Path) -> None:
