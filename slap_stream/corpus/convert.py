@@ -405,7 +405,7 @@ def _require_samples(tally: Tally, name_place: Callable[[int, int], str], work_d
     shutil.rmtree(work_dir)
     raise CorpusError(
         f"inputs must hold at least one record that can be used, got none; left out were "
-        f"{'; '.join(reasons) or 'none, since there are no records at all'}."
+        f"{'; '.join(reasons) or 'no records at all'}."
     )
 
 
