@@ -1,6 +1,4 @@
-"""The log of a run, as its loader writes it in the thread that owns the sampler: what left the
-pools and why, losses, cost.
-"""
+"""The log of a run, written where its sampler is: what left the pools and why, losses, cost."""
 
 from __future__ import annotations
 
