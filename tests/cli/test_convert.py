@@ -128,7 +128,7 @@ def test_fields_of_other_names_are_mapped(
 
 def test_command_that_is_interrupted_says_so_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(json.dumps(pair(n)) for n in range(20_000)))
+    path.write_text("\n".join(json.dumps(pair(n)) for n in range(60_000)))
     out = tmp_path / "out"
     tool = Path(__file__).parents[2] / "tools" / "convert.py"
     command = [sys.executable, str(tool), str(path), str(out)]
@@ -138,11 +138,11 @@ def test_command_that_is_interrupted_says_so_and_goes_on(tmp_path: Path) -> None
     deadline = time.monotonic() + 60
     while not (out / ".convert" / "piece-00000.bin").exists():
         assert time.monotonic() < deadline, "waited for 60 seconds in vain"
-        time.sleep(0.01)
+        time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert stdout == ""
     assert stderr.endswith("slap-convert: interrupted; run the same command to go on.\n")
     assert main(command[2:]) == 0
-    assert corpus_size(out) == 20_000
+    assert corpus_size(out) == 60_000
