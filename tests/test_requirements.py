@@ -43,7 +43,7 @@ def asked_for(*extras: str) -> dict[str, SpecifierSet]:
 
 
 @pytest.mark.parametrize(
-    ("file", "extras"), [("current.txt", ("trainer",)), ("current-dev.txt", ("dev",))]
+    ("file", "extras"), [("current.txt", ("trainer",)), ("current-dev.txt", ("dev", "remote"))]
 )
 def test_a_current_stack_has_what_the_project_asks_for(file: str, extras: tuple[str, ...]) -> None:
     have, want = listed(file), asked_for(*extras)
