@@ -396,7 +396,9 @@ def test_the_losses_fed_back_are_those_of_the_step(folder: Path, tmp_path: Path)
     model = new_model(folder).eval()
     with torch.no_grad():
         logits = model(batch["input_ids"], batch["attention_mask"]).logits
-    torch.testing.assert_close(trainer.samples[0], per_sample_loss(logits, batch["labels"]))
+    torch.testing.assert_close(
+        trainer.samples[0], per_sample_loss(logits, batch["labels"]), rtol=1e-4, atol=1e-3
+    )
     tokens = (batch["labels"][:, 1:] != -100).sum(1)
     mean = float((trainer.samples[0] * tokens).sum() / tokens.sum())
     assert trainer.losses[0] == pytest.approx(mean, rel=1e-5)
