@@ -26,10 +26,7 @@ from __future__ import annotations
 
 # What other folders may import, by module; tests/test_architecture.py holds it.
 EXPORTS = {
-    "convert": (
-        "begin_with_tokens",
-        "convert",
-    ),
+    "convert": ("convert",),
     "field_map": ("FieldMap", "parse_map"),
     "inputs": ("find_inputs",),
     "loaded": ("check_loaded", "check_tokenizer", "loaded_kind", "token_columns_of"),

@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -348,20 +348,6 @@ def _try_first_records(
                     f"which fits none of the first: {failure}"
                 ) from failure
     return tokens, masked
-
-
-def begin_with_tokens(found: Sequence[Input]) -> bool:
-    """Whether one of the files begins with a row of tokens.
-
-    Raises:
-        CorpusError: If one cannot be read, or holds nothing of a known shape.
-    """
-    return any(
-        holds_tokens(row)
-        for entry in found
-        if entry.dataset is None
-        for row in islice(peek(entry, cut(entry), tokenised=True), 1)
-    )
 
 
 def _bar_options(stage: str, unit: str, progress: bool | None) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from filelock import FileLock, Timeout
 
 from slap_stream.core.checks import require_whole
 from slap_stream.core.files import file_digest
-from slap_stream.corpus.convert import begin_with_tokens, convert
+from slap_stream.corpus.convert import convert
 from slap_stream.corpus.field_map import FieldMap
 from slap_stream.corpus.inputs import find_inputs
 from slap_stream.corpus.loaded import check_loaded, check_tokenizer, loaded_kind, token_columns_of
+from slap_stream.corpus.peeking import token_columns_in
 from slap_stream.corpus.records import check_map
 from slap_stream.corpus.tokenising import (
     find_tokenizer,
@@ -274,8 +275,8 @@ class _Work:
             "seed": self.seed,
             "source_field": self.source_field,
         }
-        read = mapped is None and tokenised
-        if read and (token_columns_of(self.dataset) or begin_with_tokens(found)):
+        columns_of = token_columns_in if loaded_kind(self.dataset) is None else token_columns_of
+        if mapped is None and tokenised and columns_of(self.dataset):
             # Texts beside them were what counted once.
             told["tokens"] = True
         # Left out where they say nothing, so that corpora of before are found again.

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slap_stream.corpus import convert as convert_module
-from slap_stream.corpus import records
+from slap_stream.corpus import peeking, records
 from slap_stream.corpus.convert import convert
 from slap_stream.corpus.messages import RecordDropped
 from slap_stream.corpus.records import normalise
@@ -180,7 +180,7 @@ def test_a_corpus_of_the_texts_beside_tokens_is_not_taken_for_one_of_tokens(
     (rows.to_json if ending == "jsonl" else rows.to_parquet)(files)
     # As it was: the texts counted, whatever stood beside them.
     with monkeypatch.context() as before:
-        for module in (convert_module, records):
+        for module in (convert_module, peeking, records):
             before.setattr(module, "holds_tokens", lambda _: False)
         made = prepare(files, tmp_path / "prepared", tokenizer=tokenizer)
         convert(files, tmp_path / "out", tokenizer=tmp_path / "tokenizer")

@@ -16,7 +16,6 @@ fifth of the time, of which the first is quiet.
 from __future__ import annotations
 
 import argparse
-import atexit
 import json
 import mmap
 import os
@@ -25,11 +24,9 @@ import resource
 import shutil
 import signal
 import struct
-import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -45,6 +42,7 @@ from streaming.base.shared import prefix
 
 from slap_stream.errors import FeedbackError, SlapStreamError
 from tests.helpers.fault_server import FAULTS, FaultServer, serving
+from tests.helpers.forked import forked
 from tests.helpers.killed_ranks import description_of
 from tests.laws import config_of
 from tests.loader.test_loader import BATCH, LOSSES, make, vectors, write_corpus
@@ -148,24 +146,6 @@ class Rank:
 
     def _say(self, what: dict[str, Any]) -> None:
         os.write(self.say, f"{json.dumps(what)}\n".encode())
-
-
-def fork(run: Callable[[], None]) -> int:
-    """Call a function in a process of its own; its pid."""
-    pid = os.fork()
-    if not pid:
-        os.setsid()
-        code = 1
-        try:
-            run()
-            atexit._run_exitfuncs()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return pid
 
 
 class Faults:
@@ -274,15 +254,7 @@ def main(minutes: float, seed: int, every_seconds: float) -> dict[str, Any]:
     try:
         write_corpus(folder / "corpus", count=SAMPLES)
         with serving(folder / "corpus", silence_seconds=2.0) as server:
-            os.environ |= {
-                "S3_ENDPOINT_URL": server.url,
-                "AWS_ACCESS_KEY_ID": "key",
-                "AWS_SECRET_ACCESS_KEY": "secret",
-                "AWS_DEFAULT_REGION": "us-east-1",
-                "AWS_MAX_ATTEMPTS": "1",
-                "AWS_EC2_METADATA_DISABLED": "true",
-                "NO_PROXY": "127.0.0.1",
-            }
+            os.environ |= server.environment
             return soak(folder, server, minutes * 60, random.Random(seed), every_seconds)
     finally:
         shutil.rmtree(folder)
@@ -300,7 +272,7 @@ def soak(
     pids, readers = [], []
     for rank in range(RANKS):
         out, into = os.pipe()
-        pids.append(fork(Rank(rank, folder, into, end).run))
+        pids.append(forked(Rank(rank, folder, into, end).run, own_session=True))
         os.close(into)
         readers.append(threading.Thread(target=_listen, args=(out, said[rank])))
     for reader in readers:

@@ -22,16 +22,7 @@ pytest.importorskip("boto3")
 def server(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultServer]:
     monkeypatch.setattr(shard_cache, "BACKOFF_SECONDS", 0.001)
     with serving(corpus, silence_seconds=0.4) as server:
-        for name, value in {
-            "S3_ENDPOINT_URL": server.url,
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            # Without this the client itself tries again, for seconds.
-            "AWS_MAX_ATTEMPTS": "1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "NO_PROXY": "127.0.0.1",
-        }.items():
+        for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         yield server
 

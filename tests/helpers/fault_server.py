@@ -52,12 +52,28 @@ class FaultServer(ThreadingHTTPServer):
         """Where it listens."""
         return f"http://127.0.0.1:{self.server_port}"
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What streaming's downloader of `s3://` is told by, to ask this server."""
+        return {
+            "S3_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            # Without this the client itself tries again, for seconds.
+            "AWS_MAX_ATTEMPTS": "1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "NO_PROXY": "127.0.0.1",
+        }
+
     def handle_error(self, request: object, client_address: object) -> None:
         """Nothing is said of clients that have gone away: that is what is tried here."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: FaultServer
+    # Head and body go one by one: else the body waits 40 ms for the head's receipt.
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Silent."""

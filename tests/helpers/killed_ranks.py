@@ -11,16 +11,13 @@ whether the ids are those of the unbroken run, as JSON.
 from __future__ import annotations
 
 import argparse
-import atexit
 import json
 import os
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from streaming import StreamingDataset
 from streaming.base.shared import prefix
 
 from slap_stream.core.state_bytes import from_bytes, to_bytes
+from tests.helpers.forked import forked
 from tests.laws import config_of
 from tests.loader.test_loader import BATCH, feed, make, write_corpus
 
@@ -82,24 +80,6 @@ def run_rank(rank: int, corpus: Path, folder: Path, attempt: int, total: int) ->
             time.sleep(0.02)
             if done == total:
                 break
-
-
-def start(rank: int, *arguments: Any) -> int:
-    """Fork one rank; its pid."""
-    pid = os.fork()
-    if not pid:
-        os.setsid()
-        code = 1
-        try:
-            run_rank(rank, *arguments)
-            atexit._run_exitfuncs()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return pid
 
 
 def kill(kind: str, pids: list[int], draws: random.Random) -> bool:
@@ -175,7 +155,8 @@ def run_jobs(folder: Path, times: int, draws: random.Random) -> dict[str, Any]:
         killing = sum(kills.values()) < times
         # The last job ends by itself, a few batches on.
         total = 10**9 if killing else count_lines(folder) + 6
-        pids = [start(rank, corpus, folder, attempt, total) for rank in range(RANKS)]
+        job = corpus, folder, attempt, total
+        pids = [forked(run_rank, rank, *job, own_session=True) for rank in range(RANKS)]
         if killing:
             kind = KINDS[sum(kills.values()) % len(KINDS)]
             lines, began = count_lines(folder), time.monotonic()

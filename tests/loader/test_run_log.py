@@ -368,46 +368,40 @@ def test_rows_that_were_thinned_are_known_to_be_after_a_kill_and_a_resume(
     assert read_log(tmp_path).level == level
 
 
+@pytest.mark.parametrize(
+    ("where", "error", "told"),
+    [
+        ("_append", OSError(28, "No space left on device"), "[Errno 28] No space left"),
+        ("_flush", ValueError("no OSError"), "ValueError('no OSError')"),
+    ],
+)
 def test_a_log_that_cannot_be_written_ends_and_training_goes_on(
     corpus: Path,
     unbroken: list[list[int]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    where: str,
+    error: Exception,
+    told: str,
 ) -> None:
     loader = logged(corpus, tmp_path)
     run(loader, 3)
 
-    def full(self: Any, events: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def broken(*_: Any, **__: Any) -> None:
+        raise error
 
-    monkeypatch.setattr(run_log.RunLog, "_append", full)
-    with caplog.at_level(logging.WARNING):
+    monkeypatch.setattr(run_log.RunLog, where, broken)
+    with caplog.at_level(logging.DEBUG, run_log.__name__):
         assert run(loader, 20) == unbroken[3:23]
-    assert caplog.text.count("is not written any more: [Errno 28] No space left") == 1
+    assert caplog.text.count(f"is not written any more: {told}") == 1
+    assert caplog.text.count("Traceback") == 1
     assert loader.metrics()["run_log_failed"] == 1
 
 
 def test_no_fault_of_the_log_loses_a_batch(
-    corpus: Path,
-    unbroken: list[list[int]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    corpus: Path, unbroken: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loader = logged(corpus, tmp_path)
-    run(loader, 3)
-
-    def broken(self: Any, saved: bool) -> None:
-        raise ValueError("no OSError")
-
-    monkeypatch.setattr(run_log.RunLog, "_flush", broken)
-    with caplog.at_level(logging.DEBUG, run_log.__name__):
-        assert run(loader, 20) == unbroken[3:23]
-    assert caplog.text.count("is not written any more: ValueError('no OSError')") == 1
-    assert caplog.text.count("Traceback") == 1
-    assert loader.metrics()["run_log_failed"] == 1
-    monkeypatch.undo()
     # Even where the log does not catch it, the batch is there.
     faults = [ValueError("once")]
 

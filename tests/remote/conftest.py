@@ -30,3 +30,12 @@ def store(
     yield _server
     _server.clear()
     bucket._clients.clear()
+
+
+@pytest.fixture
+def uploaded(store: ObjectStore, local: Path) -> ObjectStore:
+    """The store with what lies in `local`, a fixture of the module that asks, as `corpus`."""
+    for path in sorted(local.rglob("*")):
+        if path.is_file():
+            store.put(f"corpus/{path.relative_to(local).as_posix()}", path.read_bytes())
+    return store

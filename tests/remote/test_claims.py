@@ -37,14 +37,6 @@ def local(lines: Path) -> Path:
     return lines.parent / "corpus"
 
 
-@pytest.fixture
-def uploaded(store: ObjectStore, local: Path) -> ObjectStore:
-    for path in sorted(local.rglob("*")):
-        if path.is_file():
-            store.put(f"corpus/{path.relative_to(local).as_posix()}", path.read_bytes())
-    return store
-
-
 def left_in_scratch(pattern: str) -> list[Path]:
     return sorted(Path(tempfile.gettempdir()).glob(f"slap_stream_*/{pattern}"))
 

@@ -51,14 +51,6 @@ def local(lines: Path) -> Path:
     return corpus
 
 
-@pytest.fixture
-def uploaded(store: ObjectStore, local: Path) -> ObjectStore:
-    for path in sorted(local.rglob("*")):
-        if path.is_file():
-            store.put(f"corpus/{path.relative_to(local).as_posix()}", path.read_bytes())
-    return store
-
-
 def of_corpus(data: bytes) -> dict[str, Any]:
     """A corpus.json without what tells how long the work took."""
     told: dict[str, Any] = json.loads(data)

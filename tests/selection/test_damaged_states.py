@@ -67,7 +67,7 @@ def hold(policy: str, path: Path, damage: str, *, listed: bool) -> None:
 
 
 @pytest.mark.parametrize("policy", ["slap", "uds"])
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_what_was_cut_or_changed_is_refused_and_changes_nothing(
     policy: str, data: st.DataObject

@@ -121,7 +121,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=rule_name)
-@settings(max_examples=14)
+@settings(max_examples=20)
 @given(run=runs())
 @example(
     run={

@@ -13,18 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
-from slap_stream import EmbeddingStore, per_sample_loss
+from slap_stream import EmbeddingStore
 from slap_stream.cli import convert, embed
 from slap_stream.embeddings.corpus_texts import CorpusTexts
 from slap_stream.embeddings.embed import embed as embed_corpus
@@ -33,12 +29,17 @@ from slap_stream.embeddings.features import HashedTfidf
 from slap_stream.errors import SlapStreamError
 from slap_stream.shards.index import corpus_size
 from slap_stream.shards.reader import iter_corpus
-from slap_stream.text.chat import DEFAULT_CHAT_TEMPLATE
-from slap_stream.text.collate import ChatCollator
 from slap_stream.text.sample import from_messages
 from tools.bench.selection.dirt import MIXED
-from tools.bench.selection.schedule import Preset, rate
-from tools.bench.selection.scoring import encoded, instruction_difficulty
+from tools.bench.selection.models import (
+    adapted,
+    keep_tokenizer,
+    pretrain,
+    train_reference,
+    train_tokenizer,
+)
+from tools.bench.selection.schedule import Preset
+from tools.bench.selection.scoring import instruction_difficulty
 from tools.bench.selection.subsets import CHOICES, Known
 from tools.bench.selection.tasks import (
     MIXTURES,
@@ -50,12 +51,6 @@ from tools.bench.selection.tasks import (
     training_records,
 )
 
-CHATML_START = "<|im_start|>"
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
-    "message['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 # Kinds that repeat a record of the kind `first`.
 COPIES = ("copy", "exact")
 # Records of a target set, and of these how many nearest ones a similarity is the mean of.
@@ -115,14 +110,22 @@ class Workshop:
         return tokenizer
 
     def _tokenizer_path(self) -> Path:
-        kept = self._train_tokenizer if self.preset.model is None else self._keep_tokenizer
-        return self._make("tokenizer", kept)
+        def write(place: Path) -> None:
+            if self.preset.model is not None:
+                keep_tokenizer(self.preset.model, place)
+            else:
+                train_tokenizer(self._pretraining(), self.preset, place)
+
+        return self._make("tokenizer", write)
 
     def base_model(self) -> Any:
         """The pretrained model, or one trained on the tasks' training texts, prompts and all."""
         if self.preset.model is not None:
-            return _adapted(self.preset.model, self.preset.lora)
-        path = self._make("base-model", self._pretrain)
+            return adapted(self.preset.model, self.preset.lora)
+        path = self._make(
+            "base-model",
+            lambda place: pretrain(self._pretraining(), self.tokenizer(), self.preset, place),
+        )
         model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(path)
         return model
 
@@ -208,7 +211,13 @@ class Workshop:
         corpus = self.corpus(condition, seed).path
         model = self._make(
             f"reference-{condition.mixture}",
-            lambda place: self._train_reference(place, condition.mixture),
+            lambda place: train_reference(
+                self.target(condition.mixture, self.preset.size // 2),
+                self.base_model(),
+                self.tokenizer(),
+                self.preset,
+                place,
+            ),
         )
 
         def write(place: Path) -> None:
@@ -278,101 +287,6 @@ class Workshop:
         random.Random("pretraining order").shuffle(records)
         return records
 
-    def _keep_tokenizer(self, place: Path) -> None:
-        """The pretrained model's, without the system turn that its template may put in front.
-
-        It would be a quarter of the tokens of records of this size, the same for all.
-        """
-        tokenizer = AutoTokenizer.from_pretrained(self.preset.model)
-        if CHATML_START in tokenizer.get_vocab():
-            tokenizer.chat_template = CHATML
-        tokenizer.save_pretrained(place)
-
-    def _train_tokenizer(self, place: Path) -> None:
-        core = Tokenizer(models.BPE())
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        core.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=self.preset.vocabulary,
-            special_tokens=["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        texts = (turn["content"] for r in self._pretraining() for turn in r["messages"])
-        core.train_from_iterator(texts, trainer)
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>"
-        )
-        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
-        tokenizer.save_pretrained(place)
-
-    def _pretrain(self, place: Path) -> None:
-        preset, tokenizer = self.preset, self.tokenizer()
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=preset.hidden,
-                intermediate_size=preset.hidden * 11 // 4,
-                num_hidden_layers=preset.layers,
-                num_attention_heads=max(1, preset.hidden // 32),
-                max_position_embeddings=preset.max_tokens,
-                tie_word_embeddings=True,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                bos_token_id=None,
-            )
-        ).to(preset.device)
-        rows = self._pretraining_rows(tokenizer)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=preset.pretraining_rate, weight_decay=0.01
-        )
-        steps, order = preset.pretraining_steps, torch.Generator().manual_seed(1)
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = preset.pretraining_rate * rate(step / steps)
-            at = torch.randint(len(rows), (preset.batch_size,), generator=order)
-            ids = rows[at].to(preset.device)
-            with preset.autocast():
-                loss = per_sample_loss(model(input_ids=ids).logits, ids).mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        model.save_pretrained(place)
-
-    def _train_reference(self, place: Path, mixture: str) -> None:
-        preset, tokenizer = self.preset, self.tokenizer()
-        records = self.target(mixture, preset.size // 2)
-        random.Random("reference").shuffle(records)
-        rows = [tokens for _, tokens in encoded(records, tokenizer, preset.max_tokens)]
-        model, collate = self.base_model().to(preset.device), ChatCollator(tokenizer)
-        peak, size = preset.rate_for(1.0), preset.batch_size
-        optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
-        starts = range(0, len(rows) - size + 1, size)
-        steps = preset.epochs * len(starts)
-        for step, start in enumerate([*starts] * preset.epochs):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * rate(step / steps)
-            batch = {n: v.to(preset.device) for n, v in collate(rows[start : start + size]).items()}
-            with preset.autocast():
-                logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            per_sample_loss(logits, batch["labels"]).mean().backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        model.save_pretrained(place)
-        tokenizer.save_pretrained(place)
-
-    def _pretraining_rows(self, tokenizer: Any) -> torch.Tensor:
-        """(rows, max_tokens) texts one after the other, an end mark between them."""
-        ids: list[int] = []
-        for record in self._pretraining():
-            text = "\n".join(turn["content"] for turn in record["messages"])
-            ids += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        width = self.preset.max_tokens
-        return torch.tensor(ids[: len(ids) // width * width]).view(-1, width)
-
     def _write(self, place: Path, records: Sequence[Record], seed: int) -> None:
         with (place / "train.jsonl").open("w") as file:
             for record in records:
@@ -406,18 +320,6 @@ def nearness_to(examples: Sequence[Record], corpus: Path) -> NDArray[np.float64]
     similarity = theirs.astype(np.float64) @ ours.T
     nearest: NDArray[np.float64] = np.sort(similarity, axis=1)[:, -NEAREST:].mean(axis=1)
     return nearest
-
-
-def _adapted(path: Path, lora: bool) -> Any:
-    """A pretrained model, with new adapters on all its linear layers if these are trained."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    if not lora:
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
 
 
 def groups_of_copies(ids: Sequence[str]) -> list[int]:
